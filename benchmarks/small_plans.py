@@ -1,0 +1,62 @@
+"""Write a plans file with a small patch and few features beside nnU-Net's, to train on a CPU or to study patches.
+
+    python benchmarks/small_plans.py -d 4 --patch_size 16 16 16 --features 16 32 64
+    nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_10epochs
+
+The preprocessed data of `nnUNetPlans` is used as it is. `--nmsw` sets keys of the NMSW settings as JSON, and
+`--name` keeps several such plans apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+
+def small_plans(plans: dict, patch_size: list[int], features: list[int], name: str, nmsw: dict) -> dict:
+    """A copy of `plans` whose 3d_fullres has the given patch and network; nnU-Net decides on kernels and strides."""
+    configuration = dict(plans["configurations"]["3d_fullres"])
+    _, strides, kernels, patch_size, _ = get_pool_and_conv_props(
+        configuration["spacing"], patch_size, 4, len(features) - 1
+    )
+    stages = len(kernels)
+    arch_kwargs = {
+        **configuration["architecture"]["arch_kwargs"],
+        "n_stages": stages,
+        "features_per_stage": features[:stages],
+        "kernel_sizes": [list(map(int, kernel)) for kernel in kernels],
+        "strides": [list(map(int, stride)) for stride in strides],
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }
+    configuration["architecture"] = {**configuration["architecture"], "arch_kwargs": arch_kwargs}
+    configuration["patch_size"] = [int(n) for n in patch_size]
+    # As many patches a step as an NMSW step has by default: two sampled and two random ones.
+    configuration["batch_size"] = 4
+    configuration["nmsw"] = nmsw
+    return {**plans, "plans_name": name, "configurations": {"3d_fullres": configuration}}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, help="dataset name or id")
+    parser.add_argument("--patch_size", type=int, nargs=3, required=True)
+    parser.add_argument("--features", type=int, nargs="+", required=True, help="of the stages, from the finest")
+    parser.add_argument("--name", default="nnUNetPlans_small")
+    parser.add_argument("--nmsw", type=json.loads, default={}, help='e.g. \'{"gradient_path": "input"}\'')
+    args = parser.parse_args()
+    folder = Path(os.environ["nnUNet_preprocessed"]) / maybe_convert_to_dataset_name(args.d)
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    plans = small_plans(plans, args.patch_size, args.features, args.name, args.nmsw)
+    (folder / f"{args.name}.json").write_text(json.dumps(plans, indent=1))
+    print(folder / f"{args.name}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Every setting of the method, in one frozen dataclass that is resolved from nnU-Net's plans and saved with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from nnunet_nmsw.errors import UserError
+
+PLANS_KEY = "nmsw"
+"""The key of a plans file's configuration that holds the settings."""
+
+MAX_GLOBAL_COST_IN_PATCHES = 2.0
+"""A median volume may cost the global branch as much as this many patches cost the local one."""
+
+GRADIENT_PATHS = ("contribution", "input")
+SELECTIONS = ("top_k", "greedy_coverage")
+
+
+@dataclasses.dataclass(frozen=True)
+class NMSWConfig:
+    """Settings of No More Sliding Window. Override them in the plans file under the configuration's key `nmsw`."""
+
+    downsampling_factor: tuple[int, int, int]
+    """Voxels of the volume per voxel of the global branch's view, by axis in the order of the plans' patch size."""
+
+    num_patches: int | str = "10%"
+    """Patches at inference, K: a number, a percentage of the case's windows such as "10%", or "all"."""
+
+    selection: str = "top_k"
+    """How windows are picked from their scores at inference, one of `SELECTIONS`."""
+
+    tile_step_size: float = 0.5
+    """Step between candidate windows as a fraction of the patch size, as in nnU-Net's sliding window."""
+
+    sampled_windows: int = 2
+    """Windows a training step draws from the scores."""
+
+    random_windows: int = 2
+    """Windows a training step draws at random, with nnU-Net's foreground oversampling. They train the local branch."""
+
+    global_width: float = 0.75
+    """Features per stage of the global branch as a fraction of the local branch's."""
+
+    gradient_path: str = "contribution"
+    """How scores are trained, one of `GRADIENT_PATHS`: by the weight of a window's contribution to the fused loss, or,
+    as in the paper, by a soft weight on the input patch."""
+
+    temperature: float = 2 / 3
+    """Temperature of the relaxed Top-k; only the gradient path "input" uses the relaxation."""
+
+    entropy_weight: float = 0.001
+    """Weight of the entropy bonus on the window distribution."""
+
+    score_scale: float = 10.0
+    """Window scores are this times the mean of the score map over the window."""
+
+    candidate_threshold: float = 0.01
+    """A window is a candidate where the global prediction gives some voxel at least this probability of foreground."""
+
+    initial_class_weight: float = 2.0
+    """The class weights of the fusion are sigmoid(θ); every θ starts here."""
+
+    local_loss_weight: float = 1.0
+    global_loss_weight: float = 1.0
+    fused_loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        factor = self.downsampling_factor
+        three_positive = (
+            isinstance(factor, Sequence) and len(factor) == 3 and all(type(f) is int and f >= 1 for f in factor)
+        )
+        _require(three_positive, "downsampling_factor", factor, "three integers of at least 1, e.g. [3, 3, 3]")
+        object.__setattr__(self, "downsampling_factor", tuple(factor))
+        parse_num_patches(self.num_patches, f'setting "num_patches" under "{PLANS_KEY}" in the plans')
+        _require(self.selection in SELECTIONS, "selection", self.selection, f"one of {', '.join(SELECTIONS)}")
+        _require(
+            self.gradient_path in GRADIENT_PATHS,
+            "gradient_path",
+            self.gradient_path,
+            f"one of {', '.join(GRADIENT_PATHS)}",
+        )
+        for name in ("sampled_windows", "random_windows"):
+            value = getattr(self, name)
+            minimum = 1 if name == "sampled_windows" else 0
+            _require(type(value) is int and value >= minimum, name, value, f"an integer of at least {minimum}")
+        for name in ("tile_step_size", "global_width"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 < value <= 1, name, value, "a number above 0 and up to 1")
+        _require(
+            _is_number(self.candidate_threshold) and 0 <= self.candidate_threshold < 1,
+            "candidate_threshold",
+            self.candidate_threshold,
+            "a probability from 0 to below 1",
+        )
+        for name in ("temperature", "score_scale"):
+            value = getattr(self, name)
+            _require(_is_number(value) and value > 0, name, value, "a number above 0")
+        for name in ("entropy_weight", "local_loss_weight", "global_loss_weight", "fused_loss_weight"):
+            value = getattr(self, name)
+            _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
+        _require(_is_number(self.initial_class_weight), "initial_class_weight", self.initial_class_weight, "a number")
+
+    @classmethod
+    def from_configuration(cls, configuration: dict[str, Any]) -> NMSWConfig:
+        """Resolve the settings of one configuration of a plans file.
+
+        Args:
+            configuration: a configuration of nnU-Net's plans, inheritance resolved, as in
+                `ConfigurationManager.configuration`. What its key `nmsw` sets is taken, the rest are defaults.
+
+        Raises:
+            UserError: a setting is unknown or impossible, or the configuration is not 3D.
+        """
+        if len(configuration["patch_size"]) != 3:
+            raise UserError(
+                "NMSW replaces the sliding window of 3D configurations and this one is 2D: "
+                "train 3d_fullres, or use nnUNetTrainer for 2d"
+            )
+        overrides = configuration.get(PLANS_KEY, {})
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(overrides, dict):
+            raise UserError(f'"{PLANS_KEY}" in the plans must be an object of settings; allowed: {", ".join(allowed)}')
+        unknown = sorted(set(overrides) - set(allowed))
+        if unknown:
+            raise UserError(
+                f'unknown setting "{unknown[0]}" under "{PLANS_KEY}" in the plans; allowed: {", ".join(allowed)}'
+            )
+        settings = dict(overrides)
+        if "downsampling_factor" not in settings:
+            width = settings.get("global_width", cls.global_width)
+            _require(_is_number(width) and 0 < width <= 1, "global_width", width, "a number above 0 and up to 1")
+            settings["downsampling_factor"] = default_downsampling_factor(
+                configuration["median_image_size_in_voxels"],
+                configuration["patch_size"],
+                configuration["spacing"],
+                width,
+            )
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are written into a plans file (plain JSON types)."""
+        return {**dataclasses.asdict(self), "downsampling_factor": list(self.downsampling_factor)}
+
+
+def default_downsampling_factor(
+    median_shape: Sequence[float], patch_size: Sequence[int], spacing: Sequence[float], global_width: float
+) -> tuple[int, int, int]:
+    """The smallest factors, as isotropic in space as integers allow, at which the global branch is cheap.
+
+    Cheap means that a median volume costs the global branch at most `MAX_GLOBAL_COST_IN_PATCHES` patches of the local
+    one, the cost of a convolution going with voxels times features squared.
+
+    Args:
+        median_shape: voxels by axis, at the plans' spacing.
+        patch_size: voxels by axis.
+        spacing: mm by axis.
+        global_width: features of the global branch relative to the local branch's.
+    """
+    budget = MAX_GLOBAL_COST_IN_PATCHES * math.prod(patch_size) / global_width**2
+    # Each low-resolution spacing at which some axis steps to its next integer factor, from fine to coarse.
+    steps = sorted({step * axis_spacing for axis_spacing in spacing for step in range(1, 65)})
+    for low_spacing in steps:
+        factor = tuple(max(1, math.floor(low_spacing / axis_spacing + 1e-6)) for axis_spacing in spacing)
+        if math.prod(math.ceil(n / f) for n, f in zip(median_shape, factor, strict=True)) <= budget:
+            break
+    return factor[0], factor[1], factor[2]
+
+
+def parse_num_patches(value: int | str, source: str = "-k") -> int | str:
+    """Check a number of patches given as an integer, a percentage ("10%") or "all".
+
+    Args:
+        value: what the user gave.
+        source: the flag or setting it was given by, for the message.
+
+    Returns:
+        The integer, the percentage as it was, or "all".
+
+    Raises:
+        UserError: it is none of these.
+    """
+    text = str(value).strip().lower()
+    if text == "all":
+        return "all"
+    try:
+        if text.endswith("%"):
+            if 0 < float(text[:-1]) <= 100:
+                return text
+        elif int(text) >= 1:
+            return int(text)
+    except ValueError:
+        pass
+    raise UserError(
+        f'{source} is "{value}": give a number of patches (1 or more), a percentage of all windows '
+        'above 0% and up to 100% such as "10%", or "all"'
+    )
+
+
+def resolve_num_patches(num_patches: int | str, num_windows: int) -> int:
+    """Patches to take of a case's `num_windows` windows: at least 1, at most all. Percentages are rounded up."""
+    if num_patches == "all":
+        return num_windows
+    if isinstance(num_patches, str):
+        return max(1, math.ceil(float(num_patches[:-1]) / 100 * num_windows - 1e-9))
+    return min(num_patches, num_windows)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise UserError(f'setting "{name}" under "{PLANS_KEY}" in the plans is {value!r}; allowed: {allowed}')

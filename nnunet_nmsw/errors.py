@@ -1,0 +1,13 @@
+"""Errors for people: one line that says what is wrong and what to do."""
+
+
+class UserError(ValueError, SystemExit):
+    """A setting, a file or a flag is wrong, and only the user can mend it.
+
+    Being a `SystemExit`, it ends a command (nnU-Net's own commands included) with exit status 1 and its message alone,
+    without a traceback; being a `ValueError`, it can be caught as one from Python.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = message

@@ -1,0 +1,217 @@
+"""Fusing patch predictions with the coarse one, and the loss of the result without ever building it.
+
+Tensor suffixes:
+
+    C  classes                 D H W  axes of the volume, or of a patch
+    K  chosen windows          d h w  axes of the low-resolution view
+    V  voxels, any shape       S      loss sums, 3·C + 2 of them: see `loss_sums`
+
+Inside windows, the fused logits of class c are w_c · patch + (1 - w_c) · coarse, overlapping patches averaged with
+nnU-Net's Gaussian; elsewhere they are the upsampled coarse logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from torch import Tensor
+
+from nnunet_nmsw.geometry import Shape, crop, crop_windows, label_counts, upsample_window, window_slices
+
+DICE_SMOOTH = 1e-5
+"""nnU-Net's smoothing of the soft Dice."""
+
+
+def fuse(patch_logits: Tensor, coarse_logits: Tensor, class_weights: Tensor) -> Tensor:
+    """w_c · patch + (1 - w_c) · coarse, the weights broadcast over the trailing axes."""
+    return coarse_logits + class_weights * (patch_logits - coarse_logits)
+
+
+def gaussian_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:
+    """nnU-Net's importance of a patch's voxels, float32, shape `patch_size`."""
+    gaussian: Tensor = compute_gaussian(
+        tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, dtype=torch.float32, device=device
+    )
+    return gaussian
+
+
+def fuse_volume_(
+    patch_logits_CDHW: Tensor,
+    coarse_logits_Cdhw: Tensor,
+    covered_DHW: Tensor,
+    class_weights_C: Tensor,
+    offset: Sequence[int],
+    factor: Shape,
+) -> Tensor:
+    """Fuse a volume of blended patch logits with the coarse prediction, in place and class by class.
+
+    Args:
+        patch_logits_CDHW: blended patch logits; anything (NaN included) where no window is.
+        coarse_logits_Cdhw: coarse logits.
+        covered_DHW: bool, where windows are.
+        class_weights_C: weights of the patches.
+        offset: voxel of the coarse prediction's volume at which the volume begins.
+        factor: voxels of the volume per low-resolution voxel.
+
+    Returns:
+        `patch_logits_CDHW`.
+    """
+    size = patch_logits_CDHW.shape[1:]
+    for patch_DHW, coarse_dhw, weight in zip(patch_logits_CDHW, coarse_logits_Cdhw, class_weights_C, strict=True):
+        coarse_DHW = upsample_window(coarse_dhw[None, None].float(), offset, size, factor)[0, 0]
+        coarse_DHW = coarse_DHW.to(patch_DHW.device)
+        fused_DHW = fuse(patch_DHW.float(), coarse_DHW, weight.to(patch_DHW.device))
+        patch_DHW.copy_(torch.where(covered_DHW, fused_DHW, coarse_DHW))
+    return patch_logits_CDHW
+
+
+def fused_segmentation(
+    patch_logits_KCDHW: Tensor,
+    starts_K3: Tensor,
+    coarse_logits_Cdhw: Tensor,
+    class_weights_C: Tensor,
+    volume_shape: Shape,
+    factor: Shape,
+) -> Tensor:
+    """Labels of the fused prediction of a volume, one class at a time: no volume × classes is built.
+
+    Returns:
+        int64 class indices of shape `volume_shape`.
+    """
+    patch_size = patch_logits_KCDHW.shape[2:]
+    shares_KDHW, covered_DHW = window_shares(starts_K3, patch_size, volume_shape, coarse_logits_Cdhw.device)
+    best_DHW = torch.full(volume_shape, -torch.inf, device=coarse_logits_Cdhw.device)
+    labels_DHW = torch.zeros(volume_shape, dtype=torch.int64, device=coarse_logits_Cdhw.device)
+    for label, coarse_dhw in enumerate(coarse_logits_Cdhw):
+        patches_DHW = torch.zeros_like(best_DHW)
+        for window, start in enumerate(starts_K3.tolist()):
+            share_DHW = shares_KDHW[window] * patch_logits_KCDHW[window, label].float()
+            patches_DHW[window_slices(start, patch_size)] += share_DHW
+        logits_DHW = fuse_volume_(
+            patches_DHW[None], coarse_dhw[None], covered_DHW, class_weights_C[label, None], (0, 0, 0), factor
+        )[0]
+        better_DHW = logits_DHW > best_DHW
+        best_DHW = torch.where(better_DHW, logits_DHW, best_DHW)
+        labels_DHW[better_DHW] = label
+    return labels_DHW
+
+
+def window_shares(
+    starts_K3: Tensor, patch_size: Sequence[int], volume_shape: Shape, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The share of each window in the prediction of its voxels: its Gaussian over the sum of all windows' Gaussians.
+
+    Returns:
+        Shares of shape K, `patch_size`, which sum to 1 at every covered voxel; and the covered voxels, bool, of shape
+        `volume_shape`.
+    """
+    gaussian_DHW = gaussian_weights(patch_size, device)
+    total_DHW = torch.zeros(volume_shape, device=device)
+    for start in starts_K3.tolist():
+        total_DHW[window_slices(start, patch_size)] += gaussian_DHW
+    shares = [gaussian_DHW / crop(total_DHW, start, patch_size) for start in starts_K3.tolist()]
+    return torch.stack(shares), total_DHW > 0
+
+
+def loss_sums(logits_CV: Tensor, counts_CV: Tensor) -> Tensor:
+    """The sums over voxels of which nnU-Net's Dice and cross-entropy loss is made.
+
+    Args:
+        logits_CV: logits.
+        counts_CV: how much of each class a voxel holds: a one-hot target times the voxel's weight at full resolution,
+            label counts at low resolution.
+
+    Returns:
+        float32 vector S: by class the intersection Σ p·n, the prediction Σ p·Σ_c n and the target Σ n; then the summed
+        cross-entropy -Σ n·log p and the number of voxels Σ n.
+    """
+    log_p_CV = logits_CV.float().flatten(1).log_softmax(0)
+    counts_CV = counts_CV.flatten(1)
+    p_CV = log_p_CV.exp()
+    voxels_V = counts_CV.sum(0)
+    return torch.cat(
+        [
+            (p_CV * counts_CV).sum(1),
+            (p_CV * voxels_V).sum(1),
+            counts_CV.sum(1),
+            -(log_p_CV * counts_CV).sum()[None],
+            voxels_V.sum()[None],
+        ]
+    )
+
+
+def dice_and_cross_entropy(sums_S: Tensor) -> Tensor:
+    """nnU-Net's `DC_and_CE_loss` (no background in the Dice, smooth 1e-5) from the sums of `loss_sums`."""
+    intersection_C, prediction_C, target_C = sums_S[:-2].view(3, -1)
+    cross_entropy, voxels = sums_S[-2:]
+    dice_C = (2 * intersection_C + DICE_SMOOTH) / (target_C + prediction_C + DICE_SMOOTH).clamp_min(1e-8)
+    return cross_entropy / voxels.clamp_min(1) - dice_C[1:].mean()
+
+
+class FusedLoss(NamedTuple):
+    """Loss of the fused prediction of a whole volume.
+
+    Attributes:
+        loss: nnU-Net's loss, scalar.
+        benefit_K: by how much each window lowers it against the coarse prediction there, all others as they are
+            (first order in the sums; detached).
+    """
+
+    loss: Tensor
+    benefit_K: Tensor
+
+
+def fused_loss(
+    patch_logits_KCDHW: Tensor,
+    starts_K3: Tensor,
+    coarse_logits_Cdhw: Tensor,
+    labels_DHW: Tensor,
+    class_weights_C: Tensor,
+    factor: Shape,
+    window_weight_K: Tensor | None = None,
+) -> FusedLoss:
+    """Loss of the fused prediction of a volume, without its canvas.
+
+    Sums over the windows at full resolution are added to sums over the rest at low resolution, where the prediction is
+    the coarse one, constant over each low-resolution voxel and detached. Both are exact, so that for windows that do
+    not overlap the loss is that of the full canvas. Where they overlap, every voxel still counts once, its loss being
+    the mean of the windows' losses with the blending weights instead of the loss of the blended logits. Cross-entropy
+    is convex in the logits, hence never smaller than the canvas's.
+
+    Args:
+        patch_logits_KCDHW: logits of the windows.
+        starts_K3: first voxels of the windows.
+        coarse_logits_Cdhw: coarse logits of the volume.
+        labels_DHW: integer labels.
+        class_weights_C: weights of the patches in the fusion.
+        factor: voxels of the volume per low-resolution voxel.
+        window_weight_K: a factor of 1 in value on the difference that each window makes to the sums. Its gradient is
+            minus the window's benefit; this is how scores are trained.
+    """
+    num_classes, patch_size = coarse_logits_Cdhw.shape[0], patch_logits_KCDHW.shape[2:]
+    volume_shape: Shape = (labels_DHW.shape[0], labels_DHW.shape[1], labels_DHW.shape[2])
+    shares_KDHW, covered_DHW = window_shares(starts_K3, patch_size, volume_shape, labels_DHW.device)
+    with torch.no_grad():
+        counts_Cdhw = label_counts(labels_DHW, num_classes, factor, ~covered_DHW)
+        rest_S = loss_sums(coarse_logits_Cdhw.detach(), counts_Cdhw)
+        labels_KDHW = crop_windows(labels_DHW[None, None], starts_K3, patch_size)[:, 0].long()
+
+    with_window, without_window = [], []
+    for window, start in enumerate(starts_K3.tolist()):
+        counts_CDHW = F.one_hot(labels_KDHW[window], num_classes).movedim(-1, 0) * shares_KDHW[window]
+        coarse_CDHW = upsample_window(coarse_logits_Cdhw[None].float(), start, patch_size, factor)[0]
+        fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, class_weights_C.view(-1, 1, 1, 1))
+        with_window.append(loss_sums(fused_CDHW, counts_CDHW))
+        with torch.no_grad():
+            without_window.append(loss_sums(coarse_CDHW, counts_CDHW))
+
+    difference_KS = torch.stack(with_window) - torch.stack(without_window)
+    if window_weight_K is None:
+        window_weight_K = torch.ones(len(starts_K3), device=labels_DHW.device)
+    sums_S = rest_S + torch.stack(without_window).sum(0) + window_weight_K @ difference_KS
+    benefit_K = -difference_KS.detach() @ torch.func.grad(dice_and_cross_entropy)(sums_S.detach())
+    return FusedLoss(dice_and_cross_entropy(sums_S), benefit_K)

@@ -1,0 +1,182 @@
+"""Windows, the low-resolution view, and the way between the two.
+
+Axis order is that of nnU-Net's preprocessed arrays everywhere. Tensor suffixes:
+
+    N  windows of the grid                    D H W  axes of the volume, or of a patch
+    K  chosen windows                         d h w  axes of the low-resolution view
+    B  batch   C  channels or classes         3      one coordinate per axis, in voxels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from torch import Tensor
+
+Shape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowGrid:
+    """The candidate windows of one volume: the positions of nnU-Net's sliding window, in its order.
+
+    Attributes:
+        volume_shape: voxels by axis, padded to the patch size at least.
+        patch_size: voxels by axis.
+        downsampling_factor: voxels of the volume per low-resolution voxel, by axis.
+        tile_step_size: step between windows as a fraction of the patch size.
+    """
+
+    volume_shape: Shape
+    patch_size: Shape
+    downsampling_factor: Shape
+    tile_step_size: float = 0.5
+
+    @cached_property
+    def steps(self) -> list[list[int]]:
+        """First voxels of the windows along each axis; the windows are the product of the three lists."""
+        steps: list[list[int]] = compute_steps_for_sliding_window(
+            self.volume_shape, self.patch_size, self.tile_step_size
+        )
+        return steps
+
+    @cached_property
+    def starts_N3(self) -> Tensor:
+        """First voxel of every window, int64."""
+        return torch.tensor(list(itertools.product(*self.steps)), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return math.prod(len(axis_steps) for axis_steps in self.steps)
+
+    @property
+    def low_shape(self) -> Shape:
+        """Shape of the low-resolution view."""
+        return low_shape(self.volume_shape, self.downsampling_factor)
+
+    def mean(self, map_dhw: Tensor) -> Tensor:
+        """Mean of a low-resolution map over the box of every window, boundaries weighted by their fraction.
+
+        The windows are a product of positions along the axes, so their means are three products with small matrices:
+        exact in float32, where a cumulative sum over the volume would cancel digits.
+
+        Args:
+            map_dhw: shape `low_shape`.
+
+        Returns:
+            Means of shape N, float32, differentiable.
+        """
+        means = map_dhw.float()
+        # Outside autocast: scores must not be rounded to half precision.
+        with torch.autocast(map_dhw.device.type, enabled=False):
+            for axis in (2, 1, 0):
+                means = torch.tensordot(self._overlaps(axis, map_dhw.device), means, dims=([1], [2]))
+        return means.reshape(-1)
+
+    def max(self, map_dhw: Tensor) -> Tensor:
+        """Maximum of a low-resolution map over the voxels that every window touches, shape N."""
+        values = map_dhw
+        for axis, axis_steps in enumerate(self.steps):
+            factor, size = self.downsampling_factor[axis], self.patch_size[axis]
+            spans = [(start // factor, -(-(start + size) // factor)) for start in axis_steps]
+            values = torch.stack([values.narrow(axis, a, b - a).amax(axis) for a, b in spans], axis)
+        return values.reshape(-1)
+
+    def _overlaps(self, axis: int, device: torch.device) -> Tensor:
+        """Share of each window of an axis that lies in each low-resolution voxel: windows × voxels, rows sum to 1."""
+        factor, size = self.downsampling_factor[axis], self.patch_size[axis]
+        start = torch.tensor(self.steps[axis], dtype=torch.float32, device=device)[:, None]
+        edge = torch.arange(self.low_shape[axis], dtype=torch.float32, device=device)[None] * factor
+        overlap = (torch.minimum(start + size, edge + factor) - torch.maximum(start, edge)).clamp_min(0)
+        return overlap / size
+
+
+def low_shape(volume_shape: Sequence[int], factor: Sequence[int]) -> Shape:
+    """Shape of the low-resolution view of a volume: the last voxel of an axis may cover a rest."""
+    d, h, w = (-(-n // f) for n, f in zip(volume_shape, factor, strict=True))
+    return d, h, w
+
+
+def downsample(volume_BCDHW: Tensor, factor: Shape) -> Tensor:
+    """Area average of `factor` voxels, over the voxels that exist where the last block is incomplete.
+
+    Returns:
+        Shape B, C, `low_shape`; low-resolution voxel j covers voxels j·f to (j+1)·f of an axis.
+    """
+    return F.avg_pool3d(volume_BCDHW, factor, factor, ceil_mode=True, count_include_pad=False)
+
+
+def upsample_window(low_BCdhw: Tensor, start: Sequence[int], size: Sequence[int], factor: Shape) -> Tensor:
+    """Trilinear interpolation of a low-resolution map at the voxels of one window.
+
+    Equal to interpolating the whole map (voxel centres aligned, edges replicated) and cutting the window out, at the
+    cost of the window alone. A window of the size of the volume at (0, 0, 0) gives the whole volume.
+
+    Args:
+        low_BCdhw: a map on the low-resolution grid.
+        start: first voxel of the window.
+        size: voxels of the window by axis.
+        factor: voxels of the volume per low-resolution voxel.
+
+    Returns:
+        Shape B, C, `size`.
+    """
+    piece, cut = low_BCdhw, []
+    for axis, (a, n, f) in enumerate(zip(start, size, factor, strict=True)):
+        # One voxel more on both sides than the window touches: what its outermost voxels interpolate with.
+        first = max(0, a // f - 1)
+        last = min(low_BCdhw.shape[axis + 2], -(-(a + n) // f) + 1)
+        piece = piece.narrow(axis + 2, first, last - first)
+        cut.append(slice(a - first * f, a - first * f + n))
+    if tuple(factor) != (1, 1, 1):
+        shape = [n * f for n, f in zip(piece.shape[2:], factor, strict=True)]
+        piece = F.interpolate(piece, size=shape, mode="trilinear", align_corners=False)
+    return piece[(slice(None), slice(None), *cut)]
+
+
+def crop(volume_BCDHW: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The window of a volume, as a view."""
+    return volume_BCDHW[(..., *window_slices(start, size))]
+
+
+def crop_windows(volume_1CDHW: Tensor, starts_K3: Tensor, size: Sequence[int]) -> Tensor:
+    """The windows of one volume as a batch, shape K, C, `size`."""
+    return torch.cat([crop(volume_1CDHW, start, size) for start in starts_K3.tolist()])
+
+
+def window_slices(start: Sequence[int], size: Sequence[int]) -> tuple[slice, slice, slice]:
+    """The window as slices of the three axes."""
+    d, h, w = (slice(int(a), int(a) + int(n)) for a, n in zip(start, size, strict=True))
+    return d, h, w
+
+
+def label_counts(labels_DHW: Tensor, num_labels: int, factor: Shape, mask_DHW: Tensor | None = None) -> Tensor:
+    """Voxels of each label in each low-resolution voxel.
+
+    One pass over the volume, whatever the number of labels.
+
+    Args:
+        labels_DHW: integer labels from 0 to `num_labels` - 1.
+        num_labels: number of labels.
+        factor: voxels of the volume per low-resolution voxel.
+        mask_DHW: bool; voxels where it is False are not counted.
+
+    Returns:
+        float32, shape `num_labels`, d, h, w.
+    """
+    shape = low_shape(labels_DHW.shape, factor)
+    index = labels_DHW.long()
+    stride = num_labels
+    for axis in (2, 1, 0):
+        block = torch.arange(labels_DHW.shape[axis], device=labels_DHW.device) // factor[axis] * stride
+        index = index + block.view([-1 if a == axis else 1 for a in range(3)])
+        stride *= shape[axis]
+    kept = index.reshape(-1) if mask_DHW is None else index[mask_DHW]
+    counts = torch.bincount(kept, minlength=stride).view(*shape, num_labels)
+    return counts.permute(3, 0, 1, 2).float()

@@ -1,0 +1,1 @@
+"""Prediction with NMSW models, from Python and from the command line."""

@@ -1,0 +1,185 @@
+"""nnU-Net's predictor with the sliding window replaced by chosen windows.
+
+Tensor suffixes: 1 a batch of one, C channels or classes, D H W axes of the volume, d h w axes of the low-resolution
+view, K chosen windows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
+from torch._dynamo import OptimizedModule
+from tqdm import tqdm
+
+from nnunet_nmsw.config import parse_num_patches, resolve_num_patches
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.fusion import fuse_volume_
+from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
+from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
+from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
+
+
+class NMSWPredictor(nnUNetPredictor):
+    """Predicts with an NMSW model. Used as its parent is, on files and on arrays.
+
+    Args:
+        num_patches: K, a number of patches, a percentage of the windows such as "10%", or "all"; the model's setting
+            where None.
+        save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
+        use_global_branch: fuse with the coarse prediction. Without it and with all windows the result is nnU-Net's
+            sliding window, bit for bit.
+        **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
+    """
+
+    def __init__(
+        self,
+        num_patches: int | str | None = None,
+        save_patches: bool = False,
+        use_global_branch: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_patches = None if num_patches is None else parse_num_patches(num_patches, "num_patches")
+        self.save_patches = save_patches
+        self.use_global_branch = use_global_branch
+        self.chosen_windows: list[ChosenWindows] = []
+        """The windows of the case predicted last, one entry a fold of the ensemble."""
+        self._slicers: list[tuple[slice, ...]] = []
+        self._num_cases: int | None = None
+
+    @property
+    def nmsw_network(self) -> NMSWNetwork:
+        """The network, out of what `torch.compile` wraps it in.
+
+        Raises:
+            UserError: the model was not trained with an NMSW trainer.
+        """
+        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        if not isinstance(network, NMSWNetwork):
+            raise UserError(
+                f"the model was trained with {self.trainer_name}, which is no NMSW trainer: "
+                "predict with nnUNetv2_predict, or train with -tr nnUNetTrainerNMSW"
+            )
+        return network
+
+    @torch.inference_mode()
+    def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
+        """Fused logits of a preprocessed volume.
+
+        Args:
+            input_image: shape C, D, H, W.
+
+        Returns:
+            float16 logits of shape classes, D, H, W, on the device or the host as `nnUNetPredictor` decides.
+        """
+        network = self.nmsw_network.to(self.device)
+        network.eval()
+        self.tile_step_size = network.config.tile_step_size
+        padded, unpad = pad_nd_image(input_image, network.patch_size, "constant", {"value": 0}, True)
+        grid = network.grid(_spatial_shape(padded))
+        coarse = self._predict_coarse(network, padded)
+        num_patches = network.config.num_patches if self.num_patches is None else self.num_patches
+        choice = network.select(coarse, grid, resolve_num_patches(num_patches, len(grid)))
+        offset = [axis.start for axis in unpad[1:]]
+        self._remember(grid, choice.indices_K.cpu(), choice.scores_K.cpu(), offset, _spatial_shape(input_image))
+
+        # The parent runs the windows of `_internal_get_sliding_window_slicers` and blends them; NaN where none is.
+        logits_CDHW: Tensor = super().predict_sliding_window_return_logits(input_image)
+        if not self.use_global_branch:
+            return logits_CDHW
+        covered_DHW = torch.zeros(grid.volume_shape, dtype=torch.bool, device=logits_CDHW.device)
+        for slicer in self._slicers:
+            covered_DHW[slicer[1:]] = True
+        return fuse_volume_(
+            logits_CDHW,
+            coarse.logits_Cdhw,
+            covered_DHW[unpad[1:]],
+            network.class_weights_C,
+            offset,
+            network.config.downsampling_factor,
+        )
+
+    def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[tuple[slice, ...]]:
+        return self._slicers
+
+    def _remember(
+        self, grid: WindowGrid, indices_K: Tensor, scores_K: Tensor, offset: Sequence[int], volume_shape: Shape
+    ) -> None:
+        # In the order of nnU-Net's sliding window, so that sums over all windows round as they do there.
+        starts = grid.starts_N3[indices_K.sort().values].tolist()
+        self._slicers = [(slice(None), *window_slices(start, grid.patch_size)) for start in starts]
+        chosen_starts = grid.starts_N3[indices_K].numpy() - np.array(offset)
+        self.chosen_windows.append(
+            ChosenWindows(chosen_starts, scores_K.numpy(), grid.patch_size, volume_shape, len(grid))
+        )
+
+    def _predict_coarse(self, network: NMSWNetwork, volume_CDHW: Tensor) -> CoarsePrediction:
+        """Coarse prediction of a volume, averaged over mirrorings where these are on."""
+        low_1Cdhw = downsample(volume_CDHW[None].float(), network.config.downsampling_factor).to(self.device)
+        mirror_axes = self.allowed_mirroring_axes if self.use_mirroring else None
+        axes = [axis + 2 for axis in mirror_axes or ()]
+        flips = list(itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)))
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            predictions = [(network.coarse(low_1Cdhw.flip(flip)), [axis - 2 for axis in flip]) for flip in flips]
+        logits = [prediction.logits_Cdhw.flip([axis + 1 for axis in flip]) for prediction, flip in predictions]
+        score_maps = [prediction.score_map_dhw.flip(flip) for prediction, flip in predictions]
+        return CoarsePrediction(torch.stack(logits).mean(0), torch.stack(score_maps).mean(0))
+
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """Logits of a preprocessed volume, averaged over the folds of the ensemble."""
+        self.chosen_windows = []
+        logits: Tensor = super().predict_logits_from_preprocessed_data(data)
+        return logits
+
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[dict[str, Any]],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+    ) -> list[Any]:
+        """See the parent. Shows a progress bar over cases and writes the windows where `save_patches` asks for it."""
+        results: list[Any] = super().predict_from_data_iterator(
+            self._follow(data_iterator), save_probabilities, num_processes_segmentation_export
+        )
+        if isinstance(data_iterator, MultiThreadedAugmenter):
+            data_iterator._finish()
+        return results
+
+    def _internal_get_data_iterator_from_lists_of_filenames(
+        self, input_list_of_lists: list[list[str]], *args: Any, **kwargs: Any
+    ) -> Any:
+        self._num_cases = len(input_list_of_lists)
+        return super()._internal_get_data_iterator_from_lists_of_filenames(input_list_of_lists, *args, **kwargs)
+
+    def _follow(self, data_iterator: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Pass the cases on; each is predicted by the time the next is asked for."""
+        with tqdm(total=self._num_cases, desc="cases", disable=not self.allow_tqdm, position=1, leave=False) as bar:
+            for case in data_iterator:
+                yield case
+                if self.save_patches and case["ofile"] is not None:
+                    folder, name = os.path.split(case["ofile"])
+                    write_windows(
+                        os.path.join(folder, "patches"),
+                        name,
+                        self.chosen_windows,
+                        case["data_properties"],
+                        self.plans_manager,
+                        self.dataset_json["file_ending"],
+                    )
+                bar.update()
+
+
+def _spatial_shape(volume_CDHW: Tensor) -> Shape:
+    d, h, w = volume_CDHW.shape[1:]
+    return d, h, w

@@ -1,0 +1,127 @@
+"""Which windows a prediction took, for people: voxel and world coordinates, scores, and an overlay image.
+
+nnU-Net transposes, crops and resamples an image before it predicts; everything written here is back in the image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+MAX_OVERLAY_RANK = 255
+"""Windows of this rank and later share one value in the overlay, so that it fits the smallest label type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenWindows:
+    """The windows that one network took of one preprocessed volume.
+
+    Attributes:
+        starts: int, windows × 3, first voxel in the preprocessed volume; negative where a small volume was padded.
+        scores: float32, by window, in the order of choice.
+        patch_size: voxels by axis.
+        volume_shape: of the preprocessed volume, without padding.
+        num_windows: how many there were to choose from.
+    """
+
+    starts: np.ndarray
+    scores: np.ndarray
+    patch_size: tuple[int, int, int]
+    volume_shape: tuple[int, int, int]
+    num_windows: int
+
+
+def write_windows(
+    folder: str,
+    case: str,
+    chosen: list[ChosenWindows],
+    properties: dict[str, Any],
+    plans_manager: PlansManager,
+    file_ending: str,
+) -> None:
+    """Write `<case>.json` and an overlay image `<case>.nii.gz` into a folder.
+
+    In the overlay every voxel holds the rank, from 1, of the best window over it, and 0 where no patch was taken. It is
+    NIfTI wherever nnU-Net's reader of the dataset can write that, else of the dataset's own type.
+
+    Args:
+        folder: made if needed.
+        case: name of the case.
+        chosen: one entry a fold of the ensemble.
+        properties: nnU-Net's properties of the preprocessed image.
+        plans_manager: the model's plans.
+        file_ending: the dataset's.
+    """
+    os.makedirs(folder, exist_ok=True)
+    shape = np.array(properties["shape_before_cropping"])[plans_manager.transpose_backward]
+    overlay = np.zeros(shape, np.uint8)
+    affine = index_to_world(properties)
+    windows: list[dict[str, Any]] = []
+    for fold, choice in enumerate(chosen):
+        edges = edges_in_image(choice, properties, plans_manager.transpose_backward)
+        for rank in range(len(edges), 0, -1):
+            first, end = np.round(edges[rank - 1]).astype(int).clip(0, shape)
+            box = overlay[tuple(slice(a, b) for a, b in zip(first, end, strict=True))]
+            box[(box == 0) | (box > rank)] = min(rank, MAX_OVERLAY_RANK)
+        for rank, (edge, score) in enumerate(zip(edges, choice.scores, strict=True), 1):
+            first, end = edge[:, ::-1].round().astype(int).clip(0, shape[::-1])
+            centre = affine @ [*(edge.mean(0)[::-1] - 0.5), 1]
+            windows.append(
+                {
+                    "model": fold,
+                    "rank": rank,
+                    "score": round(float(score), 6),
+                    "first_voxel_xyz": first.tolist(),
+                    "last_voxel_xyz": (end - 1).tolist(),
+                    "centre_mm_lps": centre[:3].round(3).tolist(),
+                }
+            )
+    reader_writer = plans_manager.image_reader_writer_class()
+    ending = ".nii.gz" if ".nii.gz" in reader_writer.supported_file_endings else file_ending
+    reader_writer.write_seg(overlay, os.path.join(folder, case + ending), properties)
+    content = {
+        "case": case,
+        "windows_to_choose_from": chosen[0].num_windows,
+        "patches_per_model": [len(choice.starts) for choice in chosen],
+        "image_shape_xyz": shape[::-1].tolist(),
+        "windows": windows,
+    }
+    with open(os.path.join(folder, case + ".json"), "w") as file:
+        json.dump(content, file, indent=1)
+
+
+def edges_in_image(choice: ChosenWindows, properties: dict[str, Any], transpose_backward: list[int]) -> np.ndarray:
+    """Lower and upper edges of the windows in the image, in voxels; voxel i reaches from i to i + 1.
+
+    Returns:
+        float, windows × 2 × 3, axes in nnU-Net's order of the image as read (z, y, x).
+    """
+    cropped = np.array(properties["shape_after_cropping_and_before_resampling"], float)
+    crop_start = np.array(properties["bbox_used_for_cropping"], float)[:, 0]
+    edges = np.stack([choice.starts, choice.starts + np.array(choice.patch_size)], 1)
+    in_image: np.ndarray = (crop_start + edges * cropped / np.array(choice.volume_shape))[..., transpose_backward]
+    return in_image
+
+
+def index_to_world(properties: dict[str, Any]) -> np.ndarray:
+    """The 4 × 4 matrix from voxel indices (x, y, z) to millimetres, LPS as in SimpleITK and DICOM.
+
+    Files without a position in space (2D slices, TIFF) get their spacing alone.
+    """
+    affine = np.eye(4)
+    if "sitk_stuff" in properties:
+        geometry = properties["sitk_stuff"]
+        affine[:3, :3] = np.array(geometry["direction"]).reshape(3, 3) * np.array(geometry["spacing"])
+        affine[:3, 3] = geometry["origin"]
+    elif "nibabel_stuff" in properties:
+        geometry = properties["nibabel_stuff"]
+        # nibabel is RAS
+        affine = np.diag([-1.0, -1, 1, 1]) @ geometry.get("reoriented_affine", geometry["original_affine"])
+    else:
+        affine[:3, :3] = np.diag(properties["spacing"][::-1])
+    return affine

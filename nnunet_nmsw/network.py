@@ -1,0 +1,222 @@
+"""The network: a global branch that sees the whole volume at low resolution, and the plans' own network for patches.
+
+Tensor suffixes:
+
+    B  batch of patches   C  channels or classes   D H W  axes of the volume, or of a patch
+    K  sampled windows    R  random windows        d h w  axes of the low-resolution view    N  windows of the grid
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import Tensor, nn
+
+from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.geometry import Shape, WindowGrid, crop_windows, downsample
+from nnunet_nmsw.topk import (
+    WindowSample,
+    candidate_windows,
+    greedy_coverage,
+    sample_windows,
+    top_k,
+    window_entropy,
+)
+
+
+class CoarsePrediction(NamedTuple):
+    """What the global branch makes of a volume: coarse logits and a score map, float32 on the low-resolution grid."""
+
+    logits_Cdhw: Tensor
+    score_map_dhw: Tensor
+
+
+@dataclasses.dataclass
+class TrainingVolume:
+    """Input of a training step: a whole volume, and the windows that the data loader drew at random.
+
+    Has `to` like a tensor, since that is how nnU-Net's training step moves its input.
+    """
+
+    volume_1CDHW: Tensor
+    random_starts_R3: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TrainingVolume:
+        """The same with the volume on the device; window positions stay on the host."""
+        return TrainingVolume(self.volume_1CDHW.to(device, non_blocking=non_blocking), self.random_starts_R3)
+
+
+class WindowChoice(NamedTuple):
+    """Windows chosen at inference.
+
+    Attributes:
+        indices_K: the windows in the order of choice, int64.
+        scores_K: their scores, float32.
+    """
+
+    indices_K: Tensor
+    scores_K: Tensor
+
+
+class TrainingOutput(NamedTuple):
+    """Output of a training step's forward pass.
+
+    Attributes:
+        coarse: prediction of the global branch.
+        local: logits of the windows, sampled ones first, then random ones; a list of scales with deep supervision.
+        starts: first voxels of these windows, int64 on the host, (K + R) × 3.
+        sample: the draw of the K sampled windows.
+        entropy: of the window distribution, nats.
+        class_weights_C: weights of the patches in the fusion.
+    """
+
+    coarse: CoarsePrediction
+    local: Tensor | list[Tensor]
+    starts: Tensor
+    sample: WindowSample
+    entropy: Tensor
+    class_weights_C: Tensor
+
+
+class NMSWNetwork(nn.Module):
+    """Global and local branch with the learned class weights of their fusion.
+
+    Called with a batch of patches it is the local branch, so stock nnU-Net can slide it over a volume; called with a
+    `TrainingVolume` it is a whole training step up to the loss.
+    """
+
+    def __init__(
+        self, global_branch: nn.Module, local_branch: nn.Module, num_classes: int, patch_size: Shape, config: NMSWConfig
+    ) -> None:
+        super().__init__()
+        self.global_branch = global_branch
+        self.local_branch = local_branch
+        self.fusion_logits_C = nn.Parameter(torch.full((num_classes,), float(config.initial_class_weight)))
+        self.patch_size = patch_size
+        self.config = config
+
+    @classmethod
+    def from_architecture(
+        cls,
+        architecture: dict[str, Any],
+        patch_size: Shape,
+        num_input_channels: int,
+        num_classes: int,
+        deep_supervision: bool,
+        config: NMSWConfig,
+    ) -> NMSWNetwork:
+        """Build both branches from the `architecture` of a plans' configuration."""
+
+        def branch(kwargs: dict[str, Any], num_outputs: int, deep_supervision: bool) -> nn.Module:
+            network: nn.Module = get_network_from_plans(
+                architecture["network_class_name"],
+                kwargs,
+                architecture["_kw_requires_import"],
+                num_input_channels,
+                num_outputs,
+                allow_init=True,
+                deep_supervision=deep_supervision,
+            )
+            return network
+
+        kwargs = architecture["arch_kwargs"]
+        narrow_kwargs = deepcopy(kwargs)
+        if "features_per_stage" in narrow_kwargs:
+            narrow_kwargs["features_per_stage"] = [
+                max(1, round(features * config.global_width)) for features in kwargs["features_per_stage"]
+            ]
+        return cls(
+            branch(narrow_kwargs, num_classes + 1, False),
+            branch(kwargs, num_classes, deep_supervision),
+            num_classes,
+            patch_size,
+            config,
+        )
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The local branch's decoder, on which nnU-Net switches deep supervision on and off."""
+        decoder = self.local_branch.decoder
+        assert isinstance(decoder, nn.Module)
+        return decoder
+
+    @property
+    def class_weights_C(self) -> Tensor:
+        """Weights of the patches in the fusion, between 0 and 1."""
+        return torch.sigmoid(self.fusion_logits_C.float())
+
+    def grid(self, volume_shape: Shape) -> WindowGrid:
+        """The candidate windows of a volume."""
+        return WindowGrid(volume_shape, self.patch_size, self.config.downsampling_factor, self.config.tile_step_size)
+
+    def coarse(self, low_1Cdhw: Tensor) -> CoarsePrediction:
+        """Run the global branch on a downsampled volume of any shape."""
+        shape = low_1Cdhw.shape[2:]
+        # Up to what the network's strides divide, and at least two voxels at its bottleneck, which instance norm needs.
+        multiples = [max(2, -(-n // stride)) * stride for n, stride in zip(shape, self._total_stride(), strict=True)]
+        padding = [p for n, m in zip(reversed(shape), reversed(multiples), strict=True) for p in (0, m - n)]
+        output = self.global_branch(F.pad(low_1Cdhw, padding))[0].float()
+        output = output[(slice(None), *(slice(n) for n in shape))]
+        return CoarsePrediction(output[:-1], output[-1])
+
+    def scores(self, score_map_dhw: Tensor, grid: WindowGrid) -> Tensor:
+        """Scores of the windows, float32 of shape N: `score_scale` times the mean of the score map over each."""
+        return self.config.score_scale * grid.mean(score_map_dhw)
+
+    def candidates(self, coarse_logits_Cdhw: Tensor, grid: WindowGrid, at_least: int) -> Tensor:
+        """Windows worth a patch, bool of shape N: see `candidate_windows`."""
+        foreground_dhw = 1 - coarse_logits_Cdhw.detach().softmax(0)[0]
+        return candidate_windows(foreground_dhw, grid, self.config.candidate_threshold, at_least)
+
+    def select(self, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int) -> WindowChoice:
+        """The windows to spend `num_patches` patches on, without noise."""
+        scores_N = self.scores(coarse.score_map_dhw, grid)
+        candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=1)
+        if self.config.selection == "greedy_coverage":
+            indices_K = greedy_coverage(scores_N, candidates_N, num_patches, grid)
+        else:
+            indices_K = top_k(scores_N, candidates_N, num_patches)
+        return WindowChoice(indices_K, scores_N[indices_K])
+
+    def forward(self, x: Tensor | TrainingVolume) -> Any:
+        """Local logits of a batch of patches, or the `TrainingOutput` of a `TrainingVolume`."""
+        if not isinstance(x, TrainingVolume):
+            return self.local_branch(x)
+        grid = self.grid(_shape(x.volume_1CDHW))
+        coarse = self.coarse(downsample(x.volume_1CDHW, self.config.downsampling_factor))
+        scores_N = self.scores(coarse.score_map_dhw, grid)
+        k = min(self.config.sampled_windows, len(grid))
+        candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=k)
+        sample = sample_windows(scores_N, k, candidates_N, self.config.temperature)
+        starts = torch.cat([grid.starts_N3[sample.indices_K.cpu()], x.random_starts_R3])
+        patches_BCDHW = crop_windows(x.volume_1CDHW, starts, self.patch_size)
+        if self.config.gradient_path == "input":
+            weight_B = torch.cat([sample.relaxed_K, sample.relaxed_K.new_ones(len(x.random_starts_R3))])
+            patches_BCDHW = patches_BCDHW * weight_B.view(-1, 1, 1, 1, 1)
+        return TrainingOutput(
+            coarse,
+            self.local_branch(patches_BCDHW),
+            starts,
+            sample,
+            window_entropy(scores_N, candidates_N),
+            self.class_weights_C,
+        )
+
+    def _total_stride(self) -> list[int]:
+        """Product of the global branch's strides by axis; 32 where the network does not tell."""
+        encoder = getattr(self.global_branch, "encoder", None)
+        strides = getattr(encoder, "strides", None)
+        if strides is None:
+            return [32, 32, 32]
+        return [math.prod(axis_strides) for axis_strides in zip(*strides, strict=True)]
+
+
+def _shape(volume: Tensor) -> Shape:
+    d, h, w = volume.shape[-3:]
+    return d, h, w

@@ -1,0 +1,278 @@
+"""nnU-Net's trainer with NMSW's network, whole volumes as data, and NMSW inference for validation.
+
+Tensor suffixes: C classes, K windows, D H W axes of the volume, d h w axes of the low-resolution view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed as dist
+from torch import nn
+
+from nnunet_nmsw.config import PLANS_KEY, NMSWConfig, resolve_num_patches
+from nnunet_nmsw.fusion import fused_segmentation
+from nnunet_nmsw.geometry import crop_windows, downsample
+from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.network import NMSWNetwork, TrainingVolume
+from nnunet_nmsw.trainers.data import TransformFactory, WholeVolumeLoader, without_benchmark
+from nnunet_nmsw.trainers.loss import NMSWLoss
+
+LOGGED = ("loss_local", "loss_global", "loss_fused", "entropy", "foreground_share", "benefit", "class_weights")
+"""What `NMSWLoss.report` holds, logged once an epoch under these names with the prefix `nmsw_`."""
+
+
+class nnUNetTrainerNMSW(nnUNetTrainer):
+    """Trains a global branch, a window sampler and the plans' own network together."""
+
+    training_length: int | None = None
+    """Epochs, where a variant sets them; nnU-Net's default otherwise."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ) -> None:
+        # Before anything is written: raises for a setting or a configuration that cannot work.
+        plans_manager = PlansManager(plans)
+        self.config = NMSWConfig.from_configuration(plans_manager.get_configuration(configuration).configuration)
+        _refuse_what_is_not_supported(plans_manager, configuration, dataset_json)
+        # Saved with the results and in the checkpoint, so that a model folder alone rebuilds the network.
+        plans["configurations"][configuration][PLANS_KEY] = self.config.to_dict()
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.training_length is not None:
+            self.num_epochs = self.training_length
+        for name in LOGGED:
+            self.logger.local_logger.my_fantastic_logging.setdefault(f"nmsw_{name}", [])
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Both branches, from the plans' architecture and their settings under `nmsw`."""
+        patch_size = tuple(configuration_manager.patch_size)
+        assert len(patch_size) == 3
+        return NMSWNetwork.from_architecture(
+            configuration_manager.configuration["architecture"],
+            patch_size,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+            NMSWConfig.from_configuration(configuration_manager.configuration),
+        )
+
+    def _do_i_compile(self) -> bool:
+        """No: the step around the two networks depends on data, and compiling it as a whole would only break graphs."""
+        return False
+
+    def _build_loss(self) -> nn.Module:
+        return NMSWLoss(super()._build_loss(), self._get_deep_supervision_scales(), self.config)
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Loaders of whole volumes: augmented and at random for training, as they are and in order for validation."""
+        rotation, do_dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        training_transforms = partial(
+            _training_transforms,
+            partial(
+                self.get_training_transforms,
+                rotation_for_DA=rotation,
+                deep_supervision_scales=None,
+                mirror_axes=mirror_axes,
+                do_dummy_2d_data_aug=do_dummy_2d,
+                use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+                foreground_labels=self.label_manager.foreground_labels,
+            ),
+        )
+        validation_transforms = partial(_validation_transforms, self.get_validation_transforms)
+        dataset_training, dataset_validation = self.get_tr_and_val_datasets()
+        # Each validation case once an epoch, up to nnU-Net's number of validation steps.
+        self.num_val_iterations_per_epoch: int = min(
+            self.num_val_iterations_per_epoch, len(dataset_validation.identifiers)
+        )
+
+        random_windows = self.config.random_windows
+        foreground_windows = random_windows - round(random_windows * (1 - self.oversample_foreground_percent))
+        processes = get_allowed_n_proc_DA()
+
+        def loader(dataset: Any, transforms: TransformFactory, training: bool) -> Any:
+            volumes = WholeVolumeLoader(
+                dataset, self.configuration_manager.patch_size, random_windows, foreground_windows, transforms, training
+            )
+            if processes == 0:
+                return SingleThreadedAugmenter(volumes, None)
+            workers = processes if training else 1
+            augmenter = NonDetMultiThreadedAugmenter(
+                volumes,
+                None,
+                num_processes=workers,
+                num_cached=max(2, workers // 2),
+                pin_memory=self.device.type == "cuda",
+                wait_time=0.002,
+            )
+            next(augmenter)  # a worker that cannot work fails here and not in the middle of an epoch
+            return augmenter
+
+        return (
+            loader(dataset_training, training_transforms, True),
+            loader(dataset_validation, validation_transforms, False),
+        )
+
+    def train_step(self, batch: dict) -> dict:
+        """nnU-Net's step on a whole volume and its random windows."""
+        volume = TrainingVolume(batch["data"], batch["random_starts"])
+        result: dict[str, Any] = super().train_step({**batch, "data": volume})
+        return {**result, **_to_numpy(self.loss.report)}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the means of the parts of the loss beside nnU-Net's lines."""
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs([{k: np.atleast_2d(v) for k, v in output.items()} for output in train_outputs])
+        for name in LOGGED:
+            mean = np.concatenate(outputs[name]).mean(0)
+            self.logger.log(f"nmsw_{name}", mean.tolist() if len(mean) > 1 else float(mean[0]), self.current_epoch)
+
+    def validation_step(self, batch: dict) -> dict:
+        """Loss and pseudo Dice of the fused prediction of one volume, with the windows that inference would take."""
+        network = self._plain_network()
+        volume = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            loss = self.loss(network(TrainingVolume(volume, batch["random_starts"])), target)
+            coarse = network.coarse(downsample(volume, self.config.downsampling_factor))
+            grid = network.grid(tuple(volume.shape[2:]))
+            num_patches = resolve_num_patches(self.config.num_patches, len(grid))
+            starts = grid.starts_N3[network.select(coarse, grid, num_patches).indices_K.cpu()]
+            batches = [crop_windows(volume, some, network.patch_size) for some in starts.split(self.batch_size)]
+            logits = [_finest(network(patches)) for patches in batches]
+        labels_DHW = fused_segmentation(
+            torch.cat(logits),
+            starts,
+            coarse.logits_Cdhw,
+            network.class_weights_C,
+            grid.volume_shape,
+            self.config.downsampling_factor,
+        )
+        one_hot = nn.functional.one_hot(labels_DHW, len(coarse.logits_Cdhw)).movedim(-1, 0)[None]
+        tp, fp, fn, _ = get_tp_fp_fn_tn(one_hot, target, axes=[0, 2, 3, 4])
+        hard = {name: value[1:].cpu().numpy() for name, value in (("tp_hard", tp), ("fp_hard", fp), ("fn_hard", fn))}
+        return {"loss": loss.cpu().numpy(), **hard}
+
+    def on_epoch_end(self) -> None:
+        """Print the epoch's means, after which nnU-Net prints its own."""
+
+        def last(name: str) -> Any:
+            return self.logger.get_value(f"nmsw_{name}", step=-1)
+
+        self.print_to_log_file(
+            "NMSW loss local {:.4f}, global {:.4f}, fused {:.4f}".format(
+                *(last(f"loss_{part}") for part in ("local", "global", "fused"))
+            )
+        )
+        self.print_to_log_file(
+            f"NMSW window entropy {last('entropy'):.3f} nats, sampled windows with foreground "
+            f"{last('foreground_share'):.1%}, mean benefit of a sampled window {last('benefit'):.2e}, "
+            f"class weights {np.round(last('class_weights'), 3).tolist()}"
+        )
+        super().on_epoch_end()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict the validation cases as `nmsw_predict` would and write `validation/summary.json`."""
+        self.set_deep_supervision_enabled(False)
+        network = self._plain_network()
+        network.eval()
+        predictor = NMSWPredictor(device=self.device, allow_tqdm=False)
+        predictor.manual_initialization(
+            network,
+            self.plans_manager,
+            self.configuration_manager,
+            [network.state_dict()],
+            self.dataset_json,
+            type(self).__name__,
+            self.inference_allowed_mirroring_axes,
+        )
+        output_folder = join(self.output_folder, "validation")
+        maybe_mkdir_p(output_folder)
+        _, keys = self.do_split()
+        if self.is_ddp:
+            keys = keys[self.local_rank :: dist.get_world_size()]
+        predictor.predict_from_data_iterator(
+            self._validation_cases(keys, output_folder), save_probabilities, default_num_processes
+        )
+        if self.is_ddp:
+            dist.barrier()
+        if self.local_rank == 0:
+            metrics = compute_metrics_on_folder(
+                join(self.preprocessed_dataset_folder_base, "gt_segmentations"),
+                output_folder,
+                join(output_folder, "summary.json"),
+                self.plans_manager.image_reader_writer_class(),
+                self.dataset_json["file_ending"],
+                self.label_manager.foreground_labels,
+                self.label_manager.ignore_label,
+                chill=True,
+                num_processes=default_num_processes,
+            )
+            self.logger.log_summary("final_val/foreground_dice", metrics["foreground_mean"]["Dice"])
+            self.print_to_log_file("Mean Validation Dice: ", metrics["foreground_mean"]["Dice"])
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+
+    def _validation_cases(self, keys: list[str], output_folder: str) -> Iterator[dict[str, Any]]:
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
+        for key in dataset.identifiers:
+            self.print_to_log_file(f"predicting {key}")
+            data, _, _, properties = dataset.load_case(key)
+            volume = torch.from_numpy(np.array(data[:]))
+            yield {"data": volume, "data_properties": properties, "ofile": join(output_folder, key)}
+
+    def _plain_network(self) -> NMSWNetwork:
+        network = self.network.module if self.is_ddp else self.network
+        assert isinstance(network, NMSWNetwork)
+        return network
+
+
+def _training_transforms(get_transforms: TransformFactory, shape: tuple[int, ...]) -> Any:
+    return without_benchmark(get_transforms(shape))
+
+
+def _validation_transforms(get_transforms: Any, shape: tuple[int, ...]) -> Any:
+    return get_transforms(deep_supervision_scales=None)
+
+
+def _finest(logits: Any) -> torch.Tensor:
+    return logits[0] if isinstance(logits, list | tuple) else logits
+
+
+def _to_numpy(report: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.cpu().numpy() for name, value in report.items()}
+
+
+def _refuse_what_is_not_supported(plans_manager: PlansManager, configuration: str, dataset_json: dict) -> None:
+    label_manager = plans_manager.get_label_manager(dataset_json)
+    if label_manager.has_regions:
+        raise NotImplementedError("NMSW does not support region-based training yet; use nnUNetTrainer")
+    if label_manager.has_ignore_label:
+        raise NotImplementedError("NMSW does not support an ignore label yet; use nnUNetTrainer")
+    if plans_manager.get_configuration(configuration).previous_stage_name is not None:
+        raise NotImplementedError("NMSW does not support the cascade yet; train 3d_fullres, or use nnUNetTrainer")
