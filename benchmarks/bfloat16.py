@@ -24,7 +24,8 @@ def main() -> None:
         sys.exit(f"{name} is not an installed console command")
     sys.argv = sys.argv[1:]
     command = next(iter(commands)).load()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    # The cache of cast weights lives until autocast ends, which here is after the last optimiser step.
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         command()
 
 
