@@ -213,5 +213,7 @@ def fused_loss(
     if window_weight_K is None:
         window_weight_K = torch.ones(len(starts_K3), device=labels_DHW.device)
     sums_S = rest_S + torch.stack(without_window).sum(0) + window_weight_K @ difference_KS
-    benefit_K = -difference_KS.detach() @ torch.func.grad(dice_and_cross_entropy)(sums_S.detach())
-    return FusedLoss(dice_and_cross_entropy(sums_S), benefit_K)
+    with torch.enable_grad():
+        leaf_S = sums_S.detach().requires_grad_()
+        (slope_S,) = torch.autograd.grad(dice_and_cross_entropy(leaf_S), leaf_S)
+    return FusedLoss(dice_and_cross_entropy(sums_S), -difference_KS.detach() @ slope_S)

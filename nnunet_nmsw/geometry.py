@@ -109,7 +109,8 @@ def downsample(volume_BCDHW: Tensor, factor: Shape) -> Tensor:
     Returns:
         Shape B, C, `low_shape`; low-resolution voxel j covers voxels j·f to (j+1)·f of an axis.
     """
-    return F.avg_pool3d(volume_BCDHW, factor, factor, ceil_mode=True, count_include_pad=False)
+    kernel = tuple(min(f, n) for f, n in zip(factor, volume_BCDHW.shape[2:], strict=True))
+    return F.avg_pool3d(volume_BCDHW, kernel, factor, ceil_mode=True, count_include_pad=False)
 
 
 def upsample_window(low_BCdhw: Tensor, start: Sequence[int], size: Sequence[int], factor: Shape) -> Tensor:

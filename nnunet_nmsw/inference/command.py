@@ -1,0 +1,253 @@
+"""The command `nmsw_predict`: the flags of `nnUNetv2_predict`, and how many patches to spend."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+
+from nnunet_nmsw.config import PLANS_KEY, parse_num_patches
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.predictor import NMSWPredictor
+
+DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Predict a folder of images from the command line."""
+    args = _parser().parse_args(arguments)
+    num_patches = None if args.k is None else parse_num_patches(args.k, "-k")
+    if not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+    folder = find_model(args)
+    folds = find_folds(folder, args.f, args.chk)
+    cases = find_cases(args.i, folder)
+    device = _device(args.device)
+
+    predictor = NMSWPredictor(
+        num_patches=num_patches,
+        save_patches=args.save_patches,
+        use_mirroring=not args.disable_tta,
+        perform_everything_on_device=not args.not_on_device,
+        device=device,
+        verbose=args.verbose,
+        verbose_preprocessing=args.verbose,
+        allow_tqdm=not args.disable_progress_bar,
+    )
+    load_model(predictor, folder, folds, args.chk)
+    _check_channels(cases, predictor)
+    os.makedirs(args.o, exist_ok=True)
+    predictor.predict_from_files(
+        args.i,
+        args.o,
+        save_probabilities=args.save_probabilities,
+        overwrite=not args.continue_prediction,
+        num_processes_preprocessing=args.npp,
+        num_processes_segmentation_export=args.nps,
+        num_parts=args.num_parts,
+        part_id=args.part_id,
+    )
+
+
+def find_model(args: argparse.Namespace) -> Path:
+    """The model folder that -m, or -d with -tr, -p and -c, names; else the only NMSW model there is.
+
+    Raises:
+        UserError: there is no such folder, or more than one model to choose from.
+    """
+    if args.m is not None:
+        return _checked_model(Path(args.m))
+    if not nnUNet_results.is_set():
+        raise UserError("nnUNet_results is not set: export it as for nnU-Net, or name a model folder with -m")
+    results = Path(str(nnUNet_results))
+    if args.d is not None:
+        try:
+            folder = get_output_folder(
+                args.d,
+                args.tr or DEFAULT_TRAINER,
+                args.p or DEFAULT_PLANS,
+                args.c or DEFAULT_CONFIGURATION,
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"-d {args.d}: no such dataset under nnUNet_raw, nnUNet_preprocessed or nnUNet_results"
+            ) from error
+        return _checked_model(Path(folder))
+    candidates = [
+        folder
+        for folder in sorted(results.glob("Dataset*/*__*__*"))
+        if _matches(folder, args) and _trained_with_nmsw(folder)
+    ]
+    if len(candidates) == 1:
+        print(f"Using the only NMSW model: {candidates[0].relative_to(results)}")
+        return candidates[0]
+    wanted = " that match -tr, -p and -c" if args.tr or args.p or args.c else ""
+    if not candidates:
+        raise UserError(
+            f"no NMSW models{wanted} under nnUNet_results ({results}): "
+            "train one with nnUNetv2_train DATASET 3d_fullres FOLD -tr nnUNetTrainerNMSW"
+        )
+    names = "\n".join(f"  -m {folder}" for folder in candidates)
+    raise UserError(f"{len(candidates)} NMSW models{wanted}, choose one with -d (and -tr, -p, -c) or with -m:\n{names}")
+
+
+def find_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[int | str]:
+    """The folds to ensemble: those asked for, else every one that is trained.
+
+    Raises:
+        UserError: a checkpoint is missing.
+    """
+    if folds is None:
+        trained = [fold for fold in range(5) if (folder / f"fold_{fold}" / checkpoint).is_file()]
+        if not trained and (folder / "fold_all" / checkpoint).is_file():
+            return ["all"]
+        if not trained:
+            raise UserError(f"no fold in {folder} has a {checkpoint}: finish a training, or name another one with -chk")
+        print(f"Using folds {', '.join(map(str, trained))}")
+        return list(trained)
+    for fold in folds:
+        if not (fold == "all" or fold.isdigit()):
+            raise UserError(f'-f {fold}: give folds as numbers, or "all"')
+        file = folder / f"fold_{fold}" / checkpoint
+        if not file.is_file():
+            raise UserError(f"there is no checkpoint {file}: train that fold, or choose with -f and -chk")
+    return [fold if fold == "all" else int(fold) for fold in folds]
+
+
+def find_cases(input_folder: str, model_folder: Path) -> list[list[str]]:
+    """The images in a folder, one list of channel files a case.
+
+    Raises:
+        UserError: there is no folder, or no case in it.
+    """
+    file_ending = json.loads((model_folder / "dataset.json").read_text())["file_ending"]
+    if not os.path.isdir(input_folder):
+        raise UserError(f"the input folder {input_folder} does not exist")
+    cases: list[list[str]] = create_lists_from_splitted_dataset_folder(input_folder, file_ending)
+    if not cases:
+        raise UserError(
+            f"no cases in {input_folder}: the model expects files named CASE_0000{file_ending}, "
+            "with _0000, _0001 and so on for the channels"
+        )
+    return cases
+
+
+def load_model(predictor: NMSWPredictor, folder: Path, folds: list[int | str], checkpoint: str) -> None:
+    """Load the folds' checkpoints into a predictor.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or the model is not one of ours.
+    """
+    try:
+        predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
+    except UserError:
+        raise
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load {checkpoint} of folds {folds} in {folder}: {reason}") from error
+    _ = predictor.nmsw_network  # raises for a model without one
+
+
+def _checked_model(folder: Path) -> Path:
+    for name in ("plans.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not the folder of a trained model: it has no {name}")
+    return folder
+
+
+def _matches(folder: Path, args: argparse.Namespace) -> bool:
+    asked = (args.tr, args.p, args.c)
+    return all(a is None or a == part for a, part in zip(asked, folder.name.split("__"), strict=True))
+
+
+def _trained_with_nmsw(folder: Path) -> bool:
+    """Whether an NMSW trainer wrote this folder: a stock one is named otherwise and resolves no settings."""
+    trainer, _, configuration = folder.name.split("__")
+    plans = folder / "plans.json"
+    if not plans.is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
+        return False
+    settings = json.loads(plans.read_text())["configurations"].get(configuration, {}).get(PLANS_KEY, {})
+    return "NMSW" in trainer or "downsampling_factor" in settings
+
+
+def _check_channels(cases: list[list[str]], predictor: NMSWPredictor) -> None:
+    channels = determine_num_input_channels(
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
+    for files in cases:
+        if len(files) != channels:
+            names = ", ".join(os.path.basename(file) for file in files)
+            raise UserError(f"the model takes {channels} channel(s) a case, the input folder has {names}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("there is no CUDA device: give -device cpu, or -device mps on a Mac")
+        torch.set_num_threads(1)
+    elif name == "cpu":
+        torch.set_num_threads(multiprocessing.cpu_count())
+    return torch.device(name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Predict with an nnU-Net model trained with nnUNetTrainerNMSW: a few chosen patches instead of a "
+        "sliding window. The flags are those of nnUNetv2_predict.",
+    )
+    add: Any = parser.add_argument
+    add("-i", required=True, help="input folder; files are named CASE_0000, CASE_0001 ... by channel, as for nnU-Net")
+    add("-o", required=True, help="output folder, made if it does not exist")
+    add("-d", help="dataset name or id; without it (and -m) the only NMSW model under nnUNet_results is taken")
+    add("-p", help=f"plans identifier. Default: {DEFAULT_PLANS}")
+    add("-tr", help=f"trainer the model was trained with. Default: {DEFAULT_TRAINER}")
+    add("-c", help=f"configuration. Default: {DEFAULT_CONFIGURATION}")
+    add("-f", nargs="+", help="folds to ensemble. Default: all of 0 to 4 that are trained")
+    add("-m", help="model folder (with plans.json and fold_X in it) instead of -d, -p, -tr and -c")
+    add("-chk", default="checkpoint_final.pth", help="name of the checkpoint. Default: checkpoint_final.pth")
+    add(
+        "-k",
+        "--num_patches",
+        dest="k",
+        metavar="K",
+        help='patches a case: a number, a percentage of all windows such as "10%%", or "all". Default: the model\'s '
+        "setting",
+    )
+    add(
+        "--save_patches",
+        action="store_true",
+        help="write which windows were taken, into the folder patches of the output: coordinates and scores as JSON, "
+        "and an overlay image",
+    )
+    add("--disable_tta", action="store_true", help="no test time augmentation by mirroring: faster, less accurate")
+    add("--save_probabilities", action="store_true", help="also save class probabilities, for ensembles")
+    add("--continue_prediction", action="store_true", help="leave out cases whose prediction exists")
+    add("-npp", type=int, default=int(os.environ.get("nnUNet_npp") or 3), help="preprocessing processes. Default: 3")
+    add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="export processes. Default: 3")
+    add("-num_parts", type=int, default=1, help="number of nmsw_predict calls that share the folder. Default: 1")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
+    add(
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        default="cuda",
+        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
+    )
+    add("--verbose", action="store_true", help="tell what is being done")
+    add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
+    add("--not_on_device", action="store_true", help="keep results on the host: for volumes too large for the device")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

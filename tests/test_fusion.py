@@ -1,0 +1,188 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+from nnunet_nmsw.fusion import (
+    dice_and_cross_entropy,
+    fuse,
+    fuse_volume_,
+    fused_loss,
+    fused_segmentation,
+    gaussian_weights,
+    loss_sums,
+    window_shares,
+)
+from nnunet_nmsw.geometry import WindowGrid, label_counts, upsample_window, window_slices
+
+CLASSES = 3
+
+
+def nnunet_loss(logits_CDHW: torch.Tensor, labels_DHW: torch.Tensor) -> torch.Tensor:
+    """nnU-Net's own loss of a whole volume."""
+    loss = DC_and_CE_loss(
+        {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
+    )
+    return loss(logits_CDHW[None], labels_DHW[None, None])
+
+
+def canvas(patch_logits, starts, coarse_volume, weights, volume_shape):
+    """Fused logits of a whole volume, built voxel by voxel as the definition says."""
+    patch_size = patch_logits.shape[2:]
+    gaussian = gaussian_weights(patch_size, torch.device("cpu"))
+    blended, total = torch.zeros(CLASSES, *volume_shape), torch.zeros(volume_shape)
+    for logits, start in zip(patch_logits, starts.tolist(), strict=True):
+        where = window_slices(start, patch_size)
+        blended[(slice(None), *where)] += gaussian * logits
+        total[where] += gaussian
+    inside = total > 0
+    blended = torch.where(inside, blended / total.clamp_min(1e-12), 0.0)
+    return torch.where(inside, fuse(blended, coarse_volume, weights.view(-1, 1, 1, 1)), coarse_volume), inside
+
+
+@st.composite
+def problems(draw, overlapping: bool):
+    """A volume with labels, a coarse prediction and some windows of an anisotropic patch."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    patch = tuple(draw(st.integers(2, 7)) for _ in range(3))
+    volume = tuple(n * draw(st.integers(1, 3)) for n in patch)
+    factor = tuple(draw(st.integers(1, 3)) for _ in range(3))
+    grid = WindowGrid(volume, patch, factor, 0.5 if overlapping else 1.0)
+    chosen = torch.randperm(len(grid))[: draw(st.integers(1, min(4, len(grid))))]
+    return {
+        "grid": grid,
+        "starts": grid.starts_N3[chosen],
+        "patch_logits": torch.randn(len(chosen), CLASSES, *patch) * 3,
+        "coarse": torch.randn(CLASSES, *grid.low_shape),
+        "labels": torch.randint(0, CLASSES, volume),
+        "weights": torch.tensor([0.9, 0.5, 0.7]),
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31))
+def test_the_sums_make_nnunets_loss(seed):
+    torch.manual_seed(seed)
+    logits, labels = torch.randn(CLASSES, 4, 5, 6) * 2, torch.randint(0, CLASSES, (4, 5, 6))
+    one_hot = F.one_hot(labels, CLASSES).movedim(-1, 0).float()
+    torch.testing.assert_close(dice_and_cross_entropy(loss_sums(logits, one_hot)), nnunet_loss(logits, labels))
+
+
+def test_label_counts_make_the_loss_of_the_block_wise_constant_prediction():
+    torch.manual_seed(0)
+    labels, low = torch.randint(0, CLASSES, (7, 8, 9)), torch.randn(CLASSES, 3, 4, 3)
+    factor = (3, 2, 3)
+    constant = low
+    for axis in range(3):
+        constant = constant.repeat_interleave(factor[axis], axis + 1).narrow(axis + 1, 0, labels.shape[axis])
+    loss = dice_and_cross_entropy(loss_sums(low, label_counts(labels, CLASSES, factor)))
+    torch.testing.assert_close(loss, nnunet_loss(constant, labels))
+
+
+def loss_and_its_canvas(problem):
+    """The canvas-free loss, and the canvas it stands for: coarse logits constant per block outside the windows."""
+    grid, labels = problem["grid"], problem["labels"]
+    smooth = upsample_window(problem["coarse"][None], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)[0]
+    fused, inside = canvas(problem["patch_logits"], problem["starts"], smooth, problem["weights"], grid.volume_shape)
+    constant = problem["coarse"]
+    for axis, factor in enumerate(grid.downsampling_factor):
+        constant = constant.repeat_interleave(factor, axis + 1).narrow(axis + 1, 0, grid.volume_shape[axis])
+    loss = fused_loss(
+        problem["patch_logits"],
+        problem["starts"],
+        problem["coarse"],
+        labels,
+        problem["weights"],
+        grid.downsampling_factor,
+    )
+    on_canvas = torch.where(inside, fused, constant)
+    return loss, on_canvas
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(overlapping=False))
+def test_loss_without_a_canvas_equals_the_canvas_where_windows_do_not_overlap(problem):
+    loss, on_canvas = loss_and_its_canvas(problem)
+    torch.testing.assert_close(loss.loss, nnunet_loss(on_canvas, problem["labels"]), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(overlapping=True))
+def test_with_overlap_the_cross_entropy_is_bounded_by_jensens_gap(problem):
+    """Blending the losses instead of the logits: never below the canvas, above it by at most the windows' spread.
+
+    Cross-entropy is convex and, per voxel, Lipschitz with constant 2 in the maximum norm, so the gap of a voxel is at
+    most twice the largest difference between the windows' logits there.
+    """
+    grid, labels, starts = problem["grid"], problem["labels"], problem["starts"]
+    patch_size = grid.patch_size
+    _, on_canvas = loss_and_its_canvas(problem)
+    shares, inside = window_shares(starts, patch_size, grid.volume_shape, torch.device("cpu"))
+    smooth = upsample_window(problem["coarse"][None], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)[0]
+    blended_loss = torch.zeros(grid.volume_shape)
+    low, high = torch.full_like(on_canvas, torch.inf), torch.full_like(on_canvas, -torch.inf)
+    for share, logits, start in zip(shares, problem["patch_logits"], starts.tolist(), strict=True):
+        where = window_slices(start, patch_size)
+        everywhere = (slice(None), *where)
+        fused = fuse(logits, smooth[everywhere], problem["weights"].view(-1, 1, 1, 1))
+        blended_loss[where] += share * F.cross_entropy(fused[None], labels[where][None], reduction="none")[0]
+        low[everywhere] = torch.minimum(low[everywhere], fused)
+        high[everywhere] = torch.maximum(high[everywhere], fused)
+    gap = (blended_loss - F.cross_entropy(on_canvas[None], labels[None], reduction="none")[0])[inside]
+    assert (gap > -1e-4).all()
+    assert (gap <= 2 * (high - low).amax(0)[inside] + 1e-4).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(problems(overlapping=True))
+def test_shares_sum_to_one_under_windows(problem):
+    grid = problem["grid"]
+    shares, inside = window_shares(problem["starts"], grid.patch_size, grid.volume_shape, torch.device("cpu"))
+    total = torch.zeros(grid.volume_shape)
+    for share, start in zip(shares, problem["starts"].tolist(), strict=True):
+        total[window_slices(start, grid.patch_size)] += share
+    torch.testing.assert_close(total, inside.float())
+
+
+def test_the_weight_of_a_window_has_its_benefit_as_gradient():
+    torch.manual_seed(1)
+    grid = WindowGrid((12, 12, 12), (6, 6, 6), (3, 3, 3), 1.0)
+    labels = torch.zeros(grid.volume_shape, dtype=torch.long)
+    labels[2:5, 2:5, 2:5] = 1
+    starts = grid.starts_N3[[0, 7]]
+    truth = F.one_hot(labels[:6, :6, :6], CLASSES).movedim(-1, 0).float() * 8
+    patch_logits = torch.stack([truth, torch.randn(CLASSES, 6, 6, 6)])
+    coarse, weights = torch.zeros(CLASSES, *grid.low_shape), torch.full((CLASSES,), 0.9)
+    arguments = (coarse, labels, weights, grid.downsampling_factor)
+    window_weight = torch.ones(2, requires_grad=True)
+    loss, benefit = fused_loss(patch_logits, starts, *arguments, window_weight)
+    (gradient,) = torch.autograd.grad(loss, window_weight)
+    torch.testing.assert_close(-gradient, benefit)
+    assert benefit[0] > 0 > benefit[1]
+    # Against leaving the window out, which the first-order benefit stands for.
+    without = fused_loss(patch_logits[1:], starts[1:], *arguments).loss
+    smooth = upsample_window(coarse[None], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)[0]
+    assert torch.equal(smooth, torch.zeros_like(smooth))  # so that inside and outside the coarse prediction agree
+    assert (without - loss).item() == pytest.approx(benefit[0].item(), rel=0.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(overlapping=True))
+def test_fused_volume_and_its_labels_equal_the_canvas(problem):
+    grid, factor = problem["grid"], problem["grid"].downsampling_factor
+    smooth = upsample_window(problem["coarse"][None], (0, 0, 0), grid.volume_shape, factor)[0]
+    expected, inside = canvas(problem["patch_logits"], problem["starts"], smooth, problem["weights"], grid.volume_shape)
+    ones = torch.ones(CLASSES)
+    blended, _ = canvas(problem["patch_logits"], problem["starts"], torch.zeros_like(smooth), ones, grid.volume_shape)
+    blended[:, ~inside] = torch.nan  # what nnU-Net's sliding window leaves where no window was
+    fused = fuse_volume_(blended, problem["coarse"], inside, problem["weights"], (0, 0, 0), factor)
+    torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
+    labels = fused_segmentation(
+        problem["patch_logits"], problem["starts"], problem["coarse"], problem["weights"], grid.volume_shape, factor
+    )
+    best_two = expected.topk(2, 0).values
+    clear = best_two[0] - best_two[1] > 1e-3
+    assert torch.equal(labels[clear], expected.argmax(0)[clear])

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from conftest import build_network
+
+from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.geometry import downsample
+from nnunet_nmsw.network import TrainingVolume
+from nnunet_nmsw.trainers.loss import NMSWLoss
+
+
+def plain_loss(config: NMSWConfig) -> NMSWLoss:
+    return NMSWLoss(lambda logits, target: torch.nn.functional.cross_entropy(logits, target[:, 0].long()), None, config)
+
+
+def training_step(network, shape, num_classes=3):
+    volume = torch.randn(1, 1, *shape)
+    target = torch.randint(0, num_classes, (1, 1, *shape), dtype=torch.int16)
+    starts = torch.tensor([[0, 0, 0], [n - p for n, p in zip(shape, network.patch_size, strict=True)]])
+    loss = plain_loss(network.config)
+    output = network(TrainingVolume(volume, starts))
+    return loss(output, target), loss, output
+
+
+def test_a_patch_goes_through_the_local_branch(tiny_network):
+    patch = torch.randn(2, 1, 8, 8, 8)
+    assert torch.equal(tiny_network(patch), tiny_network.local_branch(patch))
+
+
+@pytest.mark.parametrize("gradient_path", ["contribution", "input"])
+@pytest.mark.parametrize(
+    ("patch", "shape"), [((8, 8, 8), (16, 20, 24)), ((4, 8, 8), (4, 9, 31)), ((8, 8, 8), (8, 8, 8))]
+)
+def test_a_step_trains_every_parameter(gradient_path, patch, shape):
+    network = build_network(patch, gradient_path=gradient_path, downsampling_factor=[1, 2, 2])
+    total, loss, output = training_step(network, shape)
+    total.backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    windows = len(network.grid(shape))
+    assert len(output.starts) == min(2, windows) + 2
+    if windows > 2:
+        score_weights = network.global_branch.decoder.seg_layers[-1].weight.grad[-1]
+        assert score_weights.abs().max() > 0
+    assert 0 <= loss.report["foreground_share"] <= 1
+
+
+def test_loss_is_the_sum_of_its_parts():
+    network = build_network(entropy_weight=0.5, fused_loss_weight=2.0)
+    total, loss, _ = training_step(network, (16, 16, 16))
+    r = loss.report
+    parts = r["loss_local"] + r["loss_global"] + 2 * r["loss_fused"] - 0.5 * r["entropy"]
+    torch.testing.assert_close(total.detach(), parts)
+
+
+def test_no_tensor_of_a_step_grows_with_volume_times_classes_or_windows_times_patch():
+    """The largest thing kept for the backward pass is a network's own activation, not classes × volume."""
+    classes, shape, patch = 40, (32, 32, 32), (8, 8, 8)
+    network = build_network(patch, num_classes=classes, downsampling_factor=[4, 4, 4])
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        training_step(network, shape, classes)[0].backward()
+    windows, patch_voxels, volume_voxels = len(network.grid(shape)), 8**3, 32**3
+    # Four windows with all classes are the most that may be there.
+    assert max(saved) <= 4 * classes * patch_voxels
+    assert max(saved) < volume_voxels * classes / 10
+    assert max(saved) < windows * patch_voxels
+
+
+def test_the_global_branch_takes_any_shape(tiny_network):
+    for shape in [(8, 8, 8), (9, 17, 25), (8, 64, 11)]:
+        volume = torch.randn(1, 1, *shape)
+        coarse = tiny_network.coarse(downsample(volume, tiny_network.config.downsampling_factor))
+        grid = tiny_network.grid(shape)
+        assert coarse.logits_Cdhw.shape == (3, *grid.low_shape)
+        assert coarse.score_map_dhw.shape == grid.low_shape
+
+
+def test_selection_is_deterministic_and_of_the_asked_number(tiny_network):
+    volume = torch.randn(1, 1, 24, 24, 24)
+    grid = tiny_network.grid((24, 24, 24))
+    coarse = tiny_network.coarse(downsample(volume, tiny_network.config.downsampling_factor))
+    first, second = (tiny_network.select(coarse, grid, 5) for _ in range(2))
+    assert torch.equal(first.indices_K, second.indices_K)
+    assert len(set(first.indices_K.tolist())) == 5
+
+
+def test_deep_supervision_is_switched_where_nnunet_switches_it():
+    network = build_network(deep_supervision=True)
+    patch = torch.randn(1, 1, 8, 8, 8)
+    assert isinstance(network(patch), list | tuple)
+    network.decoder.deep_supervision = False
+    assert isinstance(network(patch), torch.Tensor)
