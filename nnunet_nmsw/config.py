@@ -51,13 +51,13 @@ class NMSWConfig:
     temperature: float = 2 / 3
     """Temperature of the relaxed Top-k; only the gradient path "input" uses the relaxation."""
 
-    entropy_weight: float = 0.001
+    entropy_weight: float = 0.02
     """Weight of the entropy bonus on the window distribution."""
 
     score_scale: float = 10.0
     """Window scores are this times the mean of the score map over the window."""
 
-    candidate_threshold: float = 0.01
+    candidate_threshold: float = 0.1
     """A window is a candidate where the global prediction gives some voxel at least this probability of foreground."""
 
     initial_class_weight: float = 2.0

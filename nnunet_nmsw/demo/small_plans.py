@@ -1,6 +1,6 @@
 """Write a plans file with a small patch and few features beside nnU-Net's, to train on a CPU or to study patches.
 
-    python benchmarks/small_plans.py -d 4 --patch_size 16 16 16 --features 16 32 64
+    python -m nnunet_nmsw.demo.small_plans -d 4 --patch_size 16 16 16 --features 16 32 64
     nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_10epochs
 
 The preprocessed data of `nnUNetPlans` is used as it is. `--nmsw` sets keys of the NMSW settings as JSON, and
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+PLANS_NAME = "nnUNetPlans_small"
 
 
 def small_plans(plans: dict, patch_size: list[int], features: list[int], name: str, nmsw: dict) -> dict:
@@ -42,20 +44,25 @@ def small_plans(plans: dict, patch_size: list[int], features: list[int], name: s
     return {**plans, "plans_name": name, "configurations": {"3d_fullres": configuration}}
 
 
+def write_small_plans(dataset: int | str, patch_size: list[int], features: list[int], name: str, nmsw: dict) -> Path:
+    """Write the small plans beside `nnUNetPlans.json` of a preprocessed dataset. Returns the file."""
+    folder = Path(os.environ["nnUNet_preprocessed"]) / maybe_convert_to_dataset_name(dataset)
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(small_plans(plans, patch_size, features, name, nmsw), indent=1))
+    return file
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", required=True, help="dataset name or id")
     parser.add_argument("--patch_size", type=int, nargs=3, required=True)
     parser.add_argument("--features", type=int, nargs="+", required=True, help="of the stages, from the finest")
-    parser.add_argument("--name", default="nnUNetPlans_small")
+    parser.add_argument("--name", default=PLANS_NAME)
     parser.add_argument("--nmsw", type=json.loads, default={}, help='e.g. \'{"gradient_path": "input"}\'')
     args = parser.parse_args()
-    folder = Path(os.environ["nnUNet_preprocessed"]) / maybe_convert_to_dataset_name(args.d)
-    plans = json.loads((folder / "nnUNetPlans.json").read_text())
-    plans = small_plans(plans, args.patch_size, args.features, args.name, args.nmsw)
-    (folder / f"{args.name}.json").write_text(json.dumps(plans, indent=1))
-    print(folder / f"{args.name}.json")
+    print(write_small_plans(args.d, args.patch_size, args.features, args.name, args.nmsw))
 
 
 if __name__ == "__main__":

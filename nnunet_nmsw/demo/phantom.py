@@ -1,0 +1,79 @@
+"""Simulated abdominal scans: large volumes with two small kidneys, lesions in them, and things that look alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+LABELS = {"background": 0, "kidney": 1, "lesion": 2}
+SPACING_MM = 3.0
+
+
+def simulate_case(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
+    """Simulate one scan.
+
+    Kidneys lie left and right of the spine. Elsewhere in the body are blobs of a kidney's intensity, some with a dark
+    core like a lesion: only position tells them apart, which a small patch does not see.
+
+    Args:
+        seed: the case.
+        size: voxels along the longest axis.
+
+    Returns:
+        Image in Hounsfield units, int16, and labels, uint8, both (z, y, x) with `SPACING_MM` isotropic.
+    """
+    rng = np.random.default_rng(seed)
+    shape = np.array([rng.integers(size * 3 // 4, size), rng.integers(size * 4 // 5, size), size])
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
+    middle = shape / 2 + rng.uniform(-3, 3, 3)
+
+    def ellipsoid(centre: np.ndarray, radii: np.ndarray) -> np.ndarray:
+        inside: np.ndarray = (((grid - centre.reshape(3, 1, 1, 1)) / radii.reshape(3, 1, 1, 1)) ** 2).sum(0) < 1
+        return inside
+
+    body = ellipsoid(middle, np.array([shape[0], shape[1] * 0.45, shape[2] * 0.47]))
+    image = np.where(body, 30.0, -1000.0)
+    labels = np.zeros(tuple(shape), np.uint8)
+    for _ in range(14):
+        centre = middle + rng.uniform(-0.42, 0.42, 3) * shape
+        if abs(centre[1] - middle[1] - 6) < 12 and abs(centre[0] - middle[0]) < 16:
+            continue  # where kidneys are
+        image[ellipsoid(centre, rng.uniform(4, 9, 3)) & body] = rng.uniform(110, 190)
+        if rng.random() < 0.5:
+            image[ellipsoid(centre, rng.uniform(2, 4, 3)) & body] = 65
+    image[ellipsoid(middle + np.array([0, 16, 0]), np.array([shape[0], 7, 7])) & body] = 350  # spine
+    for side in (-1, 1):
+        centre = middle + np.array([rng.uniform(-5, 5), 6 + rng.uniform(-2, 2), side * rng.uniform(18, 23)])
+        radii = np.array([9, 6, 6]) * rng.uniform(0.8, 1.15)
+        kidney = ellipsoid(centre, radii)
+        labels[kidney] = LABELS["kidney"]
+        image[kidney] = rng.uniform(120, 180)
+        if side == 1 or rng.random() < 0.5:
+            offset = rng.normal(size=3)
+            lesion = ellipsoid(centre + offset / np.linalg.norm(offset) * radii * 0.7, np.full(3, rng.uniform(2.2, 5)))
+            labels[lesion] = LABELS["lesion"]
+            image[lesion] = 65
+    image = ndimage.gaussian_filter(image, 0.5) + rng.normal(0, 18, tuple(shape))
+    return image.clip(-1024, 1500).astype(np.int16), labels
+
+
+def write_dataset(folder: Path, num_training: int, num_test: int, size: int = 96) -> None:
+    """Write an nnU-Net raw dataset with test images and their labels; cases are reproducible from their number."""
+    for number in range(num_training + num_test):
+        split = "Tr" if number < num_training else "Ts"
+        image, labels = simulate_case(number, size)
+        for array, name in (
+            (image, f"images{split}/case_{number:03d}_0000"),
+            (labels, f"labels{split}/case_{number:03d}"),
+        ):
+            file = folder / f"{name}.nii.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            itk_image = sitk.GetImageFromArray(array)
+            itk_image.SetSpacing([SPACING_MM] * 3)
+            sitk.WriteImage(itk_image, str(file), True)
+    dataset = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": num_training, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(dataset, indent=1))
