@@ -1,4 +1,4 @@
-"""The command `nmsw_demo`: plan, preprocess, train and predict a generated phantom, and compare with the sliding window.
+"""The command `nmsw_demo`: nnU-Net and NMSW on a generated phantom, and a comparison with the sliding window.
 
 Every step is the console command that a user would type, shown before it runs.
 """

@@ -1,0 +1,260 @@
+"""The installed console commands, in subprocesses, on a tiny generated dataset."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_nmsw.demo.phantom import write_dataset
+
+pytestmark = pytest.mark.integration
+
+TRAINER = "nnUNetTrainerNMSW_1epoch"
+DATASET = "Dataset998_Tiny"
+
+
+def run(command: str, workspace: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a console command of this environment with nnU-Net's folders inside a workspace."""
+    name, *arguments = command.split()
+    executable = shutil.which(name, path=os.path.dirname(sys.executable))
+    assert executable, f"{name} is not installed"
+    variables = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")},
+        **{key: str(workspace / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+        "nnUNet_n_proc_DA": "1",
+        "nnUNet_def_n_proc": "2",
+        **environment,
+    }
+    variables = {key: value for key, value in variables.items() if value}
+    result = subprocess.run(
+        [executable, *arguments], env=variables, cwd=workspace, capture_output=True, text=True, check=False
+    )
+    if check and result.returncode:
+        pytest.fail(f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+    return result
+
+
+def set_plans(workspace: Path, **nmsw: object) -> None:
+    """Write the settings under `nmsw` into the plans."""
+    file = workspace / "nnUNet_preprocessed" / DATASET / "nnUNetPlans_small.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["nmsw"] = nmsw
+    file.write_text(json.dumps(plans))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model: plan, preprocess, train one epoch, validate."""
+    folder = tmp_path_factory.mktemp("nnunet")
+    write_dataset(folder / "nnUNet_raw" / DATASET, num_training=5, num_test=2, size=44)
+    run("nnUNetv2_plan_and_preprocess -d 998 -c 3d_fullres -np 2", folder)
+    before = sorted((folder / "nnUNet_preprocessed" / DATASET).rglob("*"))
+    environment = {key: str(folder / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    small_plans = [sys.executable, "-m", "nnunet_nmsw.demo.small_plans", "-d", "998"]
+    subprocess.run(
+        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8"],
+        env={**os.environ, **environment},
+        check=True,
+    )
+    run(f"nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr {TRAINER} -device cpu", folder)
+    after = sorted((folder / "nnUNet_preprocessed" / DATASET).rglob("*"))
+    new = {file.name for file in set(after) - set(before)}
+    assert new == {"nnUNetPlans_small.json", "splits_final.json"}  # no second copy of the data
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(workspace: Path) -> Path:
+    """The model's folder."""
+    return workspace / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans_small__3d_fullres"
+
+
+def images(workspace: Path) -> Path:
+    return workspace / "nnUNet_raw" / DATASET / "imagesTs"
+
+
+def prediction(folder: Path, case: str = "case_005") -> np.ndarray:
+    array: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / f"{case}.nii.gz")))
+    return array
+
+
+def test_training_leaves_what_nnunet_leaves(model):
+    fold = model / "fold_0"
+    for name in ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "validation/summary.json"):
+        assert (fold / name).is_file(), name
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    assert "foreground_mean" in summary
+    settings = json.loads((model / "plans.json").read_text())["configurations"]["3d_fullres"]["nmsw"]
+    assert settings["downsampling_factor"]
+    (log,) = fold.glob("training_log_*.txt")
+    text = log.read_text()
+    for part in ("NMSW loss local", "global", "fused", "window entropy", "windows with foreground", "class weights"):
+        assert part in text
+
+
+def test_two_flags_are_enough(workspace, model):
+    output = workspace / "two_flags"
+    result = run(f"nmsw_predict -i {images(workspace)} -o {output} -device cpu -npp 1 -nps 1", workspace)
+    assert model.name in result.stdout
+    for case in ("case_005", "case_006"):
+        image = sitk.ReadImage(str(images(workspace) / f"{case}_0000.nii.gz"))
+        labels = sitk.ReadImage(str(output / f"{case}.nii.gz"))
+        assert labels.GetSize() == image.GetSize()
+        assert labels.GetSpacing() == image.GetSpacing()
+    assert (output / "predict_from_raw_data_args.json").is_file()
+
+
+def test_patches_probabilities_and_model_folder(workspace, model):
+    output = workspace / "flags"
+    flags = "-k 3 --save_patches --save_probabilities --disable_tta --disable_progress_bar --verbose --not_on_device"
+    run(
+        f"nmsw_predict -i {images(workspace)} -o {output} -m {model} -f 0 -chk checkpoint_best.pth "
+        f"-device cpu -npp 1 -nps 1 -num_parts 2 -part_id 1 {flags}",
+        workspace,
+        nnUNet_results="",
+    )
+    assert not (output / "case_005.nii.gz").exists()
+    assert (output / "case_006.npz").is_file()
+    windows = json.loads((output / "patches" / "case_006.json").read_text())
+    assert windows["patches_per_model"] == [3]
+    overlay = prediction(output / "patches", "case_006")
+    assert overlay.shape == prediction(output, "case_006").shape
+    assert set(np.unique(overlay)) <= {0, 1, 2, 3}
+    assert 1 in overlay
+
+
+def test_continued_predictions_leave_out_what_is_there(workspace):
+    output = workspace / "continued"
+    output.mkdir()
+    (output / "case_005.nii.gz").write_bytes(b"not touched")
+    flags = "-d 998 -p nnUNetPlans_small --continue_prediction --disable_tta -device cpu -npp 1 -nps 1 -k 10%"
+    run(f"nmsw_predict -i {images(workspace)} -o {output} -tr {TRAINER} {flags}", workspace)
+    assert (output / "case_005.nii.gz").read_bytes() == b"not touched"
+    assert (output / "case_006.nii.gz").is_file()
+
+
+def test_stock_prediction_is_the_local_branchs_sliding_window(workspace):
+    output = workspace / "stock"
+    model = f"-d 998 -c 3d_fullres -p nnUNetPlans_small -tr {TRAINER} -f 0"
+    run(f"nnUNetv2_predict -i {images(workspace)} -o {output} {model} --disable_tta -device cpu", workspace)
+    # The same from Python: every window, no global branch.
+    code = (
+        "import torch\n"
+        "from nnunet_nmsw.inference.predictor import NMSWPredictor\n"
+        "if __name__ == '__main__':\n"
+        "    p = NMSWPredictor('all', use_global_branch=False, use_mirroring=False, device=torch.device('cpu'))\n"
+        f"    p.initialize_from_trained_model_folder({str(workspace / 'nnUNet_results' / DATASET)!r} + "
+        f"'/{TRAINER}__nnUNetPlans_small__3d_fullres', (0,))\n"
+        f"    p.predict_from_files({str(images(workspace))!r}, {str(workspace / 'python')!r}, "
+        "num_processes_preprocessing=1, num_processes_segmentation_export=1)\n"
+    )
+    script = workspace / "predict.py"
+    script.write_text(code)
+    subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
+    for case in ("case_005", "case_006"):
+        assert np.array_equal(prediction(output, case), prediction(workspace / "python", case))
+
+
+def test_wrong_settings_end_training_in_one_line_before_anything_is_written(workspace):
+    results = workspace / "nnUNet_results" / DATASET
+    before = sorted(results.rglob("*"))
+    set_plans(workspace, gradient_path="magic")
+    train = "nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_5epochs -device cpu"
+    result = run(train, workspace, check=False)
+    set_plans(workspace)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1] == (
+        'setting "gradient_path" under "nmsw" in the plans is \'magic\'; allowed: one of contribution, input'
+    )
+    assert sorted(results.rglob("*")) == before
+
+
+def test_training_a_2d_configuration_is_refused(workspace):
+    file = workspace / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    assert "2d" in json.loads(file.read_text())["configurations"]
+    result = run(f"nnUNetv2_train 998 2d 0 -tr {TRAINER} -device cpu", workspace, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "3d_fullres" in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("-k 0", "-k is"),
+        ("-k 200%", "-k is"),
+        ("-k foo", "-k is"),
+        ("-d 998 -tr nnUNetTrainerNMSW_250epochs -p nnUNetPlans_small", "not the folder of a trained model"),
+        ("-d 123", "no such dataset"),
+        ("-chk checkpoint_other.pth", "no NMSW"),
+        ("-f 3", "there is no checkpoint"),
+        ("-f x", "give folds as numbers"),
+        ("-m nowhere", "not the folder of a trained model"),
+        ("-i empty", "no cases"),
+        ("-i missing", "does not exist"),
+        ("-i two_channels", "1 channel"),
+        ("-part_id 2 -num_parts 2", "-part_id is 2"),
+        ("-m unreadable", "cannot load"),
+        ("-m stock", "no NMSW trainer"),
+    ],
+)
+def test_bad_input_ends_in_one_line(workspace, model, flags, says):
+    (workspace / "empty").mkdir(exist_ok=True)
+    two_channels = workspace / "two_channels"
+    two_channels.mkdir(exist_ok=True)
+    for channel in (0, 1):
+        shutil.copy(images(workspace) / "case_005_0000.nii.gz", two_channels / f"case_005_000{channel}.nii.gz")
+    make_broken_models(workspace, model)
+    source = "" if "-i " in flags else f"-i {images(workspace)} "
+    result = run(f"nmsw_predict {source}-o out -device cpu {flags}", workspace, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    if says == "no NMSW":
+        says = "no fold in"
+    assert says in result.stderr.strip().splitlines()[-1]
+    assert not (workspace / "out").exists()
+
+
+def make_broken_models(workspace: Path, model: Path) -> None:
+    """One model with an unreadable checkpoint, one that a stock trainer could have written."""
+    if (workspace / "stock_model_made").exists():
+        return
+    for name in ("unreadable", "stock"):
+        shutil.copytree(model, workspace / name, ignore=shutil.ignore_patterns("validation", "*.png"))
+    (workspace / "unreadable" / "fold_0" / "checkpoint_final.pth").write_bytes(b"half a file")
+    code = (
+        "import torch\n"
+        f"file = {str(workspace / 'stock' / 'fold_0' / 'checkpoint_final.pth')!r}\n"
+        "c = torch.load(file, weights_only=False)\n"
+        "c['trainer_name'] = 'nnUNetTrainer'\n"
+        "w = c['network_weights']\n"
+        "c['network_weights'] = {k[13:]: v for k, v in w.items() if k.startswith('local_branch.')}\n"
+        "torch.save(c, file)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (workspace / "stock_model_made").touch()
+
+
+def test_missing_environment(workspace):
+    result = run(f"nmsw_predict -i {images(workspace)} -o out -device cpu", workspace, check=False, nnUNet_results="")
+    assert result.returncode == 1
+    assert "nnUNet_results is not set" in result.stderr.strip().splitlines()[-1]
+
+
+def test_several_models_are_listed(workspace, model):
+    other = model.with_name(f"nnUNetTrainerNMSW_5epochs__{model.name.split('__', 1)[1]}")
+    shutil.copytree(model, other)
+    try:
+        result = run(f"nmsw_predict -i {images(workspace)} -o out -device cpu", workspace, check=False)
+    finally:
+        shutil.rmtree(other)
+    assert result.returncode == 1
+    assert str(model) in result.stderr
+    assert str(other) in result.stderr
