@@ -51,10 +51,10 @@ class NMSWConfig:
     temperature: float = 2 / 3
     """Temperature of the relaxed Top-k; only the gradient path "input" uses the relaxation."""
 
-    entropy_weight: float = 0.02
+    entropy_weight: float = 0.01
     """Weight of the entropy bonus on the window distribution."""
 
-    score_scale: float = 10.0
+    score_scale: float = 3.0
     """Window scores are this times the mean of the score map over the window."""
 
     candidate_threshold: float = 0.1

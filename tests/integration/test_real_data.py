@@ -27,12 +27,9 @@ def test_hippocampus_is_learned(tmp_path):
             (raw / folder / file.name).symlink_to(file.resolve())
     (raw / "dataset.json").write_text(json.dumps({**dataset, "numTraining": CASES}))
     run("nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2", tmp_path)
-    subprocess.run(
-        [sys.executable, "-m", "nnunet_nmsw.demo.small_plans", "-d", "4", "--patch_size", "16", "16", "16"]
-        + ["--features", "8", "16", "32"],
-        env={**os.environ, "nnUNet_preprocessed": str(tmp_path / "nnUNet_preprocessed"), "nnUNet_raw": str(raw.parent)},
-        check=True,
-    )
+    small_plans = "-m nnunet_nmsw.demo.small_plans -d 4 --patch_size 16 16 16 --features 8 16 32"
+    folders = {key: str(tmp_path / key) for key in ("nnUNet_raw", "nnUNet_preprocessed")}
+    subprocess.run([sys.executable, *small_plans.split()], env={**os.environ, **folders}, check=True)
     run("nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_1epoch -device cpu", tmp_path)
     (summary,) = (tmp_path / "nnUNet_results").rglob("validation/summary.json")
     # 250 steps of a tiny network; without learning it is near 0.
