@@ -74,7 +74,8 @@ class NMSWConfig:
         )
         _require(three_positive, "downsampling_factor", factor, "three integers of at least 1, e.g. [3, 3, 3]")
         object.__setattr__(self, "downsampling_factor", tuple(factor))
-        parse_num_patches(self.num_patches, f'setting "num_patches" under "{PLANS_KEY}" in the plans')
+        num_patches = parse_num_patches(self.num_patches, f'setting "num_patches" under "{PLANS_KEY}" in the plans')
+        object.__setattr__(self, "num_patches", num_patches)
         _require(self.selection in SELECTIONS, "selection", self.selection, f"one of {', '.join(SELECTIONS)}")
         _require(
             self.gradient_path in GRADIENT_PATHS,

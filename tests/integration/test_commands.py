@@ -12,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_nmsw.demo.phantom import write_dataset
+from nnunet_nmsw.inference.command import main
 
 pytestmark = pytest.mark.integration
 
@@ -193,7 +194,7 @@ def test_training_a_2d_configuration_is_refused(workspace):
         ("-k foo", "-k is"),
         ("-d 998 -tr nnUNetTrainerNMSW_250epochs -p nnUNetPlans_small", "not the folder of a trained model"),
         ("-d 123", "no such dataset"),
-        ("-chk checkpoint_other.pth", "no NMSW"),
+        ("-chk checkpoint_other.pth", "no fold in"),
         ("-f 3", "there is no checkpoint"),
         ("-f x", "give folds as numbers"),
         ("-m nowhere", "not the folder of a trained model"),
@@ -201,37 +202,46 @@ def test_training_a_2d_configuration_is_refused(workspace):
         ("-i missing", "does not exist"),
         ("-i two_channels", "1 channel"),
         ("-part_id 2 -num_parts 2", "-part_id is 2"),
-        ("-m unreadable", "cannot load"),
-        ("-m stock", "no NMSW trainer"),
+        ("-m unreadable_model", "cannot load"),
+        ("-m stock_model", "no NMSW trainer"),
     ],
 )
-def test_bad_input_ends_in_one_line(workspace, model, flags, says):
+def test_bad_input_is_refused_before_any_work(workspace, model, flags, says, monkeypatch):
+    """The command's function in this process, which saves starting Python for each; the next test is the command."""
+    monkeypatch.chdir(workspace)
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(workspace / variable))
     (workspace / "empty").mkdir(exist_ok=True)
     two_channels = workspace / "two_channels"
     two_channels.mkdir(exist_ok=True)
     for channel in (0, 1):
         shutil.copy(images(workspace) / "case_005_0000.nii.gz", two_channels / f"case_005_000{channel}.nii.gz")
     make_broken_models(workspace, model)
-    source = "" if "-i " in flags else f"-i {images(workspace)} "
-    result = run(f"nmsw_predict {source}-o out -device cpu {flags}", workspace, check=False)
+    source = [] if "-i " in flags else ["-i", str(images(workspace))]
+    with pytest.raises(SystemExit) as error:
+        main([*source, "-o", "out", "-device", "cpu", *flags.split()])
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (workspace / "out").exists()
+
+
+def test_an_error_is_one_line_without_a_traceback(workspace):
+    result = run(f"nmsw_predict -i {images(workspace)} -o out -device cpu -k foo", workspace, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    if says == "no NMSW":
-        says = "no fold in"
-    assert says in result.stderr.strip().splitlines()[-1]
-    assert not (workspace / "out").exists()
+    assert result.stderr.strip().splitlines()[-1].startswith('-k is "foo"')
 
 
 def make_broken_models(workspace: Path, model: Path) -> None:
     """One model with an unreadable checkpoint, one that a stock trainer could have written."""
     if (workspace / "stock_model_made").exists():
         return
-    for name in ("unreadable", "stock"):
+    for name in ("unreadable_model", "stock_model"):
         shutil.copytree(model, workspace / name, ignore=shutil.ignore_patterns("validation", "*.png"))
-    (workspace / "unreadable" / "fold_0" / "checkpoint_final.pth").write_bytes(b"half a file")
+    (workspace / "unreadable_model" / "fold_0" / "checkpoint_final.pth").write_bytes(b"half a file")
     code = (
         "import torch\n"
-        f"file = {str(workspace / 'stock' / 'fold_0' / 'checkpoint_final.pth')!r}\n"
+        f"file = {str(workspace / 'stock_model' / 'fold_0' / 'checkpoint_final.pth')!r}\n"
         "c = torch.load(file, weights_only=False)\n"
         "c['trainer_name'] = 'nnUNetTrainer'\n"
         "w = c['network_weights']\n"
