@@ -27,9 +27,10 @@ def simulate_case(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
         Image in Hounsfield units, int16, and labels, uint8, both (z, y, x) with `SPACING_MM` isotropic.
     """
     rng = np.random.default_rng(seed)
+    unit = size / 96  # positions and radii below are voxels of a volume of 96
     shape = np.array([rng.integers(size * 3 // 4, size), rng.integers(size * 4 // 5, size), size])
     grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
-    middle = shape / 2 + rng.uniform(-3, 3, 3)
+    middle = shape / 2 + unit * rng.uniform(-3, 3, 3)
 
     def ellipsoid(centre: np.ndarray, radii: np.ndarray) -> np.ndarray:
         inside: np.ndarray = (((grid - centre.reshape(3, 1, 1, 1)) / radii.reshape(3, 1, 1, 1)) ** 2).sum(0) < 1
@@ -39,22 +40,25 @@ def simulate_case(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     image = np.where(body, 30.0, -1000.0)
     labels = np.zeros(tuple(shape), np.uint8)
     for _ in range(14):
-        centre = middle + rng.uniform(-0.42, 0.42, 3) * shape
-        if abs(centre[1] - middle[1] - 6) < 12 and abs(centre[0] - middle[0]) < 16:
+        offset = rng.uniform(-0.42, 0.42, 3) * shape
+        if abs(offset[1] - 6 * unit) < 12 * unit and abs(offset[0]) < 16 * unit:
             continue  # where kidneys are
-        image[ellipsoid(centre, rng.uniform(4, 9, 3)) & body] = rng.uniform(110, 190)
+        image[ellipsoid(middle + offset, unit * rng.uniform(4, 9, 3)) & body] = rng.uniform(110, 190)
         if rng.random() < 0.5:
-            image[ellipsoid(centre, rng.uniform(2, 4, 3)) & body] = 65
-    image[ellipsoid(middle + np.array([0, 16, 0]), np.array([shape[0], 7, 7])) & body] = 350  # spine
+            image[ellipsoid(middle + offset, unit * rng.uniform(2, 4, 3)) & body] = 65
+    spine = ellipsoid(middle + unit * np.array([0, 16, 0]), np.array([shape[0], 7 * unit, 7 * unit]))
+    image[spine & body] = 350
     for side in (-1, 1):
-        centre = middle + np.array([rng.uniform(-5, 5), 6 + rng.uniform(-2, 2), side * rng.uniform(18, 23)])
-        radii = np.array([9, 6, 6]) * rng.uniform(0.8, 1.15)
+        offset = np.array([rng.uniform(-5, 5), 6 + rng.uniform(-2, 2), side * rng.uniform(18, 23)])
+        centre = middle + unit * offset
+        radii = unit * np.array([9, 6, 6]) * rng.uniform(0.8, 1.15)
         kidney = ellipsoid(centre, radii)
         labels[kidney] = LABELS["kidney"]
         image[kidney] = rng.uniform(120, 180)
         if side == 1 or rng.random() < 0.5:
-            offset = rng.normal(size=3)
-            lesion = ellipsoid(centre + offset / np.linalg.norm(offset) * radii * 0.7, np.full(3, rng.uniform(2.2, 5)))
+            direction = rng.normal(size=3)
+            direction /= np.linalg.norm(direction)
+            lesion = ellipsoid(centre + direction * radii * 0.7, np.full(3, unit * rng.uniform(2.2, 5)))
             labels[lesion] = LABELS["lesion"]
             image[lesion] = 65
     image = ndimage.gaussian_filter(image, 0.5) + rng.normal(0, 18, tuple(shape))
