@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor
 
+from nnunet_nmsw.precision import full_precision
+
 Shape = tuple[int, int, int]
 
 
@@ -73,8 +75,7 @@ class WindowGrid:
             Means of shape N, float32, differentiable.
         """
         means = map_dhw.float()
-        # Outside autocast: scores must not be rounded to half precision.
-        with torch.autocast(map_dhw.device.type, enabled=False):
+        with full_precision(map_dhw.device):
             for axis in (2, 1, 0):
                 means = torch.tensordot(self._overlaps(axis, map_dhw.device), means, dims=([1], [2]))
         return means.reshape(-1)

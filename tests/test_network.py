@@ -72,6 +72,18 @@ def test_no_tensor_of_a_step_grows_with_volume_times_classes_or_windows_times_pa
     assert max(saved) < windows * patch_voxels
 
 
+def test_scores_and_sums_stay_in_full_precision_under_autocast():
+    network = build_network()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, loss, output = training_step(network, (16, 16, 16))
+    for name in ("loss_global", "loss_fused", "entropy", "benefit", "class_weights"):
+        assert loss.report[name].dtype == torch.float32, name
+    assert output.sample.log_probability_K.dtype == torch.float32
+    # In bfloat16 the loss would be a multiple of 2^-8 around 1.
+    assert loss.report["loss_fused"].bfloat16() != loss.report["loss_fused"]
+
+
 def test_the_global_branch_takes_any_shape(tiny_network):
     for shape in [(8, 8, 8), (9, 17, 25), (8, 64, 11)]:
         volume = torch.randn(1, 1, *shape)

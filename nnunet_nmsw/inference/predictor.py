@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from nnunet_nmsw.fusion import fuse_volume_
 from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
 from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
+from nnunet_nmsw.precision import mixed_precision
 
 
 class NMSWPredictor(nnUNetPredictor):
@@ -130,7 +130,7 @@ class NMSWPredictor(nnUNetPredictor):
         mirror_axes = self.allowed_mirroring_axes if self.use_mirroring else None
         axes = [axis + 2 for axis in mirror_axes or ()]
         flips = list(itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)))
-        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+        with mixed_precision(self.device):
             predictions = [(network.coarse(low_1Cdhw.flip(flip)), [axis - 2 for axis in flip]) for flip in flips]
         logits = [prediction.logits_Cdhw.flip([axis + 1 for axis in flip]) for prediction, flip in predictions]
         score_maps = [prediction.score_map_dhw.flip(flip) for prediction, flip in predictions]

@@ -15,6 +15,7 @@ from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.fusion import dice_and_cross_entropy, fused_loss, loss_sums
 from nnunet_nmsw.geometry import crop_windows, label_counts
 from nnunet_nmsw.network import TrainingOutput
+from nnunet_nmsw.precision import full_precision
 
 
 class NMSWLoss(nn.Module):
@@ -54,8 +55,7 @@ class NMSWLoss(nn.Module):
         targets = crop_windows(target_11DHW, output.starts, patch_size)
         local = self.local_loss(output.local, self._local_targets(targets))
 
-        # Outside autocast: sums over a volume do not fit half precision.
-        with torch.autocast(target_11DHW.device.type, enabled=False):
+        with full_precision(target_11DHW.device):
             with torch.no_grad():
                 counts_Cdhw = label_counts(labels_DHW, len(coarse_logits_Cdhw), config.downsampling_factor)
             coarse = dice_and_cross_entropy(loss_sums(coarse_logits_Cdhw, counts_Cdhw))

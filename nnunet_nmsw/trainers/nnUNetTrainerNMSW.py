@@ -6,7 +6,6 @@ Tensor suffixes: C classes, K windows, D H W axes of the volume, d h w axes of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +29,7 @@ from nnunet_nmsw.fusion import fused_segmentation
 from nnunet_nmsw.geometry import crop_windows, downsample
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.network import NMSWNetwork, TrainingVolume
+from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.data import TransformFactory, WholeVolumeLoader, without_benchmark
 from nnunet_nmsw.trainers.loss import NMSWLoss
 
@@ -158,7 +158,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         network = self._plain_network()
         volume = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
-        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+        with mixed_precision(self.device):
             loss = self.loss(network(TrainingVolume(volume, batch["random_starts"])), target)
             coarse = network.coarse(downsample(volume, self.config.downsampling_factor))
             grid = network.grid(tuple(volume.shape[2:]))
