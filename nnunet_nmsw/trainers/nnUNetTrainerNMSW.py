@@ -16,7 +16,6 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
-from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -174,10 +173,14 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             grid.volume_shape,
             self.config.downsampling_factor,
         )
-        one_hot = nn.functional.one_hot(labels_DHW, len(coarse.logits_Cdhw)).movedim(-1, 0)[None]
-        tp, fp, fn, _ = get_tp_fp_fn_tn(one_hot, target, axes=[0, 2, 3, 4])
-        hard = {name: value[1:].cpu().numpy() for name, value in (("tp_hard", tp), ("fp_hard", fp), ("fn_hard", fn))}
-        return {"loss": loss.cpu().numpy(), **hard}
+        num_classes = len(coarse.logits_Cdhw)
+        pairs = target[0, 0].long() * num_classes + labels_DHW
+        # Voxels by reference class (rows) and predicted class (columns); the background is of no interest.
+        confusion = torch.bincount(pairs.flatten(), minlength=num_classes**2).view(num_classes, num_classes)
+        tp, predicted, references = (
+            v[1:].cpu().numpy() for v in (confusion.diag(), confusion.sum(0), confusion.sum(1))
+        )
+        return {"loss": loss.cpu().numpy(), "tp_hard": tp, "fp_hard": predicted - tp, "fn_hard": references - tp}
 
     def on_epoch_end(self) -> None:
         """Print the epoch's means, after which nnU-Net prints its own."""
