@@ -70,7 +70,9 @@ def make_plans(patch_size: tuple[int, ...] = (8, 8, 8), **nmsw: Any) -> dict[str
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {},
+        "foreground_intensity_properties_per_channel": {
+            "0": {"mean": 0.0, "std": 1.0, "percentile_00_5": -3.0, "percentile_99_5": 3.0}
+        },
         "configurations": {"3d_fullres": make_configuration(patch_size, **nmsw)},
     }
 
