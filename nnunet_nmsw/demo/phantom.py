@@ -16,8 +16,8 @@ SPACING_MM = 3.0
 def simulate_case(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     """Simulate one scan.
 
-    Kidneys lie left and right of the spine. Elsewhere in the body are blobs of a kidney's intensity, some with a dark
-    core like a lesion: only position tells them apart, which a small patch does not see.
+    Kidneys with bright lesions lie left and right of the spine. Elsewhere in the body are blobs of similar intensities,
+    some with a bright core: position tells them apart, which a small patch does not see.
 
     Args:
         seed: the case.
@@ -39,13 +39,13 @@ def simulate_case(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     body = ellipsoid(middle, np.array([shape[0], shape[1] * 0.45, shape[2] * 0.47]))
     image = np.where(body, 30.0, -1000.0)
     labels = np.zeros(tuple(shape), np.uint8)
-    for _ in range(14):
+    for _ in range(8):
         offset = rng.uniform(-0.42, 0.42, 3) * shape
         if abs(offset[1] - 6 * unit) < 12 * unit and abs(offset[0]) < 16 * unit:
             continue  # where kidneys are
-        image[ellipsoid(middle + offset, unit * rng.uniform(4, 9, 3)) & body] = rng.uniform(110, 190)
+        image[ellipsoid(middle + offset, unit * rng.uniform(4, 9, 3)) & body] = rng.uniform(60, 220)
         if rng.random() < 0.5:
-            image[ellipsoid(middle + offset, unit * rng.uniform(2, 4, 3)) & body] = 65
+            image[ellipsoid(middle + offset, unit * rng.uniform(2, 4, 3)) & body] = 250
     spine = ellipsoid(middle + unit * np.array([0, 16, 0]), np.array([shape[0], 7 * unit, 7 * unit]))
     image[spine & body] = 350
     for side in (-1, 1):
@@ -58,9 +58,9 @@ def simulate_case(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
         if side == 1 or rng.random() < 0.5:
             direction = rng.normal(size=3)
             direction /= np.linalg.norm(direction)
-            lesion = ellipsoid(centre + direction * radii * 0.7, np.full(3, unit * rng.uniform(2.2, 5)))
+            lesion = ellipsoid(centre + direction * radii * 0.7, np.full(3, unit * rng.uniform(3, 5)))
             labels[lesion] = LABELS["lesion"]
-            image[lesion] = 65
+            image[lesion] = 250
     image = ndimage.gaussian_filter(image, 0.5) + rng.normal(0, 18, tuple(shape))
     return image.clip(-1024, 1500).astype(np.int16), labels
 
