@@ -140,12 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
-    parser.add_argument("-tr", default="nnUNetTrainerNMSW_5epochs", help="Default: nnUNetTrainerNMSW_5epochs")
+    parser.add_argument("-tr", default="nnUNetTrainerNMSW_10epochs", help="Default: nnUNetTrainerNMSW_10epochs")
     parser.add_argument("-k", default="10%", help="patches a case. Default: 10%%")
     parser.add_argument("--training_cases", type=int, default=20)
     parser.add_argument("--test_cases", type=int, default=4)
-    parser.add_argument("--size", type=int, default=96, help="voxels along a volume's longest axis")
-    parser.add_argument("--patch_size", type=int, default=24, help="voxels along each axis of a patch")
+    parser.add_argument("--size", type=int, default=72, help="voxels along a volume's longest axis")
+    parser.add_argument("--patch_size", type=int, default=16, help="voxels along each axis of a patch")
     parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the network's stages")
     return parser
 
