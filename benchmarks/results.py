@@ -45,11 +45,11 @@ def main() -> None:
 
     common = f"-d {args.d} -c {CONFIGURATION} -p {args.p} -f {args.f} -device {args.device} --disable_progress_bar"
     common += "" if args.tta else " --disable_tta"
-    rows = [(f"sliding window, {args.tr_baseline}", f"nnUNetv2_predict {common} -tr {args.tr_baseline}")]
+    rows = []
+    if args.tr_baseline is not None:
+        rows.append((f"sliding window, {args.tr_baseline}", f"nnUNetv2_predict {common} -tr {args.tr_baseline}"))
     rows.append((f"sliding window, local branch of {args.tr}", f"nnUNetv2_predict {common} -tr {args.tr}"))
     rows += [(f"NMSW, K = {k}", f"nmsw_predict {common} -tr {args.tr} -k {k} --save_patches") for k in args.k]
-    if args.tr_baseline is None:
-        del rows[0]
 
     results = []
     for number, (name, command) in enumerate(rows):

@@ -151,8 +151,6 @@ def load_model(predictor: NMSWPredictor, folder: Path, folds: list[int | str], c
     """
     try:
         predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
-    except UserError:
-        raise
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load {checkpoint} of folds {folds} in {folder}: {reason}") from error
