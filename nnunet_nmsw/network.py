@@ -174,11 +174,13 @@ class NMSWNetwork(nn.Module):
         foreground_dhw = 1 - coarse_logits_Cdhw.detach().softmax(0)[0]
         return candidate_windows(foreground_dhw, grid, self.config.candidate_threshold, at_least)
 
-    def select(self, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int) -> WindowChoice:
-        """The windows to spend `num_patches` patches on, without noise."""
+    def select(
+        self, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int, selection: str | None = None
+    ) -> WindowChoice:
+        """The windows to spend `num_patches` patches on, without noise, by the settings' selection or by another."""
         scores_N = self.scores(coarse.score_map_dhw, grid)
         candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=1)
-        if self.config.selection == "greedy_coverage":
+        if (selection or self.config.selection) == "greedy_coverage":
             indices_K = greedy_coverage(scores_N, candidates_N, num_patches, grid)
         else:
             indices_K = top_k(scores_N, candidates_N, num_patches)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = find_model(args)
     folds = find_folds(folder, args.f, args.chk)
     cases = find_cases(args.i, folder)
-    device = _device(args.device)
+    device = prepare_device(args.device)
 
     predictor = NMSWPredictor(
         num_patches=num_patches,
@@ -143,18 +144,19 @@ def find_cases(input_folder: str, model_folder: Path) -> list[list[str]]:
     return cases
 
 
-def load_model(predictor: NMSWPredictor, folder: Path, folds: list[int | str], checkpoint: str) -> None:
+def load_model(predictor: nnUNetPredictor, folder: Path, folds: Sequence[int | str], checkpoint: str) -> None:
     """Load the folds' checkpoints into a predictor.
 
     Raises:
-        UserError: a checkpoint cannot be read, or the model is not one of ours.
+        UserError: a checkpoint cannot be read, or the predictor is NMSW's and the model is not.
     """
     try:
         predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load {checkpoint} of folds {folds} in {folder}: {reason}") from error
-    _ = predictor.nmsw_network  # raises for a model without one
+    if isinstance(predictor, NMSWPredictor):
+        _ = predictor.nmsw_network  # raises for a model without one
 
 
 def _checked_model(folder: Path) -> Path:
@@ -189,7 +191,7 @@ def _check_channels(cases: list[list[str]], predictor: NMSWPredictor) -> None:
             raise UserError(f"the model takes {channels} channel(s) a case, the input folder has {names}")
 
 
-def _device(name: str) -> torch.device:
+def prepare_device(name: str) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA device: give -device cpu, or -device mps on a Mac")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,18 @@ from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
 from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
 from nnunet_nmsw.precision import mixed_precision
+
+
+class PlacedWindows(NamedTuple):
+    """Windows of one volume in the order of choice; they may lie off the grid.
+
+    Attributes:
+        starts_K3: first voxels in the padded volume, int64 on the host.
+        scores_K: their scores, float32 on the host.
+    """
+
+    starts_K3: Tensor
+    scores_K: Tensor
 
 
 class NMSWPredictor(nnUNetPredictor):
@@ -88,11 +100,10 @@ class NMSWPredictor(nnUNetPredictor):
         self.tile_step_size = network.config.tile_step_size
         padded, unpad = pad_nd_image(input_image, network.patch_size, "constant", {"value": 0}, True)
         grid = network.grid(_spatial_shape(padded))
-        coarse = self._predict_coarse(network, padded)
-        num_patches = network.config.num_patches if self.num_patches is None else self.num_patches
-        choice = network.select(coarse, grid, resolve_num_patches(num_patches, len(grid)))
+        coarse = self.predict_coarse(padded)
+        windows = self.choose_windows(coarse, grid)
         offset = [axis.start for axis in unpad[1:]]
-        self._remember(grid, choice.indices_K.cpu(), choice.scores_K.cpu(), offset, _spatial_shape(input_image))
+        self._remember(grid, windows, offset, _spatial_shape(input_image))
 
         # The parent runs the windows of `_internal_get_sliding_window_slicers` and blends them; NaN where none is.
         logits_CDHW: Tensor = super().predict_sliding_window_return_logits(input_image)
@@ -113,19 +124,26 @@ class NMSWPredictor(nnUNetPredictor):
     def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[tuple[slice, ...]]:
         return self._slicers
 
-    def _remember(
-        self, grid: WindowGrid, indices_K: Tensor, scores_K: Tensor, offset: Sequence[int], volume_shape: Shape
-    ) -> None:
+    def _remember(self, grid: WindowGrid, windows: PlacedWindows, offset: Sequence[int], volume_shape: Shape) -> None:
         # In the order of nnU-Net's sliding window, so that sums over all windows round as they do there.
-        starts = grid.starts_N3[indices_K.sort().values].tolist()
-        self._slicers = [(slice(None), *window_slices(start, grid.patch_size)) for start in starts]
-        chosen_starts = grid.starts_N3[indices_K].numpy() - np.array(offset)
+        in_order = sorted(windows.starts_K3.tolist())
+        self._slicers = [(slice(None), *window_slices(start, grid.patch_size)) for start in in_order]
+        chosen_starts = windows.starts_K3.numpy() - np.array(offset)
         self.chosen_windows.append(
-            ChosenWindows(chosen_starts, scores_K.numpy(), grid.patch_size, volume_shape, len(grid))
+            ChosenWindows(chosen_starts, windows.scores_K.numpy(), grid.patch_size, volume_shape, len(grid))
         )
 
-    def _predict_coarse(self, network: NMSWNetwork, volume_CDHW: Tensor) -> CoarsePrediction:
-        """Coarse prediction of a volume, averaged over mirrorings where these are on."""
+    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
+        """The windows to spend patches on: `num_patches` of the grid by the model's selection."""
+        network = self.nmsw_network
+        num_patches = network.config.num_patches if self.num_patches is None else self.num_patches
+        choice = network.select(coarse, grid, resolve_num_patches(num_patches, len(grid)))
+        indices_K = choice.indices_K.cpu()
+        return PlacedWindows(grid.starts_N3[indices_K], choice.scores_K.cpu())
+
+    def predict_coarse(self, volume_CDHW: Tensor) -> CoarsePrediction:
+        """Coarse prediction of a padded volume, averaged over mirrorings where these are on."""
+        network = self.nmsw_network
         low_1Cdhw = downsample(volume_CDHW[None].float(), network.config.downsampling_factor).to(self.device)
         mirror_axes = self.allowed_mirroring_axes if self.use_mirroring else None
         axes = [axis + 2 for axis in mirror_axes or ()]

@@ -1,0 +1,322 @@
+"""Runs every method on every case, each step kept on disk so that an interrupted comparison goes on where it stopped.
+
+REPORT/comparison.json            what is compared: another comparison is refused
+REPORT/methods/METHOD/CASE.nii.gz predictions, beside them summary.json as nnU-Net writes it
+REPORT/cases/CASE.json, CASE.npz  metrics of all methods on a case; windows and score map for the report
+REPORT/timing/METHOD_round_0.json seconds and memory
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from tqdm import tqdm
+
+from nnunet_nmsw.config import PLANS_KEY
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.evaluation.methods import Method, primary_method, reference_method
+from nnunet_nmsw.evaluation.metrics import case_metrics
+from nnunet_nmsw.evaluation.models import Case, Model
+from nnunet_nmsw.evaluation.prediction import FoldPredictor, Prediction, padded
+from nnunet_nmsw.evaluation.timing import TimingTask, measure_in_new_process, measurement_order, timed_cases
+from nnunet_nmsw.inference.windows import edges_in_image
+
+SETTINGS_FILE = "comparison.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where its results lie.
+
+    Attributes:
+        folder: of the report.
+        dataset: nnU-Net's name of it.
+        models: the NMSW model, before it the baseline if there is one.
+        methods: in the order in which they are run.
+        cases: validation cases of all folds.
+        tolerance_mm: of the normalised surface Dice.
+        device: name of the device.
+    """
+
+    folder: Path
+    dataset: str
+    models: Sequence[Model]
+    methods: Sequence[Method]
+    cases: Sequence[Case]
+    tolerance_mm: float
+    device: str
+
+    @property
+    def nmsw(self) -> Model:
+        """The NMSW model."""
+        return self.models[-1]
+
+    @cached_property
+    def reference(self) -> Method:
+        """The method that all others are compared with."""
+        return reference_method(self.methods)
+
+    @cached_property
+    def primary(self) -> Method:
+        """The method that the report is about."""
+        plans = self.nmsw.json("plans.json")
+        configuration = self.nmsw.folder.name.split("__")[-1]
+        return primary_method(self.methods, plans["configurations"][configuration][PLANS_KEY]["num_patches"])
+
+    @cached_property
+    def label_names(self) -> dict[str, str]:
+        """Name of each evaluated label or region, by nnU-Net's key of it in JSON."""
+        names = self.nmsw.json("dataset.json")["labels"]
+        by_label = {tuple(v) if isinstance(v, list) else v: name for name, v in names.items()}
+        return {label_or_region_to_key(label): by_label[label] for label in self.labels}
+
+    @cached_property
+    def labels(self) -> list[int | tuple[int, ...]]:
+        """Labels or regions that are evaluated."""
+        manager = PlansManager(self.nmsw.json("plans.json")).get_label_manager(self.nmsw.json("dataset.json"))
+        return list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+
+    def open(self) -> None:
+        """Make the folder, or go on in it.
+
+        Folds may be added to a comparison; everything else must be as it was.
+
+        Raises:
+            UserError: the folder holds something else, or another comparison.
+        """
+        settings: dict[str, Any] = {
+            "dataset": self.dataset,
+            "models": {model.role: model.folder.name for model in self.models},
+            "checkpoints": {
+                f"{model.role}, fold {fold}": model.fingerprint(fold)
+                for model in self.models
+                for fold in sorted({case.fold for case in self.cases})
+            },
+            "methods": [method.key for method in self.methods],
+            "tolerance_mm": self.tolerance_mm,
+            "device": self.device,
+        }
+        file = self.folder / SETTINGS_FILE
+        if file.is_file():
+            there = json.loads(file.read_text())
+            there_checkpoints = there.pop("checkpoints", {})
+            checkpoints = {**there_checkpoints, **settings.pop("checkpoints")}
+            different = [key for key in settings if there.get(key) != settings[key]]
+            different += [key for key, digest in there_checkpoints.items() if checkpoints[key] != digest]
+            if different:
+                raise UserError(
+                    f"{self.folder} holds another comparison, which differs in {', '.join(different)}: "
+                    "give a new folder with -o, or the flags it was made with"
+                )
+            settings["checkpoints"] = checkpoints
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not empty and holds no comparison: give an empty or new folder with -o")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+
+    def record_file(self, case: Case) -> Path:
+        """Metrics of all methods on a case."""
+        return self.folder / "cases" / f"{case.name}.json"
+
+    def timing_file(self, number: int, method: Method, fold: int) -> Path:
+        """Time and memory of a method in a round."""
+        return self.folder / "timing" / f"{method.key}_fold_{fold}_round_{number}.json"
+
+    def prediction_file(self, case: Case, method: Method) -> Path:
+        """Predicted labels."""
+        ending = self.nmsw.json("dataset.json")["file_ending"]
+        return self.folder / "methods" / method.key / (case.name + ending)
+
+    def run_cases(self, num_parts: int, part_id: int, processes: int, progress: bool) -> None:
+        """Predict and measure the cases of one part that are not there yet."""
+        todo = [case for case in self.cases[part_id::num_parts] if not self.record_file(case).is_file()]
+        for folder in (*(self.folder / "methods" / method.key for method in self.methods), self.folder / "cases"):
+            folder.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=len(todo) * len(self.methods), desc="predictions", disable=not progress or not todo)
+        context = multiprocessing.get_context("spawn")
+        with bar, ProcessPoolExecutor(processes, mp_context=context, initializer=_start_export_process) as pool:
+            for fold in sorted({case.fold for case in todo}):
+                with contextlib.redirect_stdout(None):  # nnU-Net tells how it searches for a trainer
+                    predictors = [
+                        FoldPredictor(model, fold, torch.device(self.device), self.folder) for model in self.models
+                    ]
+                for case in todo:
+                    if case.fold == fold:
+                        self._run_case(case, predictors, pool, processes, bar)
+
+    def run_timing(self, number_of_cases: int, rounds: int, progress: bool) -> None:
+        """Measure what is not there yet of time and memory."""
+        if not number_of_cases or not rounds:
+            return
+        cases = timed_cases(self.cases, number_of_cases)
+        (self.folder / "timing").mkdir(exist_ok=True)
+        models = {model.role: model for model in self.models}
+        timed = [method for method in self.methods if method.is_timed]
+        todo = [
+            (self.timing_file(number, method, cases[0].fold), method)
+            for number, method in measurement_order(timed, rounds)
+        ]
+        todo = [(file, method) for file, method in todo if not file.is_file()]
+        for file, method in tqdm(todo, desc="time and memory", disable=not progress or not todo):
+            task = TimingTask(method, models[method.model], cases, self.device)
+            write_json(file, {"method": method.key, "cases": measure_in_new_process(task)})
+
+    def missing(self) -> list[Case]:
+        """Cases that have not been run, perhaps by other parts."""
+        return [case for case in self.cases if not self.record_file(case).is_file()]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of all cases, in their order."""
+        return [json.loads(self.record_file(case).read_text()) for case in self.cases]
+
+    def timings(self) -> Iterator[dict[str, Any]]:
+        """Time and memory: `method`, `round`, and the keys of `timing.measure`, one entry a case."""
+        for method in self.methods:
+            for file in sorted((self.folder / "timing").glob(f"{method.key}_fold_*_round_*.json")):
+                number = int(file.stem.rsplit("_", 1)[1])
+                for entry in json.loads(file.read_text())["cases"]:
+                    yield {"method": method.key, "round": number, **entry}
+
+    def _run_case(
+        self, case: Case, predictors: Sequence[FoldPredictor], pool: ProcessPoolExecutor, processes: int, bar: tqdm
+    ) -> None:
+        # Exports lag behind predictions by as many logits volumes as there are processes, so that memory is bounded.
+        record: dict[str, Any] = {"case": case.name, "fold": case.fold, "methods": {}}
+        pending: set[Future[dict[str, Any]]] = set()
+
+        def collect(at_most: int) -> None:
+            while len(pending) > at_most:
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    pending.discard(future)
+                    result = future.result()
+                    record["methods"][result.pop("method")] = result
+                    bar.update()
+
+        for predictor in predictors:
+            methods = [method for method in self.methods if method.model == predictor.role]
+            for prediction in predictor.predict(case, methods):
+                if prediction.method == self.primary:
+                    record |= _for_the_viewer(predictor, prediction, self.record_file(case).with_suffix(".npz"))
+                pending.add(pool.submit(export_and_measure, self._export_task(case, predictor, prediction)))
+                collect(processes)
+        collect(0)
+        write_json(self.record_file(case), record)
+
+    def _export_task(self, case: Case, predictor: FoldPredictor, prediction: Prediction) -> ExportTask:
+        return ExportTask(
+            prediction.method.key,
+            prediction.logits_CDHW.numpy(),
+            prediction.properties,
+            predictor.plans_manager,
+            predictor.configuration_manager,
+            predictor.dataset_json,
+            str(self.prediction_file(case, prediction.method)),
+            case.reference,
+            self.labels,
+            self.tolerance_mm,
+            {
+                "patches": prediction.patches,
+                "macs": prediction.macs,
+                "covered_foreground": prediction.covered_foreground,
+            },
+        )
+
+
+@dataclasses.dataclass
+class ExportTask:
+    """A prediction on its way to a process that writes and measures it; `about` goes into its record as it is."""
+
+    method: str
+    logits_CDHW: np.ndarray
+    properties: dict[str, Any]
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict[str, Any]
+    prediction_file: str
+    reference_file: str
+    labels: list[int | tuple[int, ...]]
+    tolerance_mm: float
+    about: dict[str, Any]
+
+
+def export_and_measure(task: ExportTask) -> dict[str, Any]:
+    """Write the labels of a prediction as nnU-Net does, and compare them with the reference."""
+    ending = task.dataset_json["file_ending"]
+    export_prediction_from_logits(
+        task.logits_CDHW,
+        task.properties,
+        task.configuration_manager,
+        task.plans_manager,
+        task.dataset_json,
+        task.prediction_file.removesuffix(ending),
+        num_threads_torch=1,
+    )
+    metrics = case_metrics(
+        task.reference_file,
+        task.prediction_file,
+        task.plans_manager.image_reader_writer_class(),
+        task.labels,
+        task.plans_manager.get_label_manager(task.dataset_json).ignore_label,
+        task.tolerance_mm,
+    )
+    return {"method": task.method, **task.about, "metrics": metrics}
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    part = file.with_name(file.name + f".part{os.getpid()}")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(file)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: version(name) for name in ("nnunet-nmsw", "nnunetv2", "torch", "monai")}
+
+
+def _for_the_viewer(predictor: FoldPredictor, prediction: Prediction, file: Path) -> dict[str, Any]:
+    """Write the score map; return the windows in voxels of the image, and how the map lies in it.
+
+    Axes are the image's. Voxel i of an axis is in voxel floor((i + 0.5) · scale + shift) of the map.
+    """
+    nmsw = predictor.nmsw
+    assert nmsw is not None
+    backward = predictor.plans_manager.transpose_backward
+    properties = prediction.properties
+    score_map = nmsw.coarse.score_map_dhw.float().cpu().numpy().transpose(backward)
+    np.savez_compressed(file, score_map=score_map.astype(np.float16))
+    chosen = nmsw.chosen_windows[0]
+    factor = np.array(nmsw.nmsw_network.config.downsampling_factor)
+    _, offset = padded(prediction.logits_CDHW, chosen.patch_size)
+    cropped = np.array(properties["shape_after_cropping_and_before_resampling"], float)
+    scale = np.array(chosen.volume_shape) / cropped
+    shift = np.array(offset) - np.array(properties["bbox_used_for_cropping"], float)[:, 0] * scale
+    return {
+        "windows_to_choose_from": chosen.num_windows,
+        "windows": edges_in_image(chosen, properties, backward).tolist(),
+        "score_map_scale": (scale / factor)[backward].tolist(),
+        "score_map_shift": (shift / factor)[backward].tolist(),
+    }
+
+
+def _start_export_process() -> None:
+    torch.set_num_threads(1)
+    # MONAI calls a deprecated part of itself.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="monai")

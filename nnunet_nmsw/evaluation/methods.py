@@ -1,0 +1,118 @@
+"""The inference methods that are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+SLIDING_WINDOW_STEPS = (0.5, 0.75, 1.0)
+"""nnU-Net's default step and the two that are used to save time."""
+
+SERIES = {
+    "top_k": "NMSW",
+    "greedy_coverage": "NMSW, greedy coverage",
+    "none": "global branch alone",
+    "random": "random windows with predicted foreground",
+    "entropy": "windows by entropy of the coarse prediction",
+    "objects": "zoom-in on predicted objects",
+    "oracle": "oracle",
+}
+"""How windows are picked, and what it is called in the report."""
+
+WITHOUT_K = ("none", "objects")
+"""Selections that decide themselves how many windows they take."""
+
+NOT_TIMED = ("random", "entropy", "oracle")
+"""Selections nobody would deploy, or could: their accuracy is a yardstick, their time means nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way of predicting a case.
+
+    Attributes:
+        model: whose networks predict, "baseline" or "nmsw".
+        selection: how windows are picked, a key of `SERIES`; None for the sliding window of the patch network alone.
+        num_patches: K of the selection; None where it decides itself, and for the sliding window.
+        tile_step_size: step of the sliding window as a fraction of the patch size; None for a selection.
+        mirrored: whether predictions are averaged over mirrorings.
+        show_mirroring: whether the name tells so, because both are compared.
+    """
+
+    model: str
+    selection: str | None = None
+    num_patches: int | str | None = None
+    tile_step_size: float | None = None
+    mirrored: bool = False
+    show_mirroring: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name for folders and files."""
+        if self.selection is None:
+            what = f"{self.model}_sliding_window_step_{self.tile_step_size}"
+        else:
+            selection = "global_branch" if self.selection == "none" else self.selection
+            k = "" if self.num_patches is None else f"_{str(self.num_patches).replace('%', 'percent')}"
+            what = f"{self.model}_{selection}{k}"
+        return what + ("_mirrored" if self.mirrored else "")
+
+    @property
+    def series(self) -> str:
+        """Its name without K or step: what a line in a plot stands for."""
+        if self.selection is None:
+            name = "sliding window" + (" of the local branch" if self.model == "nmsw" else "")
+        else:
+            name = SERIES[self.selection]
+        if self.show_mirroring:
+            name += ", mirrored" if self.mirrored else ", not mirrored"
+        return name
+
+    @property
+    def name(self) -> str:
+        """Its name for people."""
+        if self.selection is None:
+            return f"{self.series}, step {self.tile_step_size}"
+        if self.num_patches is None:
+            return self.series
+        k = "all windows" if self.num_patches == "all" else f"K = {self.num_patches}"
+        return f"{self.series}, {k}"
+
+    @property
+    def is_yardstick(self) -> bool:
+        """Whether it is there to be measured against, and not to be used."""
+        return self.selection in {*NOT_TIMED, *WITHOUT_K}
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether its time and memory are measured."""
+        return self.selection not in NOT_TIMED
+
+
+def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrored: Sequence[bool]) -> list[Method]:
+    """Every method of a comparison, models one after the other, sliding windows first."""
+    methods = []
+    for mirror in mirrored:
+        method = partial(Method, mirrored=mirror, show_mirroring=len(mirrored) > 1)
+        for model in ("baseline", "nmsw") if with_baseline else ("nmsw",):
+            methods += [method(model, tile_step_size=step) for step in SLIDING_WINDOW_STEPS]
+        for selection in SERIES:
+            # All windows are the same whoever picks them, but for the oracle, which leaves out those that harm.
+            ks = [k for k in num_patches if k != "all" or selection in ("top_k", "oracle")]
+            for k in [None] if selection in WITHOUT_K else ks:
+                methods.append(method("nmsw", selection, k))
+    return sorted(methods, key=lambda method: method.model)
+
+
+def reference_method(methods: Sequence[Method]) -> Method:
+    """What everything is compared with: nnU-Net's default, of the stock model where there is one."""
+    return next(m for m in methods if m.tile_step_size == SLIDING_WINDOW_STEPS[0])
+
+
+def primary_method(methods: Sequence[Method], num_patches: int | str) -> Method:
+    """The method that the report is about: NMSW at the model's own K, else at the smallest percentage asked for."""
+    candidates = [m for m in methods if m.selection == "top_k"]
+    own = [m for m in candidates if m.num_patches == num_patches]
+    percentages = [m for m in candidates if str(m.num_patches).endswith("%")]
+    return (own or sorted(percentages, key=lambda m: float(str(m.num_patches)[:-1])) or candidates)[0]

@@ -1,0 +1,191 @@
+"""The trained models of a comparison, and the validation cases of their folds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_nmsw.errors import UserError
+
+DEFAULT_BASELINE = "nnUNetTrainer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A folder that training left: one model a fold.
+
+    Attributes:
+        role: "baseline" or "nmsw".
+        folder: the model folder, with plans.json and fold_X.
+        trainer: name of the trainer.
+        checkpoint: file name of the checkpoints.
+    """
+
+    role: str
+    folder: Path
+    trainer: str
+    checkpoint: str
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the model folder."""
+        content: dict[str, Any] = json.loads((self.folder / name).read_text())
+        return content
+
+    def checkpoint_file(self, fold: int) -> Path:
+        """The checkpoint of a fold."""
+        return self.folder / f"fold_{fold}" / self.checkpoint
+
+    def fingerprint(self, fold: int) -> str:
+        """SHA-256 of a fold's checkpoint: results of another training must not be mixed with these."""
+        digest = hashlib.sha256()
+        with self.checkpoint_file(fold).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A validation case of a fold.
+
+    Attributes:
+        name: identifier.
+        fold: the fold it was held out of.
+        images: its image files, one a channel.
+        reference: its label file.
+    """
+
+    name: str
+    fold: int
+    images: tuple[str, ...]
+    reference: str
+
+
+def dataset_name(dataset: str) -> str:
+    """nnU-Net's name of a dataset given by name or number.
+
+    Raises:
+        UserError: nnU-Net's folders are not set, or there is no such dataset.
+    """
+    for name, path in (
+        ("nnUNet_raw", nnUNet_raw),
+        ("nnUNet_preprocessed", nnUNet_preprocessed),
+        ("nnUNet_results", nnUNet_results),
+    ):
+        if not path.is_set():
+            raise UserError(f"{name} is not set: export it as for nnU-Net")
+    try:
+        name = maybe_convert_to_dataset_name(dataset)
+    except RuntimeError as error:
+        raise UserError(
+            f"-d {dataset}: no such dataset under nnUNet_raw, nnUNet_preprocessed or nnUNet_results"
+        ) from error
+    assert isinstance(name, str)
+    return name
+
+
+def find_models(args: argparse.Namespace, dataset: str) -> list[Model]:
+    """The NMSW model, and the baseline where it is named or where `nnUNetTrainer` has trained all of the folds.
+
+    Raises:
+        UserError: a model or a fold of it is not there, or the two do not have the same labels and channels.
+    """
+    nmsw = _model("nmsw", dataset, args.tr, args.p, args.c, args.chk)
+    _check_folds(nmsw, args.f)
+    if args.tr_baseline == "none":
+        return [nmsw]
+    trainer = args.tr_baseline or DEFAULT_BASELINE
+    plans, configuration = args.p_baseline or args.p, args.c_baseline or args.c
+    folder = _folder(dataset, trainer, plans, configuration)
+    if args.tr_baseline is None and not all((folder / f"fold_{fold}" / args.chk).is_file() for fold in args.f):
+        return [nmsw]
+    baseline = _model("baseline", dataset, trainer, plans, configuration, args.chk)
+    _check_folds(baseline, args.f)
+    for key in ("labels", "channel_names"):
+        ours, theirs = nmsw.json("dataset.json").get(key), baseline.json("dataset.json").get(key)
+        if ours != theirs:
+            raise UserError(
+                f"the two models differ in their {key.replace('_', ' ')}: {ours} in {nmsw.folder / 'dataset.json'}, "
+                f"{theirs} in {baseline.folder / 'dataset.json'}; compare models of the same task"
+            )
+    return [baseline, nmsw]
+
+
+def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> list[Case]:
+    """The validation cases of the folds, each with the files of the raw dataset.
+
+    Raises:
+        UserError: there are no splits, a file is missing, or a model was validated on other cases than the splits say,
+            so that it may have been trained on these.
+    """
+    file = Path(str(nnUNet_preprocessed)) / dataset / "splits_final.json"
+    if not file.is_file():
+        raise UserError(f"there are no cross-validation splits {file}: train with nnUNetv2_train, which makes them")
+    splits = json.loads(file.read_text())
+    raw = Path(str(nnUNet_raw)) / dataset
+    if not (raw / "dataset.json").is_file():
+        raise UserError(f"the raw dataset is missing: no {raw / 'dataset.json'}; nmsw_compare reads the images there")
+    files = get_filenames_of_train_images_and_targets(str(raw))
+    cases = []
+    for fold in folds:
+        if fold >= len(splits):
+            raise UserError(f"-f {fold}: {file} has folds 0 to {len(splits) - 1}")
+        names = splits[fold]["val"]
+        for model in models:
+            _check_validated(model, fold, names, file)
+        for name in names:
+            if name not in files:
+                raise UserError(f"images of validation case {name} of fold {fold} are missing in {raw / 'imagesTr'}")
+            images, reference = files[name]["images"], files[name]["label"]
+            missing = [path for path in (*images, reference) if not Path(path).is_file()]
+            if missing:
+                raise UserError(f"validation case {name} of fold {fold} misses a file: {missing[0]}")
+            cases.append(Case(name, fold, tuple(images), reference))
+    return cases
+
+
+def _folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
+    return Path(str(nnUNet_results)) / dataset / f"{trainer}__{plans}__{configuration}"
+
+
+def _model(role: str, dataset: str, trainer: str, plans: str, configuration: str, checkpoint: str) -> Model:
+    folder = _folder(dataset, trainer, plans, configuration)
+    for name in ("plans.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not the folder of a trained model: it has no {name}")
+    return Model(role, folder, trainer, checkpoint)
+
+
+def _check_folds(model: Model, folds: Sequence[int]) -> None:
+    for fold in folds:
+        if not model.checkpoint_file(fold).is_file():
+            raise UserError(
+                f"fold {fold} of {model.trainer} is not trained: there is no {model.checkpoint_file(fold)}; "
+                "train it, or choose trained folds with -f"
+            )
+
+
+def _check_validated(model: Model, fold: int, names: Sequence[str], splits: Path) -> None:
+    """Compare the splits with the cases that training validated on, where it did."""
+    summary = model.folder / f"fold_{fold}" / "validation" / "summary.json"
+    if not summary.is_file():
+        return
+    ending = model.json("dataset.json")["file_ending"]
+    validated = {
+        Path(case["prediction_file"]).name.removesuffix(ending)
+        for case in json.loads(summary.read_text())["metric_per_case"]
+    }
+    if validated != set(names):
+        raise UserError(
+            f"{splits} has changed since fold {fold} of {model.trainer} was trained: {summary} holds other cases; "
+            "restore the splits, or train again"
+        )

@@ -1,0 +1,91 @@
+"""Windows picked by someone who knows the truth: what any selector could reach with the same two networks.
+
+Tensor suffixes: N windows of the grid, C classes, D H W axes of the volume or of a patch, S sums by class (true
+positives, then predicted voxels; 2 × C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nnunet_nmsw.fusion import fuse, gaussian_weights
+from nnunet_nmsw.geometry import WindowGrid, crop, window_slices
+
+
+def oracle_windows(
+    patch_logits: Callable[[int], Tensor],
+    coarse_logits_CDHW: Tensor,
+    class_weights_C: Tensor,
+    reference_DHW: Tensor,
+    grid: WindowGrid,
+) -> tuple[list[int], list[float]]:
+    """Take the window that raises the mean Dice of the foreground classes most, until none raises it.
+
+    The Dice is that of the prediction that follows from the windows taken so far, blended and fused. The choice is
+    greedy, so a close estimate of the best set of windows and not a proof of it.
+
+    Args:
+        patch_logits: logits of a window by its index in the grid, shape C, patch size.
+        coarse_logits_CDHW: upsampled coarse prediction.
+        class_weights_C: weights of the patches in the fusion.
+        reference_DHW: the truth, integer labels.
+        grid: the windows.
+
+    Returns:
+        Window indices in the order of choice, and by how much each raised the mean Dice.
+    """
+    num_classes = len(coarse_logits_CDHW)
+    gaussian_DHW = gaussian_weights(grid.patch_size, coarse_logits_CDHW.device)
+    weights_C111 = class_weights_C.view(-1, 1, 1, 1)
+    sum_CDHW = torch.zeros_like(coarse_logits_CDHW)
+    weight_DHW = torch.zeros_like(coarse_logits_CDHW[0])
+    labels_DHW = coarse_logits_CDHW.argmax(0)
+    boxes = [window_slices(start, grid.patch_size) for start in grid.starts_N3.tolist()]
+
+    def counts(labels: Tensor) -> Tensor:
+        return torch.bincount(labels.flatten().long(), minlength=num_classes)[:num_classes].double().cpu()
+
+    def labels_with(window: int) -> Tensor:
+        """Labels inside a window if it were taken, too."""
+        start = grid.starts_N3[window].tolist()
+        blended_CDHW = crop(sum_CDHW, start, grid.patch_size) + gaussian_DHW * patch_logits(window).float()
+        blended_CDHW /= crop(weight_DHW, start, grid.patch_size) + gaussian_DHW
+        return fuse(blended_CDHW, crop(coarse_logits_CDHW, start, grid.patch_size), weights_C111).argmax(0)
+
+    def change(window: int) -> Tensor:
+        """What taking a window adds to the sums S."""
+        old, new, truth = labels_DHW[boxes[window]], labels_with(window), reference_DHW[boxes[window]]
+        changed = old != new
+        old, new, truth = old[changed], new[changed], truth[changed]
+        return torch.stack([counts(new[new == truth]) - counts(old[old == truth]), counts(new) - counts(old)])
+
+    reference_C = counts(reference_DHW)
+    sums_S = torch.stack([counts(labels_DHW[labels_DHW == reference_DHW]), counts(labels_DHW)])
+    changes_NS = torch.stack([change(window) for window in range(len(grid))])
+
+    def mean_dice(sums_S: Tensor) -> Tensor:
+        # One voxel of smoothing: for a class that is not there, fewer predicted voxels are still better.
+        true_positives, predicted = sums_S[..., 0, 1:], sums_S[..., 1, 1:]
+        return ((2 * true_positives + 1) / (predicted + reference_C[1:] + 1)).mean(-1)
+
+    order: list[int] = []
+    gains: list[float] = []
+    while len(order) < len(grid):
+        gain_N = mean_dice(sums_S + changes_NS) - mean_dice(sums_S)
+        gain_N[order] = -torch.inf
+        best = int(gain_N.argmax())
+        if gain_N[best] <= 0:
+            break
+        order.append(best)
+        gains.append(float(gain_N[best]))
+        sums_S = sums_S + changes_NS[best]
+        labels_DHW[boxes[best]] = labels_with(best)
+        sum_CDHW[(slice(None), *boxes[best])] += gaussian_DHW * patch_logits(best).float()
+        weight_DHW[boxes[best]] += gaussian_DHW
+        distance_N3 = (grid.starts_N3 - grid.starts_N3[best]).abs()
+        for window in (distance_N3 < torch.tensor(grid.patch_size)).all(1).nonzero()[:, 0].tolist():
+            changes_NS[window] = change(window)
+    return order, gains

@@ -1,0 +1,312 @@
+"""All methods on one case, from patch predictions that are computed once.
+
+Tensor suffixes: N windows of the grid, K chosen windows, C channels or classes, D H W axes of the padded volume or of
+a patch, d h w axes of the low-resolution view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_nmsw.config import resolve_num_patches
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.evaluation.methods import Method
+from nnunet_nmsw.evaluation.models import Case, Model
+from nnunet_nmsw.evaluation.oracle import oracle_windows
+from nnunet_nmsw.evaluation.selectors import entropy_windows, no_windows, object_windows, random_windows
+from nnunet_nmsw.geometry import WindowGrid, crop, upsample_window, window_slices
+from nnunet_nmsw.inference.command import load_model
+from nnunet_nmsw.inference.predictor import NMSWPredictor, PlacedWindows
+from nnunet_nmsw.network import CoarsePrediction
+
+Position = tuple[bool, tuple[int, ...]]
+"""Whether a patch was mirrored, and its first voxel in the padded volume."""
+
+
+class PatchStore:
+    """Patch logits of one network on one case, in a temporary file that the page cache keeps in memory if it can."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
+        self._offsets: dict[Position, int] = {}
+        self._shape = torch.Size()
+        self._dtype = torch.float32
+
+    def __contains__(self, position: Position) -> bool:
+        return position in self._offsets
+
+    def put(self, position: Position, logits: Tensor) -> None:
+        """Keep a patch; all have one shape and type."""
+        self._shape, self._dtype = logits.shape, logits.dtype
+        self._offsets[position] = self._file.seek(0, os.SEEK_END)
+        self._file.write(logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def get(self, position: Position) -> Tensor:
+        """A patch that was put, as a new tensor on the host."""
+        self._file.seek(self._offsets[position])
+        size = self._shape.numel() * self._dtype.itemsize
+        return torch.frombuffer(bytearray(self._file.read(size)), dtype=self._dtype).view(self._shape)
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
+
+
+class SharedPatches(nnUNetPredictor):
+    """nnU-Net's predictor, taking patch logits from a `PatchStore` where they are there and putting them there if not.
+
+    Everything else is the parent's, so that a method's result is what its own command would give.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.store: PatchStore | None = None
+        self.macs_per_patch: dict[bool, int] = {}
+        """Multiply-accumulates of a patch, mirrored or not, counted at the first of each."""
+        self._upcoming: Iterator[tuple[slice, ...]] = iter(())
+
+    def _internal_predict_sliding_window_return_logits(
+        self, data: Tensor, slicers: Sequence[tuple[slice, ...]], do_on_device: bool = True
+    ) -> Tensor:
+        # The parent asks for the patches of the slicers one after the other, without saying which it asks for.
+        self._upcoming = iter(slicers)
+        logits: Tensor = super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
+        return logits
+
+    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
+        return self.patch_logits(x, tuple(axis.start for axis in next(self._upcoming)[1:]))
+
+    def patch_logits(self, patch_1CDHW: Tensor, start: tuple[int, ...]) -> Tensor:
+        """Logits of the patch that starts at a voxel of the padded volume."""
+        assert self.store is not None
+        position = (self.use_mirroring, start)
+        if position in self.store:
+            return self.store.get(position).to(self.device)
+        if self.use_mirroring in self.macs_per_patch:
+            logits: Tensor = super()._internal_maybe_mirror_and_predict(patch_1CDHW)
+        else:
+            with FlopCounterMode(display=False) as counter:
+                logits = super()._internal_maybe_mirror_and_predict(patch_1CDHW)
+            self.macs_per_patch[self.use_mirroring] = counter.get_total_flops() // 2
+        self.store.put(position, logits)
+        return logits
+
+
+class SelectingPredictor(NMSWPredictor):
+    """NMSW with windows picked in another way: by any selection but the oracle's."""
+
+    selection: str = "top_k"
+    seed: int = 0
+
+    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
+        """The windows of `selection`."""
+        assert self.num_patches is not None or self.selection in ("none", "objects")
+        num_patches = 0 if self.num_patches is None else resolve_num_patches(self.num_patches, len(grid))
+        network = self.nmsw_network
+        if self.selection == "none":
+            return no_windows()
+        if self.selection == "objects":
+            return object_windows(coarse, grid)
+        if self.selection == "random":
+            return random_windows(network, coarse, grid, num_patches, self.seed)
+        if self.selection == "entropy":
+            return entropy_windows(network, coarse, grid, num_patches)
+        choice = network.select(coarse, grid, num_patches, self.selection)
+        indices_K = choice.indices_K.cpu()
+        return PlacedWindows(grid.starts_N3[indices_K], choice.scores_K.cpu())
+
+
+class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
+    """All of NMSW's methods on one case: the coarse prediction, the patches and the oracle's choice are made once."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.start_case(torch.zeros(0))
+
+    def start_case(self, reference_DHW: Tensor) -> None:
+        """Forget the last case; the reference is that of the preprocessed volume before padding."""
+        self.reference_DHW = reference_DHW
+        self.coarse_macs: dict[bool, int] = {}
+        self._volume_CDHW = torch.zeros(0)
+        self._coarse: dict[bool, CoarsePrediction] = {}
+        self._oracle: dict[bool, tuple[list[int], list[float]]] = {}
+
+    @property
+    def coarse(self) -> CoarsePrediction:
+        """The coarse prediction of this case."""
+        return self._coarse[self.use_mirroring]
+
+    @property
+    def starts_in_padded_volume(self) -> list[list[int]]:
+        """First voxels of the windows taken last."""
+        return [[axis.start for axis in slicer[1:]] for slicer in self._slicers]
+
+    def predict_coarse(self, volume_CDHW: Tensor) -> CoarsePrediction:
+        """The coarse prediction, once a case; its multiply-accumulates are counted."""
+        self._volume_CDHW = volume_CDHW
+        if self.use_mirroring not in self._coarse:
+            with FlopCounterMode(display=False) as counter:
+                self._coarse[self.use_mirroring] = super().predict_coarse(volume_CDHW)
+            self.coarse_macs[self.use_mirroring] = counter.get_total_flops() // 2
+        return self._coarse[self.use_mirroring]
+
+    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
+        """The windows of `selection`, which may be the oracle's."""
+        if self.selection != "oracle":
+            return super().choose_windows(coarse, grid)
+        assert self.num_patches is not None
+        if self.use_mirroring not in self._oracle:
+            self._oracle[self.use_mirroring] = self._ask_oracle(coarse, grid)
+        order, gains = self._oracle[self.use_mirroring]
+        k = resolve_num_patches(self.num_patches, len(grid))
+        return PlacedWindows(grid.starts_N3[torch.tensor(order[:k], dtype=torch.int64)], torch.tensor(gains[:k]))
+
+    def _ask_oracle(self, coarse: CoarsePrediction, grid: WindowGrid) -> tuple[list[int], list[float]]:
+        volume_1CDHW = self._volume_CDHW[None]
+
+        def patch_logits(window: int) -> Tensor:
+            start = grid.starts_N3[window].tolist()
+            return self.patch_logits(crop(volume_1CDHW, start, grid.patch_size).to(self.device), tuple(start))[0]
+
+        reference_1DHW, _ = padded(self.reference_DHW[None], grid.patch_size)
+        return oracle_windows(
+            patch_logits,
+            upsample_window(coarse.logits_Cdhw[None], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)[0],
+            self.nmsw_network.class_weights_C,
+            reference_1DHW[0].to(self.device),
+            grid,
+        )
+
+
+def padded(volume_CDHW: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """A volume as nnU-Net pads it to the patch size at least, and how many voxels were added before each axis."""
+    result, unpad = pad_nd_image(volume_CDHW, patch_size, "constant", {"value": 0}, True)
+    return result, [axis.start for axis in unpad[1:]]
+
+
+@dataclasses.dataclass
+class Prediction:
+    """A case as a method predicts it.
+
+    Attributes:
+        method: the method.
+        logits_CDHW: float16, on the grid of the preprocessed volume, on the host.
+        properties: nnU-Net's of the preprocessed case.
+        patches: how many it took.
+        macs: multiply-accumulates of all networks it ran.
+        covered_foreground: share of the reference's foreground voxels that lie in a window; NaN without foreground.
+    """
+
+    method: Method
+    logits_CDHW: Tensor
+    properties: dict[str, Any]
+    patches: int
+    macs: int
+    covered_foreground: float
+
+
+class FoldPredictor:
+    """Predicts cases with every method of one model of a fold.
+
+    Args:
+        model: the model.
+        fold: the fold.
+        device: to predict on.
+        scratch: folder for patch logits of the case in work.
+    """
+
+    def __init__(self, model: Model, fold: int, device: torch.device, scratch: Path) -> None:
+        self.role = model.role
+        self.scratch = scratch
+        common = {"device": device, "allow_tqdm": False}
+        self.sliding_window = SharedPatches(**common)
+        self.nmsw: SharedSelectingPredictor | None = None
+        loaded: nnUNetPredictor = self.sliding_window
+        if model.role == "nmsw":
+            loaded = self.nmsw = SharedSelectingPredictor(**common)
+            load_model(self.nmsw, model.folder, [fold], model.checkpoint)
+            self.sliding_window.macs_per_patch = self.nmsw.macs_per_patch
+            self.sliding_window.manual_initialization(
+                self.nmsw.network,
+                self.nmsw.plans_manager,
+                self.nmsw.configuration_manager,
+                self.nmsw.list_of_parameters,
+                self.nmsw.dataset_json,
+                self.nmsw.trainer_name,
+                self.nmsw.allowed_mirroring_axes,
+            )
+        else:
+            load_model(self.sliding_window, model.folder, [fold], model.checkpoint)
+        self.plans_manager = loaded.plans_manager
+        self.configuration_manager = loaded.configuration_manager
+        self.dataset_json = loaded.dataset_json
+
+    def predict(self, case: Case, methods: Sequence[Method]) -> Iterator[Prediction]:
+        """Predict a case with one method after the other, only one set of logits alive at a time.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
+        try:
+            data, labels, properties = preprocessor.run_case(
+                list(case.images),
+                case.reference,
+                self.plans_manager,
+                self.configuration_manager,
+                self.dataset_json,
+            )
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"cannot read case {case.name}: {str(error).strip().splitlines()[-1]}") from error
+        volume_CDHW = torch.from_numpy(np.asarray(data))
+        # nnU-Net marks voxels outside of its crop with -1
+        reference_DHW = torch.from_numpy(np.asarray(labels)[0]).clamp_min(0)
+        patch_size = self.configuration_manager.patch_size
+        foreground_1DHW, _ = padded((reference_DHW > 0)[None], patch_size)
+        store = PatchStore(self.scratch)
+        self.sliding_window.store = store
+        if self.nmsw is not None:
+            self.nmsw.store = store
+            self.nmsw.start_case(reference_DHW)
+            self.nmsw.seed = zlib.crc32(case.name.encode())
+        try:
+            for method in methods:
+                yield self._predict(method, volume_CDHW, foreground_1DHW[0], properties)
+        finally:
+            store.close()
+
+    def _predict(
+        self, method: Method, volume_CDHW: Tensor, foreground_DHW: Tensor, properties: dict[str, Any]
+    ) -> Prediction:
+        if method.selection is None:
+            self.sliding_window.use_mirroring = method.mirrored
+            self.sliding_window.tile_step_size = method.tile_step_size
+            logits = self.sliding_window.predict_logits_from_preprocessed_data(volume_CDHW)
+            patches = len(self.sliding_window._internal_get_sliding_window_slicers(foreground_DHW.shape))
+            macs = patches * self.sliding_window.macs_per_patch[method.mirrored]
+            return Prediction(method, logits, properties, patches, macs, 1.0)
+        nmsw = self.nmsw
+        assert nmsw is not None
+        nmsw.use_mirroring, nmsw.selection, nmsw.num_patches = method.mirrored, method.selection, method.num_patches
+        logits = nmsw.predict_logits_from_preprocessed_data(volume_CDHW)
+        starts = nmsw.starts_in_padded_volume
+        covered_DHW = torch.zeros_like(foreground_DHW)
+        for start in starts:
+            covered_DHW[window_slices(start, nmsw.nmsw_network.patch_size)] = True
+        foreground = int(foreground_DHW.sum())
+        share = float((foreground_DHW & covered_DHW).sum()) / foreground if foreground else float("nan")
+        macs = len(starts) * nmsw.macs_per_patch.get(method.mirrored, 0) + nmsw.coarse_macs[method.mirrored]
+        return Prediction(method, logits, properties, len(starts), macs, share)

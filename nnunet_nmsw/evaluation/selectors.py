@@ -1,0 +1,77 @@
+"""Ways of picking windows that NMSW is compared with.
+
+Tensor suffixes: N windows of the grid, K chosen windows, 3 one coordinate per axis, C classes, d h w axes of the
+low-resolution view.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from scipy import ndimage
+
+from nnunet_nmsw.geometry import WindowGrid
+from nnunet_nmsw.inference.predictor import PlacedWindows
+from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
+from nnunet_nmsw.topk import top_k
+
+
+def no_windows() -> PlacedWindows:
+    """None: what remains is the global branch."""
+    return PlacedWindows(torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0))
+
+
+def random_windows(
+    network: NMSWNetwork, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int, seed: int
+) -> PlacedWindows:
+    """Windows with predicted foreground in random order, then others; fewer of the same seed are a part of more."""
+    generator = torch.Generator().manual_seed(seed)
+    return _best(network, coarse, grid, num_patches, torch.rand(len(grid), generator=generator))
+
+
+def entropy_windows(
+    network: NMSWNetwork, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int
+) -> PlacedWindows:
+    """Windows by the mean entropy of the coarse prediction, those with predicted foreground first."""
+    log_p_Cdhw = coarse.logits_Cdhw.log_softmax(0)
+    entropy_dhw = -(log_p_Cdhw.exp() * log_p_Cdhw).sum(0)
+    return _best(network, coarse, grid, num_patches, grid.mean(entropy_dhw).cpu())
+
+
+def object_windows(coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
+    """Windows over the bounding box of each object of the coarse prediction, centred, off the grid.
+
+    An object is a connected component of foreground (faces, edges and corners connect). A box larger than a patch is
+    covered by nnU-Net's sliding window over the box. Windows have no scores; they are ordered by the objects' volume.
+    """
+    foreground_dhw = coarse.logits_Cdhw.argmax(0).cpu().numpy() > 0
+    components_dhw, number = ndimage.label(foreground_dhw, np.ones((3, 3, 3)))
+    volumes = ndimage.sum_labels(foreground_dhw, components_dhw, np.arange(1, number + 1))
+    boxes = ndimage.find_objects(components_dhw)
+    starts: dict[tuple[int, ...], None] = {}
+    for index in np.argsort(-np.atleast_1d(volumes), kind="stable"):
+        axis_starts = []
+        for axis, extent in enumerate(boxes[index]):
+            factor, size = grid.downsampling_factor[axis], grid.patch_size[axis]
+            first, end = extent.start * factor, min(extent.stop * factor, grid.volume_shape[axis])
+            last_start = grid.volume_shape[axis] - size
+            if end - first <= size:
+                axis_starts.append([min(max((first + end - size) // 2, 0), last_start)])
+            else:
+                (steps,) = compute_steps_for_sliding_window((end - first,), (size,), grid.tile_step_size)
+                axis_starts.append([first + step for step in steps])
+        starts.update(dict.fromkeys(itertools.product(*axis_starts)))
+    if not starts:
+        return no_windows()
+    return PlacedWindows(torch.tensor(list(starts), dtype=torch.int64), torch.zeros(len(starts)))
+
+
+def _best(
+    network: NMSWNetwork, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int, scores_N: torch.Tensor
+) -> PlacedWindows:
+    candidates_N = network.candidates(coarse.logits_Cdhw, grid, at_least=1).cpu()
+    indices_K = top_k(scores_N, candidates_N, num_patches)
+    return PlacedWindows(grid.starts_N3[indices_K], scores_N[indices_K].float())

@@ -1,0 +1,149 @@
+"""Seconds and peak memory of each method alone.
+
+Every measurement is a process of its own that loads the model, predicts one case to warm up, and then predicts cases
+from file to file as `predict_from_files_sequential` does. Methods take turns, in another order each round, so that a
+machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
+
+from nnunet_nmsw.evaluation.methods import Method
+from nnunet_nmsw.evaluation.models import Case, Model
+from nnunet_nmsw.evaluation.prediction import SelectingPredictor
+from nnunet_nmsw.inference.command import load_model, prepare_device
+
+
+class Stopwatch(nnUNetPredictor):
+    """Adds to a predictor a clock around what it does between preprocessing and export."""
+
+    network_seconds: float = 0.0
+
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """The parent's, timed."""
+        start = time.perf_counter()
+        logits: Tensor = super().predict_logits_from_preprocessed_data(data)  # on the host, so the device is done
+        self.network_seconds = time.perf_counter() - start
+        return logits
+
+
+class TimedSlidingWindow(Stopwatch, nnUNetPredictor):
+    """The stock sliding window with a clock."""
+
+
+class TimedSelection(Stopwatch, SelectingPredictor):
+    """NMSW with a clock."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TimingTask:
+    """What one process measures.
+
+    Attributes:
+        method: the method.
+        model: its model.
+        cases: cases to predict, all of one fold.
+        device: name of the device.
+    """
+
+    method: Method
+    model: Model
+    cases: tuple[Case, ...]
+    device: str
+
+
+def measurement_order(methods: Sequence[Method], rounds: int) -> Iterator[tuple[int, Method]]:
+    """Round and method, every method once a round, in an order that is drawn anew each round."""
+    for number in range(rounds):
+        yield from ((number, method) for method in random.Random(number).sample(list(methods), len(methods)))
+
+
+def measure_in_new_process(task: TimingTask) -> list[dict[str, Any]]:
+    """Run `measure` in a process that has done nothing before.
+
+    A fork server that has imported PyTorch and nnU-Net saves their import each time, where the platform has one.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, task).result()
+
+
+def measure(task: TimingTask) -> list[dict[str, Any]]:
+    """Predict the first case to warm up, then each case, and say what it took.
+
+    Returns:
+        One entry a case: `case`, `network_seconds`, `total_seconds` from file to file, `host_peak_bytes` of the process
+        (with the Python interpreter and all libraries; None where the system does not tell) and `device_peak_bytes`
+        (None on a CPU).
+    """
+    device = prepare_device(task.device)
+    predictor = _predictor(task, device)
+    with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
+        output = os.path.join(folder, "prediction")
+        predictor.predict_from_files_sequential([list(task.cases[0].images)], [output])
+        results = []
+        for case in task.cases:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            start = time.perf_counter()
+            predictor.predict_from_files_sequential([list(case.images)], [output])
+            results.append(
+                {
+                    "case": case.name,
+                    "network_seconds": predictor.network_seconds,
+                    "total_seconds": time.perf_counter() - start,
+                    "host_peak_bytes": _host_peak_bytes(),
+                    "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+                }
+            )
+    return results
+
+
+def _predictor(task: TimingTask, device: torch.device) -> Stopwatch:
+    method = task.method
+    common: dict[str, Any] = {"use_mirroring": method.mirrored, "device": device, "allow_tqdm": False}
+    predictor: Stopwatch
+    if method.selection is None:
+        predictor = TimedSlidingWindow(tile_step_size=method.tile_step_size, **common)
+    else:
+        predictor = TimedSelection(num_patches=method.num_patches, **common)
+        predictor.selection = method.selection
+    load_model(predictor, task.model.folder, [task.cases[0].fold], task.model.checkpoint)
+    return predictor
+
+
+def _host_peak_bytes() -> int | None:
+    """Most memory that this process has held, of Linux's and macOS's accounting."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def timed_cases(cases: Sequence[Case], number: int) -> tuple[Case, ...]:
+    """Cases to measure on: of the first fold, evenly from the smallest to the largest image file."""
+    fold = [case for case in cases if case.fold == cases[0].fold]
+    by_size = sorted(fold, key=lambda case: (Path(case.images[0]).stat().st_size, case.name))
+    number = min(number, len(by_size))
+    positions = [round((i + 0.5) * len(by_size) / number - 0.5) for i in range(number)]
+    return tuple(by_size[position] for position in positions)
