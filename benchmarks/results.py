@@ -1,117 +1,146 @@
-"""Predict a fold's validation cases with the sliding window and with NMSW at several K, and print a table.
+"""Make docs/results.md and the table of the README: plan, train what is not trained, compare, and write.
 
-    python benchmarks/results.py -d 4 -f 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_10epochs \
-        -tr_baseline nnUNetTrainer_10epochs -device cpu --bfloat16 -o results/hippocampus
+    python benchmarks/results.py -device cpu -o results
 
-Every row is one run of the real command (`nnUNetv2_predict` or `nmsw_predict`) on the raw images, the Dice is
-nnU-Net's own, in per cent, the mean over the cases. Nothing is timed: runs are not interleaved. Writes `table.md` and,
-with machine and commands, `results.json` into the output folder.
+Needs nnU-Net's folders and the two raw datasets in nnUNet_raw: Dataset004_Hippocampus of the Medical Segmentation
+Decathlon and Dataset901_KiTSPhantom of make_kits_phantom.py (60 training cases). What is there is kept: planned
+datasets, trained folds, and the comparisons in the output folder, so that an interrupted run goes on. On a CPU training
+runs in bfloat16 (`bfloat16.py`), prediction always as the commands do it. Text outside of the markers in the documents
+is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
-import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple, load_summary_json
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+ROOT = Path(__file__).resolve().parent.parent
+PLANS = "nnUNetPlans_small"
+TRAINER, BASELINE = "nnUNetTrainerNMSW_10epochs", "nnUNetTrainer_10epochs"
+CHECKPOINT = "checkpoint_final.pth"
+README_METHODS = (
+    "baseline_sliding_window_step_0.5",
+    "baseline_sliding_window_step_1.0",
+    "nmsw_top_k_5percent",
+    "nmsw_top_k_10percent",
+    "nmsw_top_k_all",
+    "nmsw_global_branch",
+)
 
-CONFIGURATION = "3d_fullres"
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A dataset, the network for it, and how it is compared."""
+
+    dataset_id: int
+    dataset: str
+    patch_size: str
+    features: str
+    folds: str
+    flags: str
+
+
+EXPERIMENTS = (
+    Experiment(4, "Dataset004_Hippocampus", "16 16 16", "16 32 64", "0 1", "-timed_cases 3 -rounds 3"),
+    Experiment(901, "Dataset901_KiTSPhantom", "32 32 32", "8 16 32 64", "0", "-timed_cases 1 -rounds 3"),
+)
 
 
 def main() -> None:
     """Command line."""
-    args = _parser().parse_args()
-    dataset = maybe_convert_to_dataset_name(args.d)
-    raw, preprocessed = (Path(os.environ[name]) / dataset for name in ("nnUNet_raw", "nnUNet_preprocessed"))
-    dataset_json = json.loads((raw / "dataset.json").read_text())
-    ending, labels = dataset_json["file_ending"], dataset_json["labels"]
-    cases = json.loads((preprocessed / "splits_final.json").read_text())[args.f]["val"]
-    images, references = args.o / "images", args.o / "references"
-    for folder, pattern, source in ((images, "{}_*", raw / "imagesTr"), (references, "{}", raw / "labelsTr")):
-        folder.mkdir(parents=True, exist_ok=True)
-        for case in cases:
-            for file in source.glob(pattern.format(case) + ending):
-                if not (folder / file.name).exists():
-                    (folder / file.name).symlink_to(file.resolve())
-
-    common = f"-d {args.d} -c {CONFIGURATION} -p {args.p} -f {args.f} -device {args.device} --disable_progress_bar"
-    common += "" if args.tta else " --disable_tta"
-    rows = []
-    if args.tr_baseline is not None:
-        rows.append((f"sliding window, {args.tr_baseline}", f"nnUNetv2_predict {common} -tr {args.tr_baseline}"))
-    rows.append((f"sliding window, local branch of {args.tr}", f"nnUNetv2_predict {common} -tr {args.tr}"))
-    rows += [(f"NMSW, K = {k}", f"nmsw_predict {common} -tr {args.tr} -k {k} --save_patches") for k in args.k]
-
-    results = []
-    for number, (name, command) in enumerate(rows):
-        output = args.o / f"prediction_{number}"
-        run(f"{command} -i {images} -o {output}", args.bfloat16, args.o / f"prediction_{number}.log")
-        summary = output / "summary.json"
-        foreground = [label for label in labels.values() if label]
-        compute_metrics_on_folder_simple(str(references), str(output), foreground, str(summary), 2)
-        dice = {label: load_summary_json(str(summary))["mean"][label]["Dice"] for label in foreground}
-        windows = [json.loads(file.read_text()) for file in (output / "patches").glob("*.json")]
-        patches = float(np.mean([w["patches_per_model"][0] for w in windows])) if windows else None
-        results.append({"name": name, "command": command, "dice": dice, "patches": patches})
-        print(results[-1], flush=True)
-    total = [w["windows_to_choose_from"] for w in windows]
-    table = markdown(results, {value: name for name, value in labels.items()}, float(np.mean(total)))
-    (args.o / "table.md").write_text(table)
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "cases": len(cases),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("nnunet-nmsw", "nnunetv2", "torch")},
-        "results": results,
-    }
-    (args.o / "results.json").write_text(json.dumps(record, indent=1))
-    print(table)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-device", default="cuda")
+    parser.add_argument("-o", type=Path, required=True, help="folder of the comparisons")
+    parser.add_argument("-d", type=int, nargs="+", help="only these datasets")
+    parser.add_argument("--no_training", action="store_true", help="only compare what is trained, and write")
+    args = parser.parse_args()
+    for experiment in EXPERIMENTS:
+        if args.d is None or experiment.dataset_id in args.d:
+            if not args.no_training:
+                train(experiment, args.device)
+            report = args.o / experiment.dataset
+            run(
+                f"nmsw_compare -d {experiment.dataset_id} -f {experiment.folds} -p {PLANS} -tr {TRAINER} "
+                f"-tr_baseline {BASELINE} --disable_tta -nps 2 {experiment.flags} -device {args.device} -o {report}"
+            )
+            write(experiment, report)
 
 
-def run(command: str, bfloat16: bool, log: Path) -> None:
-    """Run a console command, its output into a log."""
-    prefix = [sys.executable, str(Path(__file__).with_name("bfloat16.py"))] if bfloat16 else []
-    with log.open("w") as file:
-        subprocess.run([*prefix, *shlex.split(command)], stdout=file, stderr=subprocess.STDOUT, check=True)
+def train(experiment: Experiment, device: str) -> None:
+    """Plan and train what is not there."""
+    plans = Path(os.environ["nnUNet_preprocessed"]) / experiment.dataset
+    if not (plans / "nnUNetPlans.json").is_file():
+        run(f"nnUNetv2_plan_and_preprocess -d {experiment.dataset_id} -c 3d_fullres -np 2")
+    if not (plans / f"{PLANS}.json").is_file():
+        run(
+            f"{sys.executable} -m nnunet_nmsw.demo.small_plans -d {experiment.dataset_id} "
+            f"--patch_size {experiment.patch_size} --features {experiment.features}"
+        )
+    prefix = f"{sys.executable} {ROOT / 'benchmarks' / 'bfloat16.py'} " if device == "cpu" else ""
+    for fold in experiment.folds.split():
+        for trainer in (BASELINE, TRAINER):
+            model = Path(os.environ["nnUNet_results"]) / experiment.dataset / f"{trainer}__{PLANS}__3d_fullres"
+            if not (model / f"fold_{fold}" / CHECKPOINT).is_file():
+                command = f"nnUNetv2_train {experiment.dataset_id} 3d_fullres {fold} -p {PLANS} -tr {trainer}"
+                run(f"{prefix}{command} -device {device}")
 
 
-def markdown(results: list[dict], labels: dict[int, str], windows: float) -> str:
-    """The table."""
-    classes = list(results[0]["dice"])
+def run(command: str) -> None:
+    """Run a command, shown before."""
+    print(command, flush=True)
+    subprocess.run(shlex.split(command), check=True)
+
+
+def write(experiment: Experiment, report: Path) -> None:
+    """Put a report's tables between its markers in the documents, and its plots and numbers beside them."""
+    folder = ROOT / "docs" / "results" / experiment.dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (*(report / "plots").glob("*.svg"), report / "results.json"):
+        shutil.copy(file, folder)
+    text = (report / "report.md").read_text().replace("](plots/", f"](results/{experiment.dataset}/")
+    replace_between_markers(ROOT / "docs" / "results.md", experiment.dataset, text)
+    results = json.loads((report / "results.json").read_text())
+    replace_between_markers(ROOT / "README.md", experiment.dataset, readme_table(results))
+
+
+def readme_table(results: dict) -> str:
+    """A few rows of the report, for the README."""
     lines = [
-        "| method | " + " | ".join(labels[c] for c in classes) + " | mean Dice | patches a case |",
-        "|---" * (len(classes) + 3) + "|",
+        f"| {results['dataset']}, {results['cases']} cases | mean Dice | missed objects | patches | × GMAC "
+        "| × seconds, file to file |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in results:
-        dice = [row["dice"][c] for c in classes]
-        patches = row["patches"] or windows
-        cells = [f"{100 * value:.1f}" for value in [*dice, np.mean(dice)]] + [f"{patches:.1f}"]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    reference = results["methods"][README_METHODS[0]]
+    for key in README_METHODS:
+        method = results["methods"][key]
+        lines.append(
+            f"| {method['method']['name']} | {100 * method['mean']['Dice']:.1f} "
+            f"| {method['missed_objects']} of {method['objects']} | {method['patches']:.1f} "
+            f"| {method['macs'] / reference['macs']:.2f} | {method['cost']['total_ratio']['median']:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True, help="dataset name or id")
-    parser.add_argument("-f", type=int, default=0, help="fold")
-    parser.add_argument("-p", default="nnUNetPlans")
-    parser.add_argument("-tr", default="nnUNetTrainerNMSW")
-    parser.add_argument("-tr_baseline", help="a stock trainer to compare with")
-    parser.add_argument("-k", nargs="+", default=["5%", "10%", "20%", "all"])
-    parser.add_argument("-device", default="cuda")
-    parser.add_argument("--tta", action="store_true", help="mirror, as nnU-Net does by default")
-    parser.add_argument("--bfloat16", action="store_true", help="run the commands through bfloat16.py (CPU)")
-    parser.add_argument("-o", type=Path, required=True, help="output folder")
-    return parser
+def replace_between_markers(file: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Raises:
+        ValueError: the file has no such markers.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    content = file.read_text()
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ValueError(f"{file} needs the lines {begin} and {end}, each once")
+    before, rest = content.split(begin)
+    _, after = rest.split(end)
+    file.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ import json
 from dataclasses import FrozenInstanceError
 
 import pytest
-from conftest import make_configuration
+from tiny import make_configuration
 
 from nnunet_nmsw.config import NMSWConfig, default_downsampling_factor, parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import build_network
+from tiny import build_network
 
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.geometry import downsample

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import DATASET_JSON, build_network, make_plans
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tiny import DATASET_JSON, build_network, make_plans
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.predictor import NMSWPredictor

@@ -1,4 +1,4 @@
-"""The command `nmsw_demo`: nnU-Net and NMSW on a generated phantom, and a comparison with the sliding window.
+"""The command `nmsw_demo`: nnU-Net and NMSW on a generated phantom, ending in the report of `nmsw_compare`.
 
 Every step is the console command that a user would type, shown before it runs.
 """
@@ -15,13 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple, load_summary_json
-
-from nnunet_nmsw.demo.phantom import LABELS, write_dataset
-from nnunet_nmsw.demo.picture import draw_case
+from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.demo.small_plans import PLANS_NAME, write_small_plans
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.evaluation.command import require_extra
 
 DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
 
@@ -29,6 +26,7 @@ DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demonstration."""
     args = _parser().parse_args(arguments)
+    require_extra()
     if args.o.exists() and any(args.o.iterdir()):
         if not (args.o / "nmsw_demo.json").is_file():
             raise UserError(f"{args.o} holds something else: give an empty or new folder with -o")
@@ -48,34 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_dataset(raw, args.training_cases, args.test_cases, args.size)
     demo.run(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2")
     write_small_plans(DATASET_ID, [args.patch_size] * 3, args.features, PLANS_NAME, {})
-    model = f"{DATASET_ID} 3d_fullres 0 -p {PLANS_NAME} -tr {args.tr}"
-    demo.run(f"nnUNetv2_train {model} -device {args.device}")
-
-    images, references = raw / "imagesTs", raw / "labelsTs"
-    rest = f"-i {images} -npp 2 -nps 2 -device {args.device} --disable_tta --disable_progress_bar"
-    rows = []
-    for name, command in (
-        ("nmsw", f"nmsw_predict -o {args.o / 'nmsw'} -k {args.k} --save_patches {rest}"),
-        (
-            "sliding_window",
-            f"nnUNetv2_predict -o {args.o / 'sliding_window'} -d {DATASET_ID} -c 3d_fullres -f 0 "
-            f"-p {PLANS_NAME} -tr {args.tr} {rest}",
-        ),
-    ):
-        seconds = demo.run(command)
-        rows.append((name, seconds, dice_by_class(references, args.o / name)))
-    windows = [json.loads(file.read_text()) for file in sorted((args.o / "nmsw" / "patches").glob("*.json"))]
-    patches = {
-        "nmsw": float(np.mean([sum(case["patches_per_model"]) for case in windows])),
-        "sliding_window": float(np.mean([case["windows_to_choose_from"] for case in windows])),
-    }
-    table = markdown_table(rows, patches)
-    (args.o / "table.md").write_text(table)
-    draw_case(
-        windows[0]["case"], images, references, args.o / "nmsw", args.o / "sliding_window", args.o / "windows.png"
+    training = f"{DATASET_ID} 3d_fullres 0 -p {PLANS_NAME} -device {args.device}"
+    for trainer in (args.tr, args.tr_baseline):
+        demo.run(f"nnUNetv2_train {training} -tr {trainer}")
+    predict = "--disable_tta --disable_progress_bar -npp 2 -nps 2"
+    demo.run(f"nmsw_predict -i {raw / 'imagesTs'} -o {args.o / 'predictions'} -device {args.device} {predict}")
+    report = args.o / "report"
+    demo.run(
+        f"nmsw_compare -d {DATASET_ID} -f 0 -p {PLANS_NAME} -tr {args.tr} -tr_baseline {args.tr_baseline} -o {report} "
+        f"-k {' '.join(args.k)} -timed_cases 1 -rounds 2 -nps 1 -device {args.device} --disable_tta "
+        "--disable_progress_bar"
     )
-    print(f"\n{table}\nThe chosen windows over a case: {args.o / 'windows.png'}")
-    print(f"Table: {args.o / 'table.md'}; {time.perf_counter() - demo.start:.0f} seconds in all.")
+    print("", *json.loads((report / "results.json").read_text())["answer"], sep="\n")
+    print(f"Report: {report / 'index.html'}")
+    print(f"Predictions of the test cases: {args.o / 'predictions'}")
+    print(f"{time.perf_counter() - demo.start:.0f} seconds in all.")
 
 
 class Demo:
@@ -83,67 +68,41 @@ class Demo:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.number = 0
         self.start = time.perf_counter()
 
-    def run(self, command: str) -> float:
+    def run(self, command: str) -> None:
         """Run a command of this environment.
-
-        Returns:
-            Seconds it took.
 
         Raises:
             UserError: it failed; the message ends in what it printed last.
         """
         print(f"[{time.perf_counter() - self.start:4.0f} s] {command}", flush=True)
         name, *arguments = command.split()
-        log = self.folder / f"{name}.log"
-        start = time.perf_counter()
+        self.number += 1
+        log = self.folder / f"{self.number}_{name}.log"
         with log.open("w") as file:
             executable = shutil.which(name, path=os.path.dirname(sys.executable)) or name
             result = subprocess.run([executable, *arguments], stdout=file, stderr=subprocess.STDOUT, check=False)
         if result.returncode:
             last = "\n".join(log.read_text().splitlines()[-15:])
             raise UserError(f"{name} failed, its log is {log}:\n{last}")
-        return time.perf_counter() - start
-
-
-def dice_by_class(references: Path, predictions: Path) -> dict[str, float]:
-    """Mean Dice over the cases by class name, nnU-Net's own, written into `summary.json` beside the predictions."""
-    summary = str(predictions / "summary.json")
-    foreground = [value for value in LABELS.values() if value]
-    compute_metrics_on_folder_simple(str(references), str(predictions), foreground, summary, 2)
-    mean = load_summary_json(summary)["mean"]
-    return {name: mean[value]["Dice"] for name, value in LABELS.items() if value}
-
-
-def markdown_table(rows: list[tuple[str, float, dict[str, float]]], patches: dict[str, float]) -> str:
-    """The comparison as a Markdown table."""
-    names = {"nmsw": "NMSW", "sliding_window": "sliding window"}
-    classes = list(rows[0][2])
-    lines = [
-        "| "
-        + " | ".join(["method (same model)".ljust(20), *(f"Dice {c}" for c in classes), "patches a case", "seconds"])
-        + " |",
-        "|---" * (len(classes) + 3) + "|",
-    ]
-    for name, seconds, dice in rows:
-        cells = [f"{dice[c]:.3f}".rjust(len(f"Dice {c}")) for c in classes]
-        cells += [f"{patches[name]:.0f}".rjust(14), f"{seconds:.0f}".rjust(7)]
-        lines.append(f"| {names[name].ljust(20)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train and run NMSW on a generated phantom and compare it with the sliding window of the same "
-        "model. Under ten minutes on two CPU cores.",
+        description="Train and run NMSW on a generated phantom and compare it with the sliding window. About ten "
+        "minutes on two CPU cores.",
     )
     parser.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
     parser.add_argument("-tr", default="nnUNetTrainerNMSW_10epochs", help="Default: nnUNetTrainerNMSW_10epochs")
-    parser.add_argument("-k", default="10%", help="patches a case. Default: 10%%")
+    parser.add_argument("-tr_baseline", default="nnUNetTrainer_10epochs", help="Default: nnUNetTrainer_10epochs")
+    parser.add_argument(
+        "-k", nargs="+", default=["5%", "10%", "20%", "all"], help="patches a case. Default: 5%% 10%% 20%% all"
+    )
     parser.add_argument("--training_cases", type=int, default=20)
-    parser.add_argument("--test_cases", type=int, default=4)
+    parser.add_argument("--test_cases", type=int, default=2)
     parser.add_argument("--size", type=int, default=72, help="voxels along a volume's longest axis")
     parser.add_argument("--patch_size", type=int, default=16, help="voxels along each axis of a patch")
     parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the network's stages")

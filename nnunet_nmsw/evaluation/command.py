@@ -7,10 +7,13 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_nmsw.config import parse_num_patches
 from nnunet_nmsw.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_nmsw.evaluation.comparison import Comparison
 
 NEEDED = ("monai", "statsmodels", "jinja2", "pandas")
 
@@ -18,14 +21,11 @@ NEEDED = ("monai", "statsmodels", "jinja2", "pandas")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
     args = _parser().parse_args(arguments)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"nmsw_compare needs {', '.join(missing)}: pip install 'nnunet-nmsw[compare]'")
-    # These import what the check above looks for.
+    require_extra()
+    # These import what the line above asks for.
     from nnunet_nmsw.evaluation.comparison import Comparison
     from nnunet_nmsw.evaluation.methods import build_methods
     from nnunet_nmsw.evaluation.models import dataset_name, find_cases, find_models
-    from nnunet_nmsw.evaluation.report import write_report
     from nnunet_nmsw.inference.command import prepare_device
 
     _check(args)
@@ -36,8 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = find_cases(dataset, args.f, models)
     mirrored = {"on": [True], "off": [False], "both": [True, False]}["off" if args.disable_tta else args.tta]
     methods = build_methods(len(models) > 1, num_patches, mirrored)
-    comparison = Comparison(args.o, dataset, models, methods, cases, args.tolerance, args.device)
+    comparison = Comparison(
+        args.o, dataset, models, methods, cases, args.tolerance, args.device, args.timed_cases, args.rounds
+    )
     comparison.open()
+    try:
+        _run(comparison, args)
+    except KeyboardInterrupt as interrupt:
+        raise UserError(f"interrupted: {args.o} keeps what is done, the same command goes on from there") from interrupt
+
+
+def _run(comparison: Comparison, args: argparse.Namespace) -> None:
+    from nnunet_nmsw.evaluation.report import write_report
+
     progress = not args.disable_progress_bar
     comparison.run_cases(args.num_parts, args.part_id, args.nps, progress)
     if args.num_parts > 1:
@@ -47,10 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "call once more without -num_parts and -part_id: that measures time and writes the report."
         )
         return
-    comparison.run_timing(args.timed_cases, args.rounds, progress)
+    comparison.run_timing(progress)
     for sentence in write_report(comparison, args.margin, args.cases_shown):
         print(sentence)
     print(f"Report: {args.o / 'index.html'}")
+
+
+def require_extra() -> None:
+    """Check for the libraries of the extra `compare`.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"nmsw_compare needs {', '.join(missing)}: pip install 'nnunet-nmsw[compare]'")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -59,7 +81,7 @@ def _check(args: argparse.Namespace) -> None:
     for name, value, minimum in (
         ("-nps", args.nps, 1),
         ("-timed_cases", args.timed_cases, 0),
-        ("-rounds", args.rounds, 0),
+        ("-rounds", args.rounds, 1),
         ("-cases_shown", args.cases_shown, 0),
     ):
         if value < minimum:

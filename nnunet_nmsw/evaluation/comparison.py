@@ -3,7 +3,7 @@
 REPORT/comparison.json            what is compared: another comparison is refused
 REPORT/methods/METHOD/CASE.nii.gz predictions, beside them summary.json as nnU-Net writes it
 REPORT/cases/CASE.json, CASE.npz  metrics of all methods on a case; windows and score map for the report
-REPORT/timing/METHOD_round_0.json seconds and memory
+REPORT/timing/METHOD_....json     seconds and memory
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Comparison:
         cases: validation cases of all folds.
         tolerance_mm: of the normalised surface Dice.
         device: name of the device.
+        timed_cases: how many cases are timed.
+        rounds: how often each of them is.
     """
 
     folder: Path
@@ -61,6 +63,8 @@ class Comparison:
     cases: Sequence[Case]
     tolerance_mm: float
     device: str
+    timed_cases: int = 0
+    rounds: int = 0
 
     @property
     def nmsw(self) -> Model:
@@ -125,8 +129,8 @@ class Comparison:
                     "give a new folder with -o, or the flags it was made with"
                 )
             settings["checkpoints"] = checkpoints
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty and holds no comparison: give an empty or new folder with -o")
+        elif self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} is there and holds no comparison: give an empty or new folder with -o")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
 
@@ -134,9 +138,10 @@ class Comparison:
         """Metrics of all methods on a case."""
         return self.folder / "cases" / f"{case.name}.json"
 
-    def timing_file(self, number: int, method: Method, fold: int) -> Path:
+    def timing_file(self, number: int, method: Method) -> Path:
         """Time and memory of a method in a round."""
-        return self.folder / "timing" / f"{method.key}_fold_{fold}_round_{number}.json"
+        fold = self.cases[0].fold
+        return self.folder / "timing" / f"{method.key}_fold_{fold}_cases_{self.timed_cases}_round_{number}.json"
 
     def prediction_file(self, case: Case, method: Method) -> Path:
         """Predicted labels."""
@@ -160,19 +165,19 @@ class Comparison:
                     if case.fold == fold:
                         self._run_case(case, predictors, pool, processes, bar)
 
-    def run_timing(self, number_of_cases: int, rounds: int, progress: bool) -> None:
+    def run_timing(self, progress: bool) -> None:
         """Measure what is not there yet of time and memory."""
-        if not number_of_cases or not rounds:
+        if not self.timed_cases:
             return
-        cases = timed_cases(self.cases, number_of_cases)
+        cases = timed_cases(self.cases, self.timed_cases)
         (self.folder / "timing").mkdir(exist_ok=True)
         models = {model.role: model for model in self.models}
         timed = [method for method in self.methods if method.is_timed]
         todo = [
-            (self.timing_file(number, method, cases[0].fold), method)
-            for number, method in measurement_order(timed, rounds)
+            (file, method)
+            for number, method in measurement_order(timed, self.rounds)
+            if not (file := self.timing_file(number, method)).is_file()
         ]
-        todo = [(file, method) for file, method in todo if not file.is_file()]
         for file, method in tqdm(todo, desc="time and memory", disable=not progress or not todo):
             task = TimingTask(method, models[method.model], cases, self.device)
             write_json(file, {"method": method.key, "cases": measure_in_new_process(task)})
@@ -187,9 +192,9 @@ class Comparison:
 
     def timings(self) -> Iterator[dict[str, Any]]:
         """Time and memory: `method`, `round`, and the keys of `timing.measure`, one entry a case."""
-        for method in self.methods:
-            for file in sorted((self.folder / "timing").glob(f"{method.key}_fold_*_round_*.json")):
-                number = int(file.stem.rsplit("_", 1)[1])
+        for number, method in measurement_order(self.methods, self.rounds if self.timed_cases else 0):
+            file = self.timing_file(number, method)
+            if file.is_file():
                 for entry in json.loads(file.read_text())["cases"]:
                     yield {"method": method.key, "round": number, **entry}
 

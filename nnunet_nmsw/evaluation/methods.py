@@ -13,8 +13,8 @@ SERIES = {
     "top_k": "NMSW",
     "greedy_coverage": "NMSW, greedy coverage",
     "none": "global branch alone",
-    "random": "random windows with predicted foreground",
-    "entropy": "windows by entropy of the coarse prediction",
+    "random": "random foreground windows",
+    "entropy": "windows by entropy",
     "objects": "zoom-in on predicted objects",
     "oracle": "oracle",
 }

@@ -58,12 +58,16 @@ class Plot(NamedTuple):
 def write_plots(results: Results, folder: Path) -> list[Plot]:
     """Draw every plot there is data for into a folder."""
     folder.mkdir(exist_ok=True)
+    with plt.rc_context(STYLE):
+        return _write_plots(results, folder)
+
+
+def _write_plots(results: Results, folder: Path) -> list[Plot]:
     drawings = {
         Plot(
             "dice_by_patches",
             "Dice against the number of patches",
-            "Mean Dice over cases and classes (right and higher is not always better: a patch costs time). Horizontal "
-            "lines need no choice of K.",
+            "Mean Dice over cases and classes. Horizontal lines are methods without a K.",
         ): _dice_by_patches(results),
         Plot(
             "dice_by_seconds",
@@ -110,8 +114,7 @@ def shown_methods(results: Results) -> list[Method]:
 
 
 def _figure(height: float = 4.2) -> tuple[Figure, Axes]:
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6, height))
+    figure, axis = plt.subplots(figsize=(4.8, height))
     return figure, axis
 
 
@@ -142,7 +145,7 @@ def _dice_by_patches(results: Results) -> Figure:
     axis.tick_params(axis="x", which="minor", labelsize=9)
     axis.set_xlabel("patches a case (mean)")
     axis.set_ylabel("mean Dice, %")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=7.5)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=6.5)
     return figure
 
 
@@ -171,7 +174,13 @@ def _dice_by_seconds(results: Results) -> Figure | None:
             linewidth=1,
             label=name,
         )
+    annotated: list[tuple[float, float]] = []
+    low, high = axis.get_ylim()
     for i in front:
+        seconds, dice = points[i]
+        if any(abs(math.log(seconds / x)) < 0.25 and abs(dice - y) < 0.06 * (high - low) for x, y in annotated):
+            continue  # it would be written over another one
+        annotated.append(points[i])
         method = timed[i][0].method
         what = (
             f"K = {method.num_patches}" if method.num_patches else method.tile_step_size and f"{method.tile_step_size}"
@@ -185,7 +194,7 @@ def _dice_by_seconds(results: Results) -> Figure | None:
     axis.tick_params(axis="x", which="both", labelsize=9, rotation=45)
     axis.set_xlabel("seconds a case, from file to file")
     axis.set_ylabel("mean Dice, %")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=7.5)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=6.5)
     return figure
 
 

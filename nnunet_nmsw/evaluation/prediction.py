@@ -10,9 +10,10 @@ import dataclasses
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +33,21 @@ from nnunet_nmsw.inference.command import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor, PlacedWindows
 from nnunet_nmsw.network import CoarsePrediction
 
+Result = TypeVar("Result")
+
 Position = tuple[bool, tuple[int, ...]]
 """Whether a patch was mirrored, and its first voxel in the padded volume."""
+
+
+def count_macs(call: Callable[[], Result]) -> tuple[Result, int]:
+    """Make a call.
+
+    Returns:
+        What it returned, and the multiply-accumulates of its convolutions and matrix products.
+    """
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    return result, counter.get_total_flops() // 2
 
 
 class PatchStore:
@@ -95,12 +109,12 @@ class SharedPatches(nnUNetPredictor):
         position = (self.use_mirroring, start)
         if position in self.store:
             return self.store.get(position).to(self.device)
+        logits: Tensor
         if self.use_mirroring in self.macs_per_patch:
-            logits: Tensor = super()._internal_maybe_mirror_and_predict(patch_1CDHW)
+            logits = super()._internal_maybe_mirror_and_predict(patch_1CDHW)
         else:
-            with FlopCounterMode(display=False) as counter:
-                logits = super()._internal_maybe_mirror_and_predict(patch_1CDHW)
-            self.macs_per_patch[self.use_mirroring] = counter.get_total_flops() // 2
+            predict = partial(super()._internal_maybe_mirror_and_predict, patch_1CDHW)
+            logits, self.macs_per_patch[self.use_mirroring] = count_macs(predict)
         self.store.put(position, logits)
         return logits
 
@@ -158,9 +172,8 @@ class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
         """The coarse prediction, once a case; its multiply-accumulates are counted."""
         self._volume_CDHW = volume_CDHW
         if self.use_mirroring not in self._coarse:
-            with FlopCounterMode(display=False) as counter:
-                self._coarse[self.use_mirroring] = super().predict_coarse(volume_CDHW)
-            self.coarse_macs[self.use_mirroring] = counter.get_total_flops() // 2
+            coarse, macs = count_macs(partial(super().predict_coarse, volume_CDHW))
+            self._coarse[self.use_mirroring], self.coarse_macs[self.use_mirroring] = coarse, macs
         return self._coarse[self.use_mirroring]
 
     def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
@@ -231,7 +244,7 @@ class FoldPredictor:
     def __init__(self, model: Model, fold: int, device: torch.device, scratch: Path) -> None:
         self.role = model.role
         self.scratch = scratch
-        common = {"device": device, "allow_tqdm": False}
+        common = {"perform_everything_on_device": device.type == "cuda", "device": device, "allow_tqdm": False}
         self.sliding_window = SharedPatches(**common)
         self.nmsw: SharedSelectingPredictor | None = None
         loaded: nnUNetPredictor = self.sliding_window

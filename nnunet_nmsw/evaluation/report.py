@@ -248,11 +248,11 @@ def case_table(results: Results, number: int = 8) -> Table:
     return Table(
         "Cases that lose most",
         f"{primary.name} against the {reference.name}, Dice in per cent, mean over classes. Covered: share of the "
-        "reference's foreground inside of a chosen window.",
+        "reference's foreground inside of a chosen window. Objects: with NMSW / with the sliding window.",
         [
             "case",
             "Dice",
-            "Dice of the reference",
+            "Dice, sliding window",
             "difference",
             "covered",
             "missed objects",
@@ -298,6 +298,7 @@ def sentences(results: Results, margin: float) -> list[str]:
         for r in results.methods
         if r.method.selection == "top_k" and r.method != primary.method and r.method.mirrored == primary.method.mirrored
     ]
+    answer += _what_patches_bring(results)
     answer += [verdict(r.method.name, reference.method.name, r.difference, margin) for r in others]
     found = [
         f"{share:.0%} with {result.method.name}"
@@ -309,6 +310,25 @@ def sentences(results: Results, margin: float) -> list[str]:
     if found:
         answer.append(f"Objects of the reference that are found: {', '.join(found)}.")
     return answer
+
+
+def _what_patches_bring(results: Results) -> list[str]:
+    """The choice of windows against none, other choices, and the oracle's, at the K of the primary method."""
+    primary = results.of(results.comparison.primary)
+    same = [r for r in results.methods if r.method.mirrored == primary.method.mirrored]
+    alone = next(r for r in same if r.method.selection == "none")
+    gain = results.difference(primary.method, alone.method)
+    text = (
+        f"Its patches bring {100 * gain.mean:+.1f} Dice points over the global branch alone "
+        f"(95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    )
+    others = [
+        f"{100 * results.difference(r.method, alone.method).mean:+.1f} chosen by {who}"
+        for selection, who in (("random", "chance"), ("entropy", "entropy"), ("oracle", "the oracle"))
+        for r in same
+        if r.method.selection == selection and r.method.num_patches == primary.method.num_patches
+    ]
+    return [f"{text}; as many patches bring {', '.join(others)}." if others else f"{text}."]
 
 
 def machine(device: str) -> str:
@@ -341,8 +361,13 @@ def _shown_cases(results: Results, number: int) -> list[ShownCase]:
     for position in positions:
         name = str(difference.index[position])
         case = by_name[name]
-        rank = {0: "largest loss", last: "largest gain", last // 2: "median case"}.get(position, "")
-        points = f"{100 * difference.iloc[position]:+.1f} Dice points"
+        value = difference.iloc[position]
+        first_is, last_is = (
+            "largest loss" if value < 0 else "smallest gain",
+            "largest gain" if value > 0 else "smallest loss",
+        )
+        rank = {last // 2: "median case", last: last_is, 0: first_is}.get(position, "")
+        points = f"{100 * value:+.1f} Dice points"
         text = f"{rank + ': ' if rank and last else ''}{primary.name} is {points} from the {reference.name}"
         record = json.loads(comparison.record_file(case).read_text())
         shown.append(show_case(comparison, case, record, methods, text))
@@ -371,6 +396,7 @@ def _plain(results: Results, context: dict[str, Any]) -> dict[str, Any]:
         "machine": context["machine"],
         "versions": context["versions"],
         "command": context["command"],
+        "dataset": results.comparison.dataset,
         "cases": len(results.comparison.cases),
         "folds": context["folds"],
         "methods": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,10 @@ class Results:
     def difference_by_case(self, method: Method) -> pd.Series:
         """Dice of a method minus the reference method's, mean over classes, by case."""
         return _difference_by_case(self.table, method, self.comparison.reference)
+
+    def difference(self, method: Method, other: Method) -> PairedDifference:
+        """Paired difference in Dice between any two methods."""
+        return _paired(_difference_by_case(self.table, method, other))
 
 
 def gather(comparison: Comparison) -> Results:
@@ -230,6 +235,7 @@ def _costs(timings: pd.DataFrame, reference: Method) -> dict[str, Cost]:
 
 
 def _write_summary(records: list[dict[str, Any]], comparison: Comparison, method: Method) -> None:
+    """Write what nnU-Net leaves beside its predictions, for its tools."""
     cases: list[dict[str, Any]] = []
     for case, record in zip(comparison.cases, records, strict=True):
         metrics = record["methods"][method.key]["metrics"]
@@ -249,10 +255,13 @@ def _write_summary(records: list[dict[str, Any]], comparison: Comparison, method
         for label in labels
     }
     foreground_mean = {name: float(np.mean([mean[label][name] for label in labels])) for name in NNUNET_METRICS}
+    folder = comparison.folder / "methods" / method.key
     save_summary_json(
-        {"metric_per_case": cases, "mean": mean, "foreground_mean": foreground_mean},
-        str(comparison.folder / "methods" / method.key / "summary.json"),
+        {"metric_per_case": cases, "mean": mean, "foreground_mean": foreground_mean}, str(folder / "summary.json")
     )
+    model = next(model for model in comparison.models if model.role == method.model)
+    for name in ("dataset.json", "plans.json"):
+        shutil.copy(model.folder / name, folder)
 
 
 def _nanmean(values: list[float]) -> float:

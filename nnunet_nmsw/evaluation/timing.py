@@ -14,6 +14,7 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -95,8 +96,10 @@ def measure(task: TimingTask) -> list[dict[str, Any]]:
         (None on a CPU).
     """
     device = prepare_device(task.device)
-    predictor = _predictor(task, device)
-    with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
+    # nnU-Net tells of every trainer it looks at and of every case; the progress bar is the parent's.
+    with contextlib.redirect_stdout(None), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore", FutureWarning)
+        predictor = _predictor(task, device)
         output = os.path.join(folder, "prediction")
         predictor.predict_from_files_sequential([list(task.cases[0].images)], [output])
         results = []
@@ -119,7 +122,12 @@ def measure(task: TimingTask) -> list[dict[str, Any]]:
 
 def _predictor(task: TimingTask, device: torch.device) -> Stopwatch:
     method = task.method
-    common: dict[str, Any] = {"use_mirroring": method.mirrored, "device": device, "allow_tqdm": False}
+    common: dict[str, Any] = {
+        "use_mirroring": method.mirrored,
+        "perform_everything_on_device": device.type == "cuda",
+        "device": device,
+        "allow_tqdm": False,
+    }
     predictor: Stopwatch
     if method.selection is None:
         predictor = TimedSlidingWindow(tile_step_size=method.tile_step_size, **common)

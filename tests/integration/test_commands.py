@@ -1,7 +1,6 @@
 """The installed console commands, in subprocesses, on a tiny generated dataset."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,35 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from commands import DATASET, TRAINER, run
 
-from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.inference.command import main
 
 pytestmark = pytest.mark.integration
-
-TRAINER = "nnUNetTrainerNMSW_1epoch"
-DATASET = "Dataset998_Tiny"
-
-
-def run(command: str, workspace: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a console command of this environment with nnU-Net's folders inside a workspace."""
-    name, *arguments = command.split()
-    executable = shutil.which(name, path=os.path.dirname(sys.executable))
-    assert executable, f"{name} is not installed"
-    variables = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")},
-        **{key: str(workspace / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
-        "nnUNet_n_proc_DA": "1",
-        "nnUNet_def_n_proc": "2",
-        **environment,
-    }
-    variables = {key: value for key, value in variables.items() if value}
-    result = subprocess.run(
-        [executable, *arguments], env=variables, cwd=workspace, capture_output=True, text=True, check=False
-    )
-    if check and result.returncode:
-        pytest.fail(f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
-    return result
 
 
 def set_plans(workspace: Path, **nmsw: object) -> None:
@@ -47,33 +22,6 @@ def set_plans(workspace: Path, **nmsw: object) -> None:
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["nmsw"] = nmsw
     file.write_text(json.dumps(plans))
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model: plan, preprocess, train one epoch, validate."""
-    folder = tmp_path_factory.mktemp("nnunet")
-    write_dataset(folder / "nnUNet_raw" / DATASET, num_training=5, num_test=2, size=44)
-    run("nnUNetv2_plan_and_preprocess -d 998 -c 3d_fullres -np 2", folder)
-    before = sorted((folder / "nnUNet_preprocessed" / DATASET).rglob("*"))
-    environment = {key: str(folder / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    small_plans = [sys.executable, "-m", "nnunet_nmsw.demo.small_plans", "-d", "998"]
-    subprocess.run(
-        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8"],
-        env={**os.environ, **environment},
-        check=True,
-    )
-    run(f"nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr {TRAINER} -device cpu", folder)
-    after = sorted((folder / "nnUNet_preprocessed" / DATASET).rglob("*"))
-    new = {file.name for file in set(after) - set(before)}
-    assert new == {"nnUNetPlans_small.json", "splits_final.json"}  # no second copy of the data
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(workspace: Path) -> Path:
-    """The model's folder."""
-    return workspace / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans_small__3d_fullres"
 
 
 def images(workspace: Path) -> Path:

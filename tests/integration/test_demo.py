@@ -13,12 +13,14 @@ pytestmark = pytest.mark.integration
 def test_demo(tmp_path):
     executable = shutil.which("nmsw_demo", path=os.path.dirname(sys.executable))
     assert executable
-    small = "--training_cases 5 --test_cases 1 --size 40 --patch_size 16 --features 4 8 -tr nnUNetTrainerNMSW_1epoch"
+    small = "--training_cases 5 --test_cases 1 --size 40 --patch_size 16 --features 4 8 -k 10%"
+    small += " -tr nnUNetTrainerNMSW_1epoch -tr_baseline nnUNetTrainer_1epoch"
     command = [executable, "-o", str(tmp_path / "demo"), *small.split()]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "sliding window" in (tmp_path / "demo" / "table.md").read_text()
-    assert (tmp_path / "demo" / "windows.png").stat().st_size > 10_000
+    assert "NMSW, K = 10%: too few cases" in result.stdout  # 5 training cases, so fold 0 has one to validate on
+    assert "<title>NMSW against the sliding window" in (tmp_path / "demo" / "report" / "index.html").read_text()
+    assert (tmp_path / "demo" / "predictions" / "case_005.nii.gz").is_file()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").touch()
     refused = subprocess.run([executable, "-o", str(tmp_path / "other")], capture_output=True, text=True, check=False)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_commands import run
+from commands import run
 
 pytestmark = [pytest.mark.integration, pytest.mark.real_data]
 

@@ -1,0 +1,159 @@
+"""The methods that are compared: what they are called, which windows they pick, what they cost."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import build_network
+from torch import nn
+from torch.nn import functional
+
+from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
+from nnunet_nmsw.evaluation.oracle import oracle_windows
+from nnunet_nmsw.evaluation.prediction import PatchStore, count_macs
+from nnunet_nmsw.evaluation.selectors import entropy_windows, object_windows, random_windows
+from nnunet_nmsw.fusion import fuse
+from nnunet_nmsw.geometry import WindowGrid, window_slices
+from nnunet_nmsw.network import CoarsePrediction
+
+
+def test_methods_have_names_of_their_own_and_the_reference_is_nnunets_default():
+    methods = build_methods(True, ["5%", 10, "all"], [True, False])
+    assert len({m.key for m in methods}) == len({m.name for m in methods}) == len(methods)
+    assert reference_method(methods).key == "baseline_sliding_window_step_0.5_mirrored"
+    assert [m.model for m in methods] == sorted(m.model for m in methods)
+    without = build_methods(False, ["5%"], [False])
+    assert {m.model for m in without} == {"nmsw"}
+    assert reference_method(without).name == "sliding window of the local branch, step 0.5"
+
+
+def test_the_primary_method_is_the_models_own_k_or_the_smallest_percentage():
+    methods = build_methods(False, [5, "20%", "10%", "all"], [False])
+    assert primary_method(methods, "20%").num_patches == "20%"
+    assert primary_method(methods, "7%").num_patches == "10%"
+    assert primary_method(build_methods(False, [5], [False]), "7%").num_patches == 5
+
+
+def coarse_of(labels_dhw: torch.Tensor, confidence: float = 5.0) -> CoarsePrediction:
+    logits_Cdhw = confidence * functional.one_hot(labels_dhw, 3).movedim(-1, 0).float()
+    return CoarsePrediction(logits_Cdhw, torch.zeros(labels_dhw.shape))
+
+
+def test_entropy_prefers_uncertain_windows_and_random_ones_are_nested():
+    network = build_network()
+    grid = WindowGrid((24, 24, 24), (8, 8, 8), (2, 2, 2))
+    labels = torch.zeros(grid.low_shape, dtype=torch.int64)
+    labels[:4, :4, :4] = 1
+    labels[8:, 8:, 8:] = 1
+    coarse = coarse_of(labels)
+    coarse.logits_Cdhw[:, 8:, 8:, 8:] = torch.tensor([1.0, 1.1, 1.0]).view(3, 1, 1, 1)  # uncertain
+    assert entropy_windows(network, coarse, grid, 1).starts_K3.tolist() == [[16, 16, 16]]
+    few, many = (random_windows(network, coarse, grid, k, seed=3).starts_K3.tolist() for k in (4, 9))
+    assert many[:4] == few
+    assert len({tuple(start) for start in many}) == 9
+    assert random_windows(network, coarse, grid, 9, seed=4).starts_K3.tolist() != many
+
+
+def test_objects_are_centred_in_windows_and_covered_when_larger():
+    grid = WindowGrid((32, 32, 32), (8, 8, 8), (2, 2, 2))
+    labels = torch.zeros(grid.low_shape, dtype=torch.int64)
+    labels[7:9, 7:9, 7:9] = 1  # voxels 14 to 18
+    labels[0, 0, 0] = 2  # a corner
+    starts = object_windows(coarse_of(labels), grid).starts_K3.tolist()
+    assert starts == [[12, 12, 12], [0, 0, 0]]
+    labels[12:, 2:4, 2:4] = 1
+    labels[2:, 10:14, 10:14] = 1  # 28 voxels long, 8 wide
+    starts = object_windows(coarse_of(labels), grid).starts_K3
+    covered = torch.zeros(grid.volume_shape, dtype=torch.bool)
+    for start in starts.tolist():
+        covered[window_slices(start, grid.patch_size)] = True
+        assert all(0 <= s <= 24 for s in start)
+    foreground = labels.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, 2) > 0
+    assert covered[foreground].all()
+    assert object_windows(coarse_of(torch.zeros_like(labels)), grid).starts_K3.shape == (0, 3)
+
+
+def test_the_oracle_does_what_trying_everything_does():
+    torch.manual_seed(1)
+    grid = WindowGrid((6, 6, 8), (4, 4, 4), (1, 1, 1))
+    reference = torch.randint(0, 3, grid.volume_shape)
+    coarse = torch.randn(3, *grid.volume_shape)
+    weights = torch.tensor([0.5, 0.8, 0.9])
+    truth = 3 * functional.one_hot(reference, 3).movedim(-1, 0)
+    patches = {}
+    for window, start in enumerate(grid.starts_N3.tolist()):
+        quality = torch.rand(()) * 2 - 0.5  # some windows harm
+        cut = truth[(slice(None), *window_slices(start, grid.patch_size))]
+        patches[window] = quality * cut + 2 * torch.randn(3, *grid.patch_size)
+
+    def dice(windows: list[int]) -> float:
+        from nnunet_nmsw.fusion import gaussian_weights
+
+        gaussian = gaussian_weights(grid.patch_size, torch.device("cpu"))
+        total, weight = torch.zeros_like(coarse), torch.zeros(grid.volume_shape)
+        for window in windows:
+            box = window_slices(grid.starts_N3[window].tolist(), grid.patch_size)
+            total[(slice(None), *box)] += gaussian * patches[window]
+            weight[box] += gaussian
+        fused = fuse(total / weight.clamp_min(1e-12), coarse, weights.view(3, 1, 1, 1))
+        labels = torch.where(weight > 0, fused.argmax(0), coarse.argmax(0))
+        values = []
+        for c in (1, 2):
+            tp = ((labels == c) & (reference == c)).sum()
+            values.append((2 * tp + 1) / ((labels == c).sum() + (reference == c).sum() + 1))
+        return float(sum(values) / 2)
+
+    order, gains = oracle_windows(patches.__getitem__, coarse, weights, reference, grid)
+    taken: list[int] = []
+    while True:
+        best = max((w for w in range(len(grid)) if w not in taken), key=lambda w: dice([*taken, w]), default=None)
+        if best is None or dice([*taken, best]) <= dice(taken) + 1e-9:
+            break
+        taken.append(best)
+    assert 0 < len(taken) < len(grid)
+    assert order == taken
+    assert gains[0] == pytest.approx(dice(taken[:1]) - dice([]), abs=1e-6)
+    assert sum(gains) == pytest.approx(dice(taken) - dice([]), abs=1e-6)
+    best_pair = max(itertools.combinations(range(len(grid)), 2), key=lambda pair: dice(list(pair)))
+    assert dice(order[:2]) >= dice([]) + 0.9 * (dice(list(best_pair)) - dice([]))
+
+
+def test_multiply_accumulates_of_known_layers():
+    network = nn.Sequential(nn.Conv3d(2, 5, 3, padding=1), nn.ConvTranspose3d(5, 4, 2, stride=2), nn.Conv3d(4, 3, 1))
+    with torch.inference_mode():
+        output, macs = count_macs(lambda: network(torch.zeros(1, 2, 4, 6, 8)))
+    voxels = 4 * 6 * 8
+    assert output.shape == (1, 3, 8, 12, 16)
+    assert macs == voxels * 27 * 2 * 5 + voxels * 8 * 5 * 4 + 8 * voxels * 4 * 3
+
+
+def test_multiply_accumulates_of_the_tiny_unet():
+    network = build_network().eval().local_branch
+    expected = 0
+
+    def add(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal expected
+        voxels = (inputs[0] if isinstance(module, nn.ConvTranspose3d) else output)[0, 0].numel()
+        expected += voxels * module.weight.numel()
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.register_forward_hook(add)
+    with torch.inference_mode():
+        _, macs = count_macs(lambda: network(torch.zeros(1, 1, 8, 8, 8)))
+    assert macs == expected > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_stored_patches_come_back_as_they_were(tmp_path, dtype):
+    store = PatchStore(tmp_path)
+    patches = {(bool(i % 2), (i, 0, 3)): torch.randn(1, 3, 4, 4, 4).to(dtype) for i in range(5)}
+    for position, logits in patches.items():
+        store.put(position, logits)
+    store.get((True, (3, 0, 3))).zero_()  # what is done to a copy
+    for position, logits in patches.items():
+        assert position in store
+        assert torch.equal(store.get(position), logits)
+    assert (False, (3, 0, 3)) not in store
+    store.close()
+    assert not list(tmp_path.iterdir())
