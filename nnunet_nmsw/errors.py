@@ -1,6 +1,12 @@
 """Errors for people: one line that says what is wrong and what to do."""
 
 
+def reason(error: BaseException) -> str:
+    """What another library's error says, in one line; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class UserError(ValueError, SystemExit):
     """A setting, a file or a flag is wrong, and only the user can mend it.
 

@@ -158,9 +158,7 @@ class Comparison:
         with bar, ProcessPoolExecutor(processes, mp_context=context, initializer=_start_export_process) as pool:
             for fold in sorted({case.fold for case in todo}):
                 with contextlib.redirect_stdout(None):  # nnU-Net tells how it searches for a trainer
-                    predictors = [
-                        FoldPredictor(model, fold, torch.device(self.device), self.folder) for model in self.models
-                    ]
+                    predictors = [FoldPredictor(model, fold, torch.device(self.device)) for model in self.models]
                 for case in todo:
                     if case.fold == fold:
                         self._run_case(case, predictors, pool, processes, bar)
@@ -309,7 +307,7 @@ def _for_the_viewer(predictor: FoldPredictor, prediction: Prediction, file: Path
     np.savez_compressed(file, score_map=score_map.astype(np.float16))
     chosen = nmsw.chosen_windows[0]
     factor = np.array(nmsw.nmsw_network.config.downsampling_factor)
-    _, offset = padded(prediction.logits_CDHW, chosen.patch_size)
+    _, offset = padded(torch.zeros(1, *chosen.volume_shape, dtype=torch.bool), chosen.patch_size)
     cropped = np.array(properties["shape_after_cropping_and_before_resampling"], float)
     scale = np.array(chosen.volume_shape) / cropped
     shift = np.array(offset) - np.array(properties["bbox_used_for_cropping"], float)[:, 0] * scale

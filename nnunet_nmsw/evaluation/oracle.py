@@ -6,18 +6,21 @@ positives, then predicted voxels; 2 × C).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from nnunet_nmsw.fusion import fuse, gaussian_weights
-from nnunet_nmsw.geometry import WindowGrid, crop, window_slices
+from nnunet_nmsw.geometry import WindowGrid, crop, upsample_window, window_slices
+
+SLAB = 16
+"""Slices of the volume whose coarse logits are upsampled at once."""
 
 
 def oracle_windows(
     patch_logits: Callable[[int], Tensor],
-    coarse_logits_CDHW: Tensor,
+    coarse_logits_Cdhw: Tensor,
     class_weights_C: Tensor,
     reference_DHW: Tensor,
     grid: WindowGrid,
@@ -25,11 +28,12 @@ def oracle_windows(
     """Take the window that raises the mean Dice of the foreground classes most, until none raises it.
 
     The Dice is that of the prediction that follows from the windows taken so far, blended and fused. The choice is
-    greedy, so a close estimate of the best set of windows and not a proof of it.
+    greedy, so a close estimate of the best set of windows and not a proof of it. Needs the memory of one volume of half
+    precision logits, as nnU-Net's sliding window does.
 
     Args:
         patch_logits: logits of a window by its index in the grid, shape C, patch size.
-        coarse_logits_CDHW: upsampled coarse prediction.
+        coarse_logits_Cdhw: coarse prediction.
         class_weights_C: weights of the patches in the fusion.
         reference_DHW: the truth, integer labels.
         grid: the windows.
@@ -37,23 +41,30 @@ def oracle_windows(
     Returns:
         Window indices in the order of choice, and by how much each raised the mean Dice.
     """
-    num_classes = len(coarse_logits_CDHW)
-    gaussian_DHW = gaussian_weights(grid.patch_size, coarse_logits_CDHW.device)
+    num_classes, device = len(coarse_logits_Cdhw), coarse_logits_Cdhw.device
+    gaussian_DHW = gaussian_weights(grid.patch_size, device)
     weights_C111 = class_weights_C.view(-1, 1, 1, 1)
-    sum_CDHW = torch.zeros_like(coarse_logits_CDHW)
-    weight_DHW = torch.zeros_like(coarse_logits_CDHW[0])
-    labels_DHW = coarse_logits_CDHW.argmax(0)
+    sum_CDHW = torch.zeros((num_classes, *grid.volume_shape), dtype=torch.half, device=device)
+    weight_DHW = torch.zeros(grid.volume_shape, device=device)
     boxes = [window_slices(start, grid.patch_size) for start in grid.starts_N3.tolist()]
 
+    def coarse_CDHW(start: Sequence[int], size: Sequence[int]) -> Tensor:
+        return upsample_window(coarse_logits_Cdhw[None], start, size, grid.downsampling_factor)[0]
+
+    depth, height, width = grid.volume_shape
+    labels_DHW = torch.cat(
+        [coarse_CDHW((z, 0, 0), (min(SLAB, depth - z), height, width)).argmax(0).short() for z in range(0, depth, SLAB)]
+    )
+
     def counts(labels: Tensor) -> Tensor:
-        return torch.bincount(labels.flatten().long(), minlength=num_classes)[:num_classes].double().cpu()
+        return torch.bincount(labels.flatten().long(), minlength=num_classes)[:num_classes].cpu().double()
 
     def labels_with(window: int) -> Tensor:
         """Labels inside a window if it were taken, too."""
         start = grid.starts_N3[window].tolist()
         blended_CDHW = crop(sum_CDHW, start, grid.patch_size) + gaussian_DHW * patch_logits(window).float()
         blended_CDHW /= crop(weight_DHW, start, grid.patch_size) + gaussian_DHW
-        return fuse(blended_CDHW, crop(coarse_logits_CDHW, start, grid.patch_size), weights_C111).argmax(0)
+        return fuse(blended_CDHW, coarse_CDHW(start, grid.patch_size), weights_C111).argmax(0).short()
 
     def change(window: int) -> Tensor:
         """What taking a window adds to the sums S."""

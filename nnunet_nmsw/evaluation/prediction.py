@@ -7,36 +7,38 @@ a patch, d h w axes of the low-resolution view.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nibabel.filebasedimages import ImageFileError
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_nmsw.config import resolve_num_patches
-from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.selectors import entropy_windows, no_windows, object_windows, random_windows
-from nnunet_nmsw.geometry import WindowGrid, crop, upsample_window, window_slices
+from nnunet_nmsw.geometry import WindowGrid, crop, window_slices
 from nnunet_nmsw.inference.command import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor, PlacedWindows
 from nnunet_nmsw.network import CoarsePrediction
+from nnunet_nmsw.precision import mixed_precision
 
 Result = TypeVar("Result")
 
-Position = tuple[bool, tuple[int, ...]]
-"""Whether a patch was mirrored, and its first voxel in the padded volume."""
+Position = tuple[int, ...]
+"""First voxel of a patch in the padded volume."""
 
 
 def count_macs(call: Callable[[], Result]) -> tuple[Result, int]:
@@ -51,10 +53,17 @@ def count_macs(call: Callable[[], Result]) -> tuple[Result, int]:
 
 
 class PatchStore:
-    """Patch logits of one network on one case, in a temporary file that the page cache keeps in memory if it can."""
+    """Patch logits of one network on one case, in a temporary file that the page cache keeps in memory if it can.
 
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
+    The file lies where the environment variable TMPDIR says.
+
+    Args:
+        positions: what to keep; other patches are for one method alone.
+    """
+
+    def __init__(self, positions: Iterable[Position]) -> None:
+        self.positions = frozenset(positions)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self._offsets: dict[Position, int] = {}
         self._shape = torch.Size()
         self._dtype = torch.float32
@@ -63,8 +72,12 @@ class PatchStore:
         return position in self._offsets
 
     def put(self, position: Position, logits: Tensor) -> None:
-        """Keep a patch; all have one shape and type."""
-        self._shape, self._dtype = logits.shape, logits.dtype
+        """Keep a patch if its position is to be kept; all have one shape and type."""
+        if position not in self.positions:
+            return
+        if not self._offsets:
+            self._shape, self._dtype = logits.shape, logits.dtype
+        assert (logits.shape, logits.dtype) == (self._shape, self._dtype)
         self._offsets[position] = self._file.seek(0, os.SEEK_END)
         self._file.write(logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
@@ -101,21 +114,21 @@ class SharedPatches(nnUNetPredictor):
         return logits
 
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
-        return self.patch_logits(x, tuple(axis.start for axis in next(self._upcoming)[1:]))
+        start = tuple(axis.start for axis in next(self._upcoming)[1:])
+        return self.patch_logits(x, start)
 
-    def patch_logits(self, patch_1CDHW: Tensor, start: tuple[int, ...]) -> Tensor:
+    def patch_logits(self, patch_1CDHW: Tensor, start: Position) -> Tensor:
         """Logits of the patch that starts at a voxel of the padded volume."""
-        assert self.store is not None
-        position = (self.use_mirroring, start)
-        if position in self.store:
-            return self.store.get(position).to(self.device)
+        if self.store is not None and start in self.store:
+            return self.store.get(start).to(self.device)
         logits: Tensor
         if self.use_mirroring in self.macs_per_patch:
             logits = super()._internal_maybe_mirror_and_predict(patch_1CDHW)
         else:
             predict = partial(super()._internal_maybe_mirror_and_predict, patch_1CDHW)
             logits, self.macs_per_patch[self.use_mirroring] = count_macs(predict)
-        self.store.put(position, logits)
+        if self.store is not None:
+            self.store.put(start, logits)
         return logits
 
 
@@ -192,16 +205,20 @@ class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
 
         def patch_logits(window: int) -> Tensor:
             start = grid.starts_N3[window].tolist()
-            return self.patch_logits(crop(volume_1CDHW, start, grid.patch_size).to(self.device), tuple(start))[0]
+            patch_1CDHW = crop(volume_1CDHW, start, grid.patch_size).to(self.device)
+            with mixed_precision(self.device):
+                return self.patch_logits(patch_1CDHW, tuple(start))[0].to(reference_DHW.device)
 
-        reference_1DHW, _ = padded(self.reference_DHW[None], grid.patch_size)
-        return oracle_windows(
-            patch_logits,
-            upsample_window(coarse.logits_Cdhw[None], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)[0],
-            self.nmsw_network.class_weights_C,
-            reference_1DHW[0].to(self.device),
-            grid,
-        )
+        (padded_DHW,), _ = padded(self.reference_DHW[None], grid.patch_size)
+        for device in (self.device, torch.device("cpu")):
+            try:
+                reference_DHW = padded_DHW.to(device)
+                weights_C = self.nmsw_network.class_weights_C.to(device)
+                return oracle_windows(patch_logits, coarse.logits_Cdhw.to(device), weights_C, reference_DHW, grid)
+            except torch.OutOfMemoryError:
+                if device.type == "cpu":
+                    raise
+        raise AssertionError
 
 
 def padded(volume_CDHW: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -238,12 +255,10 @@ class FoldPredictor:
         model: the model.
         fold: the fold.
         device: to predict on.
-        scratch: folder for patch logits of the case in work.
     """
 
-    def __init__(self, model: Model, fold: int, device: torch.device, scratch: Path) -> None:
+    def __init__(self, model: Model, fold: int, device: torch.device) -> None:
         self.role = model.role
-        self.scratch = scratch
         common = {"perform_everything_on_device": device.type == "cuda", "device": device, "allow_tqdm": False}
         self.sliding_window = SharedPatches(**common)
         self.nmsw: SharedSelectingPredictor | None = None
@@ -273,46 +288,58 @@ class FoldPredictor:
         Raises:
             UserError: an image cannot be read.
         """
-        preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
-        try:
-            data, labels, properties = preprocessor.run_case(
-                list(case.images),
-                case.reference,
-                self.plans_manager,
-                self.configuration_manager,
-                self.dataset_json,
-            )
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"cannot read case {case.name}: {str(error).strip().splitlines()[-1]}") from error
+        data, _, properties = self._preprocess(case, None)
         volume_CDHW = torch.from_numpy(np.asarray(data))
-        # nnU-Net marks voxels outside of its crop with -1
-        reference_DHW = torch.from_numpy(np.asarray(labels)[0]).clamp_min(0)
-        patch_size = self.configuration_manager.patch_size
-        foreground_1DHW, _ = padded((reference_DHW > 0)[None], patch_size)
-        store = PatchStore(self.scratch)
-        self.sliding_window.store = store
+        foreground_DHW = torch.zeros(0)
         if self.nmsw is not None:
-            self.nmsw.store = store
+            # Preprocessed apart, since nnU-Net's normalisation of an image looks at labels where it gets some.
+            _, labels, _ = self._preprocess(case, case.reference)
+            # nnU-Net marks voxels outside of its crop with -1.
+            reference_DHW = torch.from_numpy(np.asarray(labels)[0]).clamp_min(0)
+            (foreground_DHW,), _ = padded((reference_DHW > 0)[None], self.configuration_manager.patch_size)
             self.nmsw.start_case(reference_DHW)
             self.nmsw.seed = zlib.crc32(case.name.encode())
-        try:
-            for method in methods:
-                yield self._predict(method, volume_CDHW, foreground_1DHW[0], properties)
-        finally:
-            store.close()
+        for _, of_one_kind in itertools.groupby(methods, lambda method: method.mirrored):
+            store = None
+            if self.nmsw is not None:
+                volume_shape = foreground_DHW.shape
+                grid = self.nmsw.nmsw_network.grid((volume_shape[0], volume_shape[1], volume_shape[2]))
+                store = PatchStore(map(tuple, grid.starts_N3.tolist()))
+                self.nmsw.store = self.sliding_window.store = store
+            try:
+                for method in of_one_kind:
+                    if method.selection is None:
+                        yield self._slide(method, volume_CDHW, properties)
+                    else:
+                        yield self._select(method, volume_CDHW, foreground_DHW, properties)
+            finally:
+                if store is not None:
+                    store.close()
 
-    def _predict(
+    def _preprocess(self, case: Case, reference: str | None) -> tuple[Any, Any, dict[str, Any]]:
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
+        try:
+            return preprocessor.run_case(
+                list(case.images), reference, self.plans_manager, self.configuration_manager, self.dataset_json
+            )
+        except (RuntimeError, OSError, ValueError, AssertionError, ImageFileError) as error:
+            raise UserError(f"cannot read case {case.name} ({case.images[0]}): {reason(error)}") from error
+
+    def _slide(self, method: Method, volume_CDHW: Tensor, properties: dict[str, Any]) -> Prediction:
+        self.sliding_window.use_mirroring = method.mirrored
+        self.sliding_window.tile_step_size = method.tile_step_size
+        logits = self.sliding_window.predict_logits_from_preprocessed_data(volume_CDHW)
+        shape = [max(n, p) for n, p in zip(volume_CDHW.shape[1:], self.configuration_manager.patch_size, strict=True)]
+        patches = len(self.sliding_window._internal_get_sliding_window_slicers(tuple(shape)))
+        macs = patches * self.sliding_window.macs_per_patch[method.mirrored]
+        return Prediction(method, logits, properties, patches, macs, 1.0)
+
+    def _select(
         self, method: Method, volume_CDHW: Tensor, foreground_DHW: Tensor, properties: dict[str, Any]
     ) -> Prediction:
-        if method.selection is None:
-            self.sliding_window.use_mirroring = method.mirrored
-            self.sliding_window.tile_step_size = method.tile_step_size
-            logits = self.sliding_window.predict_logits_from_preprocessed_data(volume_CDHW)
-            patches = len(self.sliding_window._internal_get_sliding_window_slicers(foreground_DHW.shape))
-            macs = patches * self.sliding_window.macs_per_patch[method.mirrored]
-            return Prediction(method, logits, properties, patches, macs, 1.0)
         nmsw = self.nmsw
         assert nmsw is not None
+        assert method.selection is not None
         nmsw.use_mirroring, nmsw.selection, nmsw.num_patches = method.mirrored, method.selection, method.num_patches
         logits = nmsw.predict_logits_from_preprocessed_data(volume_CDHW)
         starts = nmsw.starts_in_padded_volume

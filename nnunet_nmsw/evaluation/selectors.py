@@ -45,18 +45,26 @@ def object_windows(coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
     """Windows over the bounding box of each object of the coarse prediction, centred, off the grid.
 
     An object is a connected component of foreground (faces, edges and corners connect). A box larger than a patch is
-    covered by nnU-Net's sliding window over the box. Windows have no scores; they are ordered by the objects' volume.
+    covered by nnU-Net's sliding window over the box. An object inside a window that is there already needs none of its
+    own, and there are never more windows than in the grid. Windows have no scores; they are ordered by the objects'
+    volume.
     """
     foreground_dhw = coarse.logits_Cdhw.argmax(0).cpu().numpy() > 0
     components_dhw, number = ndimage.label(foreground_dhw, np.ones((3, 3, 3)))
     volumes = ndimage.sum_labels(foreground_dhw, components_dhw, np.arange(1, number + 1))
     boxes = ndimage.find_objects(components_dhw)
     starts: dict[tuple[int, ...], None] = {}
+    patch = np.array(grid.patch_size)
     for index in np.argsort(-np.atleast_1d(volumes), kind="stable"):
+        factors = np.array(grid.downsampling_factor)
+        box_first = np.array([extent.start for extent in boxes[index]]) * factors
+        box_end = np.minimum(np.array([extent.stop for extent in boxes[index]]) * factors, grid.volume_shape)
+        placed = np.array(list(starts)).reshape(-1, 3)
+        if ((placed <= box_first) & (box_end <= placed + patch)).all(1).any():
+            continue
         axis_starts = []
-        for axis, extent in enumerate(boxes[index]):
-            factor, size = grid.downsampling_factor[axis], grid.patch_size[axis]
-            first, end = extent.start * factor, min(extent.stop * factor, grid.volume_shape[axis])
+        for axis, (first, end) in enumerate(zip(box_first.tolist(), box_end.tolist(), strict=True)):
+            size = grid.patch_size[axis]
             last_start = grid.volume_shape[axis] - size
             if end - first <= size:
                 axis_starts.append([min(max((first + end - size) // 2, 0), last_start)])
@@ -66,7 +74,8 @@ def object_windows(coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
         starts.update(dict.fromkeys(itertools.product(*axis_starts)))
     if not starts:
         return no_windows()
-    return PlacedWindows(torch.tensor(list(starts), dtype=torch.int64), torch.zeros(len(starts)))
+    kept = list(starts)[: len(grid)]
+    return PlacedWindows(torch.tensor(kept, dtype=torch.int64), torch.zeros(len(kept)))
 
 
 def _best(

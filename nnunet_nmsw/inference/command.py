@@ -19,7 +19,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_nmsw.config import PLANS_KEY, parse_num_patches
-from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
@@ -153,8 +153,7 @@ def load_model(predictor: nnUNetPredictor, folder: Path, folds: Sequence[int | s
     try:
         predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {checkpoint} of folds {folds} in {folder}: {reason}") from error
+        raise UserError(f"cannot load {checkpoint} of folds {folds} in {folder}: {reason(error)}") from error
     if isinstance(predictor, NMSWPredictor):
         _ = predictor.nmsw_network  # raises for a model without one
 

@@ -61,6 +61,9 @@ def test_objects_are_centred_in_windows_and_covered_when_larger():
     labels[0, 0, 0] = 2  # a corner
     starts = object_windows(coarse_of(labels), grid).starts_K3.tolist()
     assert starts == [[12, 12, 12], [0, 0, 0]]
+    labels[9, 9, 9] = 1  # voxels 18 to 20, inside the window of the first and touching its corner
+    labels[6, 6, 9] = 1  # an object of its own, inside it, too
+    assert object_windows(coarse_of(labels), grid).starts_K3.shape == (2, 3)
     labels[12:, 2:4, 2:4] = 1
     labels[2:, 10:14, 10:14] = 1  # 28 voxels long, 8 wide
     starts = object_windows(coarse_of(labels), grid).starts_K3
@@ -77,7 +80,7 @@ def test_the_oracle_does_what_trying_everything_does():
     torch.manual_seed(1)
     grid = WindowGrid((6, 6, 8), (4, 4, 4), (1, 1, 1))
     reference = torch.randint(0, 3, grid.volume_shape)
-    coarse = torch.randn(3, *grid.volume_shape)
+    coarse = torch.randn(3, *grid.low_shape)
     weights = torch.tensor([0.5, 0.8, 0.9])
     truth = 3 * functional.one_hot(reference, 3).movedim(-1, 0)
     patches = {}
@@ -111,9 +114,11 @@ def test_the_oracle_does_what_trying_everything_does():
             break
         taken.append(best)
     assert 0 < len(taken) < len(grid)
-    assert order == taken
+    # The canvas is of half precision, which may turn a voxel of these 288.
+    assert order[:3] == taken[:3]
+    assert dice(order) == pytest.approx(dice(taken), abs=0.01)
     assert gains[0] == pytest.approx(dice(taken[:1]) - dice([]), abs=1e-6)
-    assert sum(gains) == pytest.approx(dice(taken) - dice([]), abs=1e-6)
+    assert sum(gains) == pytest.approx(dice(order) - dice([]), abs=0.01)
     best_pair = max(itertools.combinations(range(len(grid)), 2), key=lambda pair: dice(list(pair)))
     assert dice(order[:2]) >= dice([]) + 0.9 * (dice(list(best_pair)) - dice([]))
 
@@ -145,15 +150,17 @@ def test_multiply_accumulates_of_the_tiny_unet():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_stored_patches_come_back_as_they_were(tmp_path, dtype):
-    store = PatchStore(tmp_path)
-    patches = {(bool(i % 2), (i, 0, 3)): torch.randn(1, 3, 4, 4, 4).to(dtype) for i in range(5)}
+def test_stored_patches_come_back_as_they_were(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    patches = {(i, 0, 3): torch.randn(1, 3, 4, 4, 4).to(dtype) for i in range(5)}
+    store = PatchStore(patches)
     for position, logits in patches.items():
         store.put(position, logits)
-    store.get((True, (3, 0, 3))).zero_()  # what is done to a copy
+    store.get((3, 0, 3)).zero_()  # what is done to a copy
+    store.put((9, 9, 9), patches[3, 0, 3])  # not asked for
     for position, logits in patches.items():
         assert position in store
         assert torch.equal(store.get(position), logits)
-    assert (False, (3, 0, 3)) not in store
+    assert (9, 9, 9) not in store
     store.close()
     assert not list(tmp_path.iterdir())
