@@ -68,7 +68,8 @@ def main() -> None:
             report = args.o / experiment.dataset
             run(
                 f"nmsw_compare -d {experiment.dataset_id} -f {experiment.folds} -p {PLANS} -tr {TRAINER} "
-                f"-tr_baseline {BASELINE} --disable_tta -nps 2 {experiment.flags} -device {args.device} -o {report}"
+                f"-tr_baseline {BASELINE} --disable_tta -nps 2 {experiment.flags} -device {args.device} "
+                f"-o {shlex.quote(str(report))}"
             )
             write(experiment, report)
 
@@ -80,10 +81,10 @@ def train(experiment: Experiment, device: str) -> None:
         run(f"nnUNetv2_plan_and_preprocess -d {experiment.dataset_id} -c 3d_fullres -np 2")
     if not (plans / f"{PLANS}.json").is_file():
         run(
-            f"{sys.executable} -m nnunet_nmsw.demo.small_plans -d {experiment.dataset_id} "
+            f"{shlex.quote(sys.executable)} -m nnunet_nmsw.demo.small_plans -d {experiment.dataset_id} "
             f"--patch_size {experiment.patch_size} --features {experiment.features}"
         )
-    prefix = f"{sys.executable} {ROOT / 'benchmarks' / 'bfloat16.py'} " if device == "cpu" else ""
+    prefix = shlex.join([sys.executable, str(ROOT / "benchmarks" / "bfloat16.py")]) + " " if device == "cpu" else ""
     for fold in experiment.folds.split():
         for trainer in (BASELINE, TRAINER):
             model = Path(os.environ["nnUNet_results"]) / experiment.dataset / f"{trainer}__{PLANS}__3d_fullres"

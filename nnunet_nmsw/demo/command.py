@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,18 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = f"{DATASET_ID} 3d_fullres 0 -p {PLANS_NAME} -device {args.device}"
     for trainer in (args.tr, args.tr_baseline):
         demo.run(f"nnUNetv2_train {training} -tr {trainer}")
-    predict = "--disable_tta --disable_progress_bar -npp 2 -nps 2"
-    demo.run(f"nmsw_predict -i {raw / 'imagesTs'} -o {args.o / 'predictions'} -device {args.device} {predict}")
-    report = args.o / "report"
+    predict = f"-device {args.device} --disable_tta --disable_progress_bar -npp 2 -nps 2"
+    images, predictions, report = raw / "imagesTs", args.o / "predictions", args.o / "report"
+    demo.run(f"nmsw_predict -i {quote(images)} -o {quote(predictions)} {predict}")
     demo.run(
-        f"nmsw_compare -d {DATASET_ID} -f 0 -p {PLANS_NAME} -tr {args.tr} -tr_baseline {args.tr_baseline} -o {report} "
-        f"-k {' '.join(args.k)} -timed_cases 1 -rounds 2 -nps 1 -device {args.device} --disable_tta "
+        f"nmsw_compare -d {DATASET_ID} -f 0 -p {PLANS_NAME} -tr {args.tr} -tr_baseline {args.tr_baseline} "
+        f"-o {quote(report)} -k {' '.join(args.k)} -timed_cases 1 -rounds 2 -nps 1 -device {args.device} --disable_tta "
         "--disable_progress_bar"
     )
     print("", *json.loads((report / "results.json").read_text())["answer"], sep="\n")
     print(f"Report: {report / 'index.html'}")
-    print(f"Predictions of the test cases: {args.o / 'predictions'}")
+    print(f"Predictions of the test cases: {predictions}")
     print(f"{time.perf_counter() - demo.start:.0f} seconds in all.")
+
+
+def quote(path: Path) -> str:
+    """A path in a command, whatever characters it has."""
+    return shlex.quote(str(path))
 
 
 class Demo:
@@ -78,7 +84,7 @@ class Demo:
             UserError: it failed; the message ends in what it printed last.
         """
         print(f"[{time.perf_counter() - self.start:4.0f} s] {command}", flush=True)
-        name, *arguments = command.split()
+        name, *arguments = shlex.split(command)
         self.number += 1
         log = self.folder / f"{self.number}_{name}.log"
         with log.open("w") as file:
@@ -101,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-k", nargs="+", default=["5%", "10%", "20%", "all"], help="patches a case. Default: 5%% 10%% 20%% all"
     )
-    parser.add_argument("--training_cases", type=int, default=20)
+    parser.add_argument("--training_cases", type=int, default=30)
     parser.add_argument("--test_cases", type=int, default=2)
     parser.add_argument("--size", type=int, default=72, help="voxels along a volume's longest axis")
     parser.add_argument("--patch_size", type=int, default=16, help="voxels along each axis of a patch")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from nnunet_nmsw.errors import UserError
 if TYPE_CHECKING:
     from nnunet_nmsw.evaluation.comparison import Comparison
 
-NEEDED = ("monai", "statsmodels", "jinja2", "pandas")
+NEEDED = ("monai", "statsmodels", "jinja2", "pandas", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(comparison, args)
     except KeyboardInterrupt as interrupt:
         raise UserError(f"interrupted: {args.o} keeps what is done, the same command goes on from there") from interrupt
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process died, perhaps for lack of memory: lower -nps; the same command goes on from what is done"
+        ) from error
 
 
 def _run(comparison: Comparison, args: argparse.Namespace) -> None:
@@ -86,9 +92,9 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if value < minimum:
             raise UserError(f"{name} is {value}: give a number of at least {minimum}")
-    if not args.tolerance > 0:
+    if not (args.tolerance > 0 and math.isfinite(args.tolerance)):
         raise UserError(f"-tolerance is {args.tolerance}: give a distance in mm above 0")
-    if not args.margin >= 0:
+    if not (args.margin >= 0 and math.isfinite(args.margin)):
         raise UserError(f"-margin is {args.margin}: give Dice points of at least 0")
     for fold in args.f:
         if not fold.isdigit():

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -79,9 +80,8 @@ class Comparison:
     @cached_property
     def primary(self) -> Method:
         """The method that the report is about."""
-        plans = self.nmsw.json("plans.json")
-        configuration = self.nmsw.folder.name.split("__")[-1]
-        return primary_method(self.methods, plans["configurations"][configuration][PLANS_KEY]["num_patches"])
+        settings = self.nmsw.configuration[PLANS_KEY]
+        return primary_method(self.methods, settings["num_patches"], settings["selection"])
 
     @cached_property
     def label_names(self) -> dict[str, str]:
@@ -129,7 +129,7 @@ class Comparison:
                     "give a new folder with -o, or the flags it was made with"
                 )
             settings["checkpoints"] = checkpoints
-        elif self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+        elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_part, self.folder.iterdir()))):
             raise UserError(f"{self.folder} is there and holds no comparison: give an empty or new folder with -o")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
@@ -319,7 +319,13 @@ def _for_the_viewer(predictor: FoldPredictor, prediction: Prediction, file: Path
     }
 
 
+def _is_part(file: Path) -> bool:
+    """Whether another part of the comparison is writing this file just now."""
+    return ".part" in file.name
+
+
 def _start_export_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is told of once, by the parent
     torch.set_num_threads(1)
     # MONAI calls a deprecated part of itself.
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")

@@ -110,9 +110,9 @@ def reference_method(methods: Sequence[Method]) -> Method:
     return next(m for m in methods if m.tile_step_size == SLIDING_WINDOW_STEPS[0])
 
 
-def primary_method(methods: Sequence[Method], num_patches: int | str) -> Method:
-    """The method that the report is about: NMSW at the model's own K, else at the smallest percentage asked for."""
-    candidates = [m for m in methods if m.selection == "top_k"]
+def primary_method(methods: Sequence[Method], num_patches: int | str, selection: str = "top_k") -> Method:
+    """The method that the report is about: NMSW as the model is set, else at the smallest percentage asked for."""
+    candidates = [m for m in methods if m.selection == selection] or [m for m in methods if m.selection == "top_k"]
     own = [m for m in candidates if m.num_patches == num_patches]
     percentages = [m for m in candidates if str(m.num_patches).endswith("%")]
     return (own or sorted(percentages, key=lambda m: float(str(m.num_patches)[:-1])) or candidates)[0]

@@ -12,8 +12,10 @@ from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunet_nmsw.config import PLANS_KEY
 from nnunet_nmsw.errors import UserError
 
 DEFAULT_BASELINE = "nnUNetTrainer"
@@ -39,6 +41,13 @@ class Model:
         """A JSON file of the model folder."""
         content: dict[str, Any] = json.loads((self.folder / name).read_text())
         return content
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The configuration of the model's plans that it was trained with, inheritance resolved."""
+        name = self.folder.name.split("__")[-1]
+        configuration: dict[str, Any] = PlansManager(self.json("plans.json")).get_configuration(name).configuration
+        return configuration
 
     def checkpoint_file(self, fold: int) -> Path:
         """The checkpoint of a fold."""
@@ -100,6 +109,8 @@ def find_models(args: argparse.Namespace, dataset: str) -> list[Model]:
         UserError: a model or a fold of it is not there, or the two do not have the same labels and channels.
     """
     nmsw = _model("nmsw", dataset, args.tr, args.p, args.c, args.chk)
+    if "downsampling_factor" not in nmsw.configuration.get(PLANS_KEY, {}):
+        raise UserError(f"{nmsw.folder} was not trained with an NMSW trainer: name one with -tr")
     _check_folds(nmsw, args.f)
     if args.tr_baseline == "none":
         return [nmsw]
@@ -110,6 +121,8 @@ def find_models(args: argparse.Namespace, dataset: str) -> list[Model]:
         return [nmsw]
     baseline = _model("baseline", dataset, trainer, plans, configuration, args.chk)
     _check_folds(baseline, args.f)
+    if len(baseline.configuration["patch_size"]) != 3 or "previous_stage" in baseline.configuration:
+        raise UserError(f"the baseline {baseline.folder} must be a 3D configuration without a previous stage")
     for key in ("labels", "channel_names"):
         ours, theirs = nmsw.json("dataset.json").get(key), baseline.json("dataset.json").get(key)
         if ours != theirs:
@@ -134,8 +147,11 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
     raw = Path(str(nnUNet_raw)) / dataset
     if not (raw / "dataset.json").is_file():
         raise UserError(f"the raw dataset is missing: no {raw / 'dataset.json'}; nmsw_compare reads the images there")
-    files = get_filenames_of_train_images_and_targets(str(raw))
-    cases = []
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    if "dataset" not in dataset_json and not (raw / "imagesTr").is_dir():
+        raise UserError(f"the training images are missing: no {raw / 'imagesTr'}; nmsw_compare reads them there")
+    files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    cases: list[Case] = []
     for fold in folds:
         if fold >= len(splits):
             raise UserError(f"-f {fold}: {file} has folds 0 to {len(splits) - 1}")
@@ -145,7 +161,14 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
         for name in names:
             if name not in files:
                 raise UserError(f"images of validation case {name} of fold {fold} are missing in {raw / 'imagesTr'}")
+            if name in {case.name for case in cases}:
+                raise UserError(f"{file} has case {name} in the validation set of more than one of the folds {folds}")
             images, reference = files[name]["images"], files[name]["label"]
+            if len(images) != len(dataset_json["channel_names"]):
+                raise UserError(
+                    f"validation case {name} of fold {fold} has {len(images)} of {len(dataset_json['channel_names'])} "
+                    f"channels: {', '.join(Path(image).name for image in images)}"
+                )
             missing = [path for path in (*images, reference) if not Path(path).is_file()]
             if missing:
                 raise UserError(f"validation case {name} of fold {fold} misses a file: {missing[0]}")
@@ -174,9 +197,23 @@ def _check_folds(model: Model, folds: Sequence[int]) -> None:
             )
 
 
+def unchecked_folds(models: Sequence[Model], folds: Sequence[int]) -> list[str]:
+    """Trained folds without a validation, so that nothing tells whether the splits are those they were trained with."""
+    return [
+        f"{model.folder.name}, fold {fold}"
+        for model in models
+        for fold in folds
+        if not _validation_summary(model, fold).is_file()
+    ]
+
+
+def _validation_summary(model: Model, fold: int) -> Path:
+    return model.folder / f"fold_{fold}" / "validation" / "summary.json"
+
+
 def _check_validated(model: Model, fold: int, names: Sequence[str], splits: Path) -> None:
     """Compare the splits with the cases that training validated on, where it did."""
-    summary = model.folder / f"fold_{fold}" / "validation" / "summary.json"
+    summary = _validation_summary(model, fold)
     if not summary.is_file():
         return
     ending = model.json("dataset.json")["file_ending"]

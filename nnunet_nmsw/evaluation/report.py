@@ -18,9 +18,10 @@ import torch
 
 from nnunet_nmsw.evaluation.comparison import Comparison, versions, write_json
 from nnunet_nmsw.evaluation.methods import Method
+from nnunet_nmsw.evaluation.models import unchecked_folds
 from nnunet_nmsw.evaluation.plots import Plot, shown_methods, write_plots
 from nnunet_nmsw.evaluation.results import METRICS, MethodResult, Results, Spread, gather
-from nnunet_nmsw.evaluation.statistics import verdict
+from nnunet_nmsw.evaluation.statistics import PairedDifference, verdict
 from nnunet_nmsw.evaluation.viewer import CLASS_COLOURS, ShownCase, show_case
 
 GIB = 2**30
@@ -101,7 +102,7 @@ def write_report(comparison: Comparison, margin: float, cases_shown: int) -> lis
     )
     _write(comparison.folder / "index.html", page)
     _write(comparison.folder / "report.md", environment.get_template("report.md").render(**context, plots=plots))
-    write_json(comparison.folder / "results.json", _plain(results, context))
+    write_json(comparison.folder / "results.json", _finite(_plain(results, context)))
     return answer
 
 
@@ -113,9 +114,8 @@ def accuracy_table(results: Results) -> Table:
         if result.method == results.comparison.reference:
             compared = [Cell("reference", 0.0), Cell("", 2.0)]
         else:
-            low, high = 100 * difference.low, 100 * difference.high
             compared = [
-                Cell(f"{100 * difference.mean:+.1f} ({low:+.1f} to {high:+.1f})", difference.mean),
+                Cell(_with_interval(difference), difference.mean),
                 Cell(_p(difference.p_holm), difference.p_holm),
             ]
         rows.append(
@@ -136,10 +136,13 @@ def accuracy_table(results: Results) -> Table:
         "Accuracy",
         "Dice and NSD (normalised surface Dice at "
         f"{comparison.tolerance_mm:g} mm) in per cent, HD95 in mm: means over cases, then classes. Difference: in Dice "
-        "points to the reference, mean over cases with 95% bootstrap interval; p: Wilcoxon's signed-rank test with "
-        "Holm's correction. Objects are connected components; missed: no voxel of it predicted; false: overlaps none "
-        "of the reference. Patches: mean a case, and their share of the sliding window's at step 0.5. The oracle knows "
-        "the reference: what any choice of windows could reach with the same networks.",
+        "points to the reference, mean over cases with 95% bootstrap interval (too narrow with fewer than about 20 "
+        "cases), over what both methods have a value for: what one of them makes up where the class is not there "
+        "lowers its Dice and counts as a false object, but is not in the difference. HD95 of a class that only one of "
+        "prediction and reference has is the diagonal of the image. p: Wilcoxon's signed-rank test with Holm's "
+        "correction. Objects are connected components; missed: no voxel of it predicted; false: overlaps none "
+        "of the reference. Patches: mean a case, and their share of the same model's sliding window's at step 0.5. The "
+        "oracle knows the reference: what any choice of windows could reach with the same networks.",
         [
             "method",
             "Dice",
@@ -267,14 +270,14 @@ def why(difference: float, mine: dict[str, float], theirs: dict[str, float]) -> 
     """What a loss comes with, from the facts of both methods on a case."""
     if difference >= 0:
         return "no loss"
-    reasons = []
+    reasons: list[str] = []
     if mine["covered"] < 0.95:
         reasons.append(f"{1 - mine['covered']:.0%} of the foreground lies outside of the windows")
-    for key, what in (("missed", "missed"), ("false", "false")):
+    for key in ("missed", "false"):
         more = mine[key] - theirs[key]
         if more > 0:
-            reasons.append(f"{more:.0f} more {what} object{'s' if more > 1 else ''}")
-    return "; ".join(reasons) or "same objects, less exact borders"
+            reasons.append(f"{more:.0f} more {key} object{'s' if more > 1 else ''}")
+    return "; ".join(reasons) or "objects are no worse, borders are less exact"
 
 
 def sentences(results: Results, margin: float) -> list[str]:
@@ -309,6 +312,13 @@ def sentences(results: Results, margin: float) -> list[str]:
     ]
     if found:
         answer.append(f"Objects of the reference that are found: {', '.join(found)}.")
+    folds = sorted({case.fold for case in comparison.cases})
+    unchecked = unchecked_folds(comparison.models, folds)
+    if unchecked:
+        answer.append(
+            "Training left no validation, so that nothing shows whether the splits are still those that were trained "
+            f"with: {'; '.join(unchecked)}."
+        )
     return answer
 
 
@@ -318,17 +328,14 @@ def _what_patches_bring(results: Results) -> list[str]:
     same = [r for r in results.methods if r.method.mirrored == primary.method.mirrored]
     alone = next(r for r in same if r.method.selection == "none")
     gain = results.difference(primary.method, alone.method)
-    text = (
-        f"Its patches bring {100 * gain.mean:+.1f} Dice points over the global branch alone "
-        f"(95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
-    )
+    text = f"Its patches bring {_with_interval(gain)} Dice points over the global branch alone"
     others = [
         f"{100 * results.difference(r.method, alone.method).mean:+.1f} chosen by {who}"
         for selection, who in (("random", "chance"), ("entropy", "entropy"), ("oracle", "the oracle"))
         for r in same
         if r.method.selection == selection and r.method.num_patches == primary.method.num_patches
     ]
-    return [f"{text}; as many patches bring {', '.join(others)}." if others else f"{text}."]
+    return [f"{text}; at most as many bring {', '.join(others)}." if others else f"{text}."]
 
 
 def machine(device: str) -> str:
@@ -343,7 +350,8 @@ def machine(device: str) -> str:
     text = f"{os.cpu_count()} cores of {name}"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         text += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB"
-    return text + (f", {torch.cuda.get_device_name()}" if device == "cuda" else ", no GPU used")
+    accelerator = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU"}.get(device, lambda: "no GPU used")
+    return f"{text}, {accelerator()}"
 
 
 def _shown_cases(results: Results, number: int) -> list[ShownCase]:
@@ -407,6 +415,22 @@ def _plain(results: Results, context: dict[str, Any]) -> dict[str, Any]:
             for result in results.methods
         },
     }
+
+
+def _with_interval(difference: PairedDifference) -> str:
+    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:+.1f}" if math.isnan(low) else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float) -> Cell:

@@ -12,7 +12,7 @@ import pandas as pd
 from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region, save_summary_json
 
 from nnunet_nmsw.evaluation.comparison import Comparison
-from nnunet_nmsw.evaluation.methods import Method
+from nnunet_nmsw.evaluation.methods import SLIDING_WINDOW_STEPS, Method
 from nnunet_nmsw.evaluation.statistics import PairedDifference, correct, paired_difference
 
 NNUNET_METRICS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
@@ -68,7 +68,7 @@ class MethodResult:
         missed_objects: how many of them were missed.
         false_positive_objects: predicted objects without a reference.
         patches: mean over cases.
-        share: patches as a share of the windows of the sliding window at nnU-Net's step, mean over cases.
+        share: patches as a share of those of the same model's sliding window at step 0.5, mean over cases.
         macs: multiply-accumulates, mean over cases.
         cost: time and memory; None where they were not measured.
     """
@@ -143,10 +143,11 @@ def metrics_table(records: list[dict[str, Any]], comparison: Comparison) -> pd.D
     """One row a case, method and class.
 
     Columns: fold, case, method (key), name (for people), class, `METRICS`, objects (of the reference), missed_objects,
-    false_positive_objects, patches, windows (of nnU-Net's sliding window), share, macs, covered_foreground, and
-    objects_found (list of volume in mm³ and whether it was found).
+    false_positive_objects, patches, share (of the patches of the same model's sliding window at step 0.5), macs,
+    covered_foreground, and objects_found (list of volume in mm³ and whether it was found).
     """
     rows = []
+    whole = {m.model: m.key for m in comparison.methods if m.tile_step_size == SLIDING_WINDOW_STEPS[0]}
     for record in records:
         for method in comparison.methods:
             entry = record["methods"][method.key]
@@ -164,8 +165,7 @@ def metrics_table(records: list[dict[str, Any]], comparison: Comparison) -> pd.D
                         "missed_objects": metrics["missed_objects"],
                         "false_positive_objects": metrics["false_positive_objects"],
                         "patches": entry["patches"],
-                        "windows": record["windows_to_choose_from"],
-                        "share": entry["patches"] / record["windows_to_choose_from"],
+                        "share": entry["patches"] / record["methods"][whole[method.model]]["patches"],
                         "macs": entry["macs"],
                         "covered_foreground": entry["covered_foreground"],
                         "objects_found": metrics["objects"],

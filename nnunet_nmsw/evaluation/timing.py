@@ -1,8 +1,8 @@
 """Seconds and peak memory of each method alone.
 
-Every measurement is a process of its own that loads the model, predicts one case to warm up, and then predicts cases
-from file to file as `predict_from_files_sequential` does. Methods take turns, in another order each round, so that a
-machine that slows down slows all of them.
+Every measurement is a process of its own that loads the model and predicts cases, each once to warm up, from file to
+file as `predict_from_files_sequential` does. Methods take turns, in another order each round, so that a machine that
+slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import signal
 import tempfile
 import time
 import warnings
@@ -88,22 +89,24 @@ def measure_in_new_process(task: TimingTask) -> list[dict[str, Any]]:
 
 
 def measure(task: TimingTask) -> list[dict[str, Any]]:
-    """Predict the first case to warm up, then each case, and say what it took.
+    """Predict each case twice, once to warm up, and say what the second took.
 
     Returns:
         One entry a case: `case`, `network_seconds`, `total_seconds` from file to file, `host_peak_bytes` of the process
         (with the Python interpreter and all libraries; None where the system does not tell) and `device_peak_bytes`
         (None on a CPU).
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is told of once, by the parent
     device = prepare_device(task.device)
     # nnU-Net tells of every trainer it looks at and of every case; the progress bar is the parent's.
     with contextlib.redirect_stdout(None), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", FutureWarning)
         predictor = _predictor(task, device)
         output = os.path.join(folder, "prediction")
-        predictor.predict_from_files_sequential([list(task.cases[0].images)], [output])
         results = []
         for case in task.cases:
+            # Every case has a shape of its own, for which libraries look for their fastest algorithm once.
+            predictor.predict_from_files_sequential([list(case.images)], [output])
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             start = time.perf_counter()

@@ -153,7 +153,7 @@ def test_what_the_tables_say(results):
 def test_why_a_case_loses():
     fine = {"covered": 1.0, "missed": 0.0, "false": 1.0}
     assert why(0.1, fine, fine) == "no loss"
-    assert why(-0.1, fine, fine) == "same objects, less exact borders"
+    assert why(-0.1, fine, fine) == "objects are no worse, borders are less exact"
     bad = {"covered": 0.7, "missed": 2.0, "false": 2.0}
     assert why(-0.1, bad, fine) == (
         "30% of the foreground lies outside of the windows; 2 more missed objects; 1 more false object"

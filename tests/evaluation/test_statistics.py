@@ -53,11 +53,12 @@ def test_holm_by_hand():
         (-0.02, -0.006, "A is worse than the B by more than 0.5 points"),
         (-0.02, -0.001, "A is worse than the B; whether by more than 0.5 points is open"),
         (-0.02, 0.01, "These cases cannot rule out that A is worse than the B by more than 0.5 points"),
-        (math.nan, math.nan, "A: too few cases (7) to say"),
+        (math.nan, math.nan, "A: too few cases, 3, to say how it compares with the B"),
     ],
 )
 def test_verdicts(low, high, says):
-    sentence = verdict("A", "B", PairedDifference(7, (low + high) / 2, low, high, 0.5), 0.5)
+    cases = 7 if math.isfinite(low) else 3
+    sentence = verdict("A", "B", PairedDifference(cases, (low + high) / 2, low, high, 0.5), 0.5)
     assert sentence.startswith(says)
     if math.isfinite(low):
         assert f"95% interval {100 * low:+.1f} to {100 * high:+.1f} Dice points, 7 cases" in sentence

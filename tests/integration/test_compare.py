@@ -236,6 +236,7 @@ def test_the_page_fits_a_phone(browser):
         ("-f 0 -o report", "holds another comparison"),
         ("-f 0 -o nnUNet_raw", "holds no comparison"),
         ("-f 0 -p nnUNetPlans_nowhere", "is not the folder of a trained model"),
+        (f"-f 0 -tr {BASELINE}", "was not trained with an NMSW trainer"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_written(folds, report, flags, says, monkeypatch):
@@ -262,6 +263,31 @@ def test_a_missing_image_is_named(folds, monkeypatch):
         check_refused(folds, f"{FLAGS} -f 0", f"images of validation case {validation_cases(folds)[0]}", monkeypatch)
     finally:
         image.with_suffix(".hidden").rename(image)
+
+
+def test_a_missing_channel_is_named(folds, monkeypatch):
+    file = folds / "nnUNet_raw" / DATASET / "dataset.json"
+    dataset = file.read_text()
+    file.write_text(json.dumps({**json.loads(dataset), "channel_names": {"0": "CT", "1": "PET"}}))
+    try:
+        check_refused(folds, f"{FLAGS} -f 0", "has 1 of 2 channels", monkeypatch)
+    finally:
+        file.write_text(dataset)
+
+
+def test_a_case_in_two_folds(folds, monkeypatch):
+    file = folds / "nnUNet_preprocessed" / DATASET / "splits_final.json"
+    splits = file.read_text()
+    twice = json.loads(splits)
+    twice[1]["val"] = twice[0]["val"]
+    file.write_text(json.dumps(twice))
+    summary = next((folds / "nnUNet_results" / DATASET).glob(f"{TRAINER}*/fold_1/validation/summary.json"))
+    summary.rename(summary.with_suffix(".hidden"))
+    try:
+        check_refused(folds, f"{FLAGS} -f 0 1 -tr_baseline none", "more than one of the folds", monkeypatch)
+    finally:
+        file.write_text(splits)
+        summary.with_suffix(".hidden").rename(summary)
 
 
 def test_models_with_different_labels(folds, monkeypatch):
