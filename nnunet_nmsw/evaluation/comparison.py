@@ -312,7 +312,6 @@ def _for_the_viewer(predictor: FoldPredictor, prediction: Prediction, file: Path
     scale = np.array(chosen.volume_shape) / cropped
     shift = np.array(offset) - np.array(properties["bbox_used_for_cropping"], float)[:, 0] * scale
     return {
-        "windows_to_choose_from": chosen.num_windows,
         "windows": edges_in_image(chosen, properties, backward).tolist(),
         "score_map_scale": (scale / factor)[backward].tolist(),
         "score_map_shift": (shift / factor)[backward].tolist(),

@@ -40,7 +40,7 @@ class PairedDifference:
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> PairedDifference:
     """Compare two methods on the same cases.
 
-    The interval is a percentile bootstrap of the mean over cases (9,999 resamples, fixed seed), too narrow with few cases.
+    The interval is a percentile bootstrap of the mean over cases (9,999 resamples, fixed seed), too narrow with few.
     Differences of zero count half to each side in the test (zsplit), so that equal predictions are evidence for
     equality.
 

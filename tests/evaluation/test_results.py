@@ -41,7 +41,6 @@ class MadeUp(SimpleNamespace):
             {
                 "case": case.name,
                 "fold": case.fold,
-                "windows_to_choose_from": 100,
                 "methods": {method.key: self.entry(number, method) for method in METHODS},
             }
             for number, case in enumerate(self.cases)
