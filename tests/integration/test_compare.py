@@ -1,5 +1,6 @@
 """`nmsw_compare` on two folds of a tiny dataset, and its page in a real browser."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -256,69 +258,56 @@ def check_refused(folds: Path, flags: str, says: str, monkeypatch: pytest.Monkey
     assert {file: file.stat().st_mtime_ns for file in folds.rglob("*")} == before
 
 
-def test_a_missing_image_is_named(folds, monkeypatch):
-    image = folds / "nnUNet_raw" / DATASET / "imagesTr" / f"{validation_cases(folds)[0]}_0000.nii.gz"
-    image.rename(image.with_suffix(".hidden"))
+@contextlib.contextmanager
+def changed(file: Path, content: bytes | None) -> Iterator[None]:
+    """Give a file other content, or hide it, for a while."""
+    kept = file.with_name(file.name + ".kept")
+    file.rename(kept)
+    if content is not None:
+        file.write_bytes(content)
     try:
-        check_refused(folds, f"{FLAGS} -f 0", f"images of validation case {validation_cases(folds)[0]}", monkeypatch)
+        yield
     finally:
-        image.with_suffix(".hidden").rename(image)
+        kept.replace(file)
+
+
+def test_a_missing_image_is_named(folds, monkeypatch):
+    name = validation_cases(folds)[0]
+    with changed(folds / "nnUNet_raw" / DATASET / "imagesTr" / f"{name}_0000.nii.gz", None):
+        check_refused(folds, f"{FLAGS} -f 0", f"images of validation case {name}", monkeypatch)
 
 
 def test_a_missing_channel_is_named(folds, monkeypatch):
     file = folds / "nnUNet_raw" / DATASET / "dataset.json"
-    dataset = file.read_text()
-    file.write_text(json.dumps({**json.loads(dataset), "channel_names": {"0": "CT", "1": "PET"}}))
-    try:
+    two_channels = {**json.loads(file.read_text()), "channel_names": {"0": "CT", "1": "PET"}}
+    with changed(file, json.dumps(two_channels).encode()):
         check_refused(folds, f"{FLAGS} -f 0", "has 1 of 2 channels", monkeypatch)
-    finally:
-        file.write_text(dataset)
 
 
 def test_a_case_in_two_folds(folds, monkeypatch):
     file = folds / "nnUNet_preprocessed" / DATASET / "splits_final.json"
-    splits = file.read_text()
-    twice = json.loads(splits)
-    twice[1]["val"] = twice[0]["val"]
-    file.write_text(json.dumps(twice))
+    splits = json.loads(file.read_text())
+    splits[1]["val"] = splits[0]["val"]
     summary = next((folds / "nnUNet_results" / DATASET).glob(f"{TRAINER}*/fold_1/validation/summary.json"))
-    summary.rename(summary.with_suffix(".hidden"))
-    try:
+    with changed(file, json.dumps(splits).encode()), changed(summary, None):
         check_refused(folds, f"{FLAGS} -f 0 1 -tr_baseline none", "more than one of the folds", monkeypatch)
-    finally:
-        file.write_text(splits)
-        summary.with_suffix(".hidden").rename(summary)
 
 
 def test_models_with_different_labels(folds, monkeypatch):
     file = folds / "nnUNet_results" / DATASET / f"{BASELINE}__{PLANS}__3d_fullres" / "dataset.json"
-    dataset = file.read_text()
-    file.write_text(dataset.replace('"lesion"', '"cyst"'))
-    try:
-        check_refused(
-            folds, f"{FLAGS} -f 0 -tr_baseline {BASELINE}", "the two models differ in their labels", monkeypatch
-        )
-    finally:
-        file.write_text(dataset)
+    with changed(file, file.read_bytes().replace(b'"lesion"', b'"cyst"')):
+        flags = f"{FLAGS} -f 0 -tr_baseline {BASELINE}"
+        check_refused(folds, flags, "the two models differ in their labels", monkeypatch)
 
 
 def test_splits_that_changed_after_training(folds, monkeypatch):
     file = folds / "nnUNet_preprocessed" / DATASET / "splits_final.json"
-    splits = file.read_text()
-    swapped = json.loads(splits)
-    swapped[0], swapped[1] = swapped[1], swapped[0]
-    file.write_text(json.dumps(swapped))
-    try:
+    splits = json.loads(file.read_text())
+    with changed(file, json.dumps([splits[1], splits[0], *splits[2:]]).encode()):
         check_refused(folds, f"{FLAGS} -f 0", "has changed since fold 0", monkeypatch)
-    finally:
-        file.write_text(splits)
 
 
 def test_a_checkpoint_that_changed(folds, report, monkeypatch):
     file = folds / "nnUNet_results" / DATASET / f"{TRAINER}__{PLANS}__3d_fullres" / "fold_1" / "checkpoint_final.pth"
-    content = file.read_bytes()
-    file.write_bytes(content + b"more")
-    try:
+    with changed(file, file.read_bytes() + b"more"):
         check_refused(folds, f"{COMPARE} -o report", "which differs in nmsw, fold 1", monkeypatch)
-    finally:
-        file.write_bytes(content)
