@@ -49,7 +49,7 @@ class Experiment:
 
 EXPERIMENTS = (
     Experiment(4, "Dataset004_Hippocampus", "16 16 16", "16 32 64", "0 1", "-timed_cases 3 -rounds 3"),
-    Experiment(901, "Dataset901_KiTSPhantom", "32 32 32", "8 16 32 64", "0", "-timed_cases 1 -rounds 3"),
+    Experiment(901, "Dataset901_KiTSPhantom", "32 32 32", "8 16 32 64", "0", "-timed_cases 1 -rounds 2"),
 )
 
 
