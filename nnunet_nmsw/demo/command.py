@@ -97,7 +97,7 @@ class Demo:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train and run NMSW on a generated phantom and compare it with the sliding window. About ten "
+        description="Train and run NMSW on a generated phantom and compare it with the sliding window. About 15 "
         "minutes on two CPU cores.",
     )
     parser.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
