@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nnunet_nmsw.fusion import fused_loss
+from nnunet_nmsw.fusion import FusionWeights, fused_loss
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, upsample_window
 from nnunet_nmsw.topk import WindowSample, sample_windows
 
@@ -38,7 +38,7 @@ class Toy:
         self.labels[2:4, 2:4, 20:22] = 1
         self.volume = (self.labels + 0.7 * torch.randn(self.grid.volume_shape))[None, None]
         self.coarse = torch.randn(CLASSES, *self.grid.low_shape)
-        self.weights = torch.full((CLASSES,), 0.88)
+        self.weights = FusionWeights.convex(torch.full((CLASSES,), 0.88))
         self.local = nn.Sequential(
             nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.LeakyReLU(), nn.Conv3d(4, CLASSES, 1)
         )

@@ -15,8 +15,9 @@ PLANS_KEY = "nmsw"
 MAX_GLOBAL_COST_IN_PATCHES = 2.0
 """A median volume may cost the global branch as much as this many patches cost the local one."""
 
-GRADIENT_PATHS = ("contribution", "input")
-SELECTIONS = ("top_k", "greedy_coverage")
+GRADIENT_PATHS = ("none", "contribution", "contribution_logits", "input")
+FUSIONS = ("class_weights", "affine")
+SELECTIONS = ("top_k", "greedy_coverage", "greedy_benefit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,17 @@ class NMSWConfig:
     """Features per stage of the global branch as a fraction of the local branch's."""
 
     gradient_path: str = "contribution"
-    """How scores are trained, one of `GRADIENT_PATHS`: by the weight of a window's contribution to the fused loss, or,
-    as in the paper, by a soft weight on the input patch."""
+    """How the draw of windows trains the scores, one of `GRADIENT_PATHS`: by the weight of a window's contribution to
+    the sums of the fused loss or to the fused logits, by a soft weight on the input patch as in the paper, or not."""
+
+    gradient_baseline: bool = False
+    """Subtract the mean benefit of the other drawn windows from a window's ("contribution" only): less variance."""
+
+    benefit_loss_weight: float = 0.0
+    """Weight of the regression of the score map on the measured benefit of the windows, voxel by voxel."""
+
+    entropy_prior: float = 0.0
+    """The score map is the network's output plus this times the entropy of the coarse prediction in nats."""
 
     temperature: float = 2 / 3
     """Temperature of the relaxed Top-k; only the gradient path "input" uses the relaxation."""
@@ -60,8 +70,18 @@ class NMSWConfig:
     candidate_threshold: float = 0.1
     """A window is a candidate where the global prediction gives some voxel at least this probability of foreground."""
 
+    fusion: str = "class_weights"
+    """How patches are fused with the coarse prediction, one of `FUSIONS`: w · patch + (1 - w) · coarse with a weight w
+    by class as in the paper, or a · patch + b · coarse + d, three free weights by class."""
+
     initial_class_weight: float = 2.0
     """The class weights of the fusion are sigmoid(θ); every θ starts here."""
+
+    fusion_speed: float = 1.0
+    """The weights of the fusion learn this squared times as fast as the networks' weights."""
+
+    seed: int | None = None
+    """Seed of the training: weights, order of cases, augmentation, windows. Random where None, as in nnU-Net."""
 
     local_loss_weight: float = 1.0
     global_loss_weight: float = 1.0
@@ -77,6 +97,7 @@ class NMSWConfig:
         num_patches = parse_num_patches(self.num_patches, f'setting "num_patches" under "{PLANS_KEY}" in the plans')
         object.__setattr__(self, "num_patches", num_patches)
         _require(self.selection in SELECTIONS, "selection", self.selection, f"one of {', '.join(SELECTIONS)}")
+        _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {', '.join(FUSIONS)}")
         _require(
             self.gradient_path in GRADIENT_PATHS,
             "gradient_path",
@@ -96,10 +117,17 @@ class NMSWConfig:
             self.candidate_threshold,
             "a probability from 0 to below 1",
         )
-        for name in ("temperature", "score_scale"):
+        for name in ("temperature", "score_scale", "fusion_speed"):
             value = getattr(self, name)
             _require(_is_number(value) and value > 0, name, value, "a number above 0")
-        for name in ("entropy_weight", "local_loss_weight", "global_loss_weight", "fused_loss_weight"):
+        for name in (
+            "entropy_weight",
+            "benefit_loss_weight",
+            "entropy_prior",
+            "local_loss_weight",
+            "global_loss_weight",
+            "fused_loss_weight",
+        ):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
         _require(_is_number(self.initial_class_weight), "initial_class_weight", self.initial_class_weight, "a number")

@@ -6,12 +6,13 @@ Tensor suffixes:
     K  chosen windows          d h w  axes of the low-resolution view
     V  voxels, any shape       S      loss sums, 3·C + 2 of them: see `loss_sums`
 
-Inside windows, the fused logits of class c are w_c · patch + (1 - w_c) · coarse, overlapping patches averaged with
+Inside windows, the fused logits of class c are a_c · patch + b_c · coarse + d_c, overlapping patches averaged with
 nnU-Net's Gaussian; elsewhere they are the upsampled coarse logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,15 +21,51 @@ import torch.nn.functional as F
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 
-from nnunet_nmsw.geometry import Shape, crop, crop_windows, label_counts, upsample_window, window_slices
+from nnunet_nmsw.geometry import (
+    Shape,
+    add_to_low_resolution_,
+    crop,
+    crop_windows,
+    label_counts,
+    upsample_window,
+    window_slices,
+)
 
 DICE_SMOOTH = 1e-5
 """nnU-Net's smoothing of the soft Dice."""
 
 
-def fuse(patch_logits: Tensor, coarse_logits: Tensor, class_weights: Tensor) -> Tensor:
-    """w_c · patch + (1 - w_c) · coarse, the weights broadcast over the trailing axes."""
-    return coarse_logits + class_weights * (patch_logits - coarse_logits)
+class FusionWeights(NamedTuple):
+    """How patches and the coarse prediction make the fused one, by class.
+
+    Attributes:
+        patch_C: factor of the patch's logits.
+        coarse_C: factor of the coarse logits.
+        bias_C: what is added.
+    """
+
+    patch_C: Tensor
+    coarse_C: Tensor
+    bias_C: Tensor
+
+    @classmethod
+    def convex(cls, patch_C: Tensor) -> FusionWeights:
+        """w · patch + (1 - w) · coarse, the paper's fusion."""
+        return cls(patch_C, 1 - patch_C, torch.zeros_like(patch_C))
+
+    def to(self, device: torch.device) -> FusionWeights:
+        """The same on a device."""
+        return FusionWeights(*(part.to(device) for part in self))
+
+    def of_class(self, label: int) -> FusionWeights:
+        """Those of one class, with a class axis of one."""
+        return FusionWeights(*(part[label, None] for part in self))
+
+
+def fuse(patch_logits_CDHW: Tensor, coarse_logits_CDHW: Tensor, weights: FusionWeights) -> Tensor:
+    """Fused logits, the weights broadcast over the trailing axes."""
+    patch, coarse, bias = (part.view(-1, 1, 1, 1) for part in weights)
+    return patch * patch_logits_CDHW + coarse * coarse_logits_CDHW + bias
 
 
 def gaussian_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:
@@ -43,7 +80,7 @@ def fuse_volume_(
     patch_logits_CDHW: Tensor,
     coarse_logits_Cdhw: Tensor,
     covered_DHW: Tensor,
-    class_weights_C: Tensor,
+    weights: FusionWeights,
     offset: Sequence[int],
     factor: Shape,
 ) -> Tensor:
@@ -53,7 +90,7 @@ def fuse_volume_(
         patch_logits_CDHW: blended patch logits; anything (NaN included) where no window is.
         coarse_logits_Cdhw: coarse logits.
         covered_DHW: bool, where windows are.
-        class_weights_C: weights of the patches.
+        weights: of the fusion.
         offset: voxel of the coarse prediction's volume at which the volume begins.
         factor: voxels of the volume per low-resolution voxel.
 
@@ -61,11 +98,11 @@ def fuse_volume_(
         `patch_logits_CDHW`.
     """
     size = patch_logits_CDHW.shape[1:]
-    for patch_DHW, coarse_dhw, weight in zip(patch_logits_CDHW, coarse_logits_Cdhw, class_weights_C, strict=True):
-        coarse_DHW = upsample_window(coarse_dhw[None, None].float(), offset, size, factor)[0, 0]
-        coarse_DHW = coarse_DHW.to(patch_DHW.device)
-        fused_DHW = fuse(patch_DHW.float(), coarse_DHW, weight.to(patch_DHW.device))
-        patch_DHW.copy_(torch.where(covered_DHW, fused_DHW, coarse_DHW))
+    device = patch_logits_CDHW.device
+    for label, (patch_DHW, coarse_dhw) in enumerate(zip(patch_logits_CDHW, coarse_logits_Cdhw, strict=True)):
+        coarse_1DHW = upsample_window(coarse_dhw[None, None].float(), offset, size, factor)[0].to(device)
+        fused_1DHW = fuse(patch_DHW[None].float(), coarse_1DHW, weights.of_class(label).to(device))
+        patch_DHW.copy_(torch.where(covered_DHW, fused_1DHW, coarse_1DHW)[0])
     return patch_logits_CDHW
 
 
@@ -73,7 +110,7 @@ def fused_segmentation(
     patch_logits_KCDHW: Tensor,
     starts_K3: Tensor,
     coarse_logits_Cdhw: Tensor,
-    class_weights_C: Tensor,
+    weights: FusionWeights,
     volume_shape: Shape,
     factor: Shape,
 ) -> Tensor:
@@ -92,7 +129,7 @@ def fused_segmentation(
             share_DHW = shares_KDHW[window] * patch_logits_KCDHW[window, label].float()
             patches_DHW[window_slices(start, patch_size)] += share_DHW
         logits_DHW = fuse_volume_(
-            patches_DHW[None], coarse_dhw[None], covered_DHW, class_weights_C[label, None], (0, 0, 0), factor
+            patches_DHW[None], coarse_dhw[None], covered_DHW, weights.of_class(label), (0, 0, 0), factor
         )[0]
         better_DHW = logits_DHW > best_DHW
         best_DHW = torch.where(better_DHW, logits_DHW, best_DHW)
@@ -159,10 +196,12 @@ class FusedLoss(NamedTuple):
         loss: nnU-Net's loss, scalar.
         benefit_K: by how much each window lowers it against the coarse prediction there, all others as they are
             (first order in the sums; detached).
+        slope_S: derivative of the loss with respect to the sums of `loss_sums`; detached.
     """
 
     loss: Tensor
     benefit_K: Tensor
+    slope_S: Tensor
 
 
 def fused_loss(
@@ -170,9 +209,10 @@ def fused_loss(
     starts_K3: Tensor,
     coarse_logits_Cdhw: Tensor,
     labels_DHW: Tensor,
-    class_weights_C: Tensor,
+    weights: FusionWeights,
     factor: Shape,
     window_weight_K: Tensor | None = None,
+    logits_weight_K: Tensor | None = None,
 ) -> FusedLoss:
     """Loss of the fused prediction of a volume, without its canvas.
 
@@ -187,10 +227,11 @@ def fused_loss(
         starts_K3: first voxels of the windows.
         coarse_logits_Cdhw: coarse logits of the volume.
         labels_DHW: integer labels.
-        class_weights_C: weights of the patches in the fusion.
+        weights: of the fusion.
         factor: voxels of the volume per low-resolution voxel.
         window_weight_K: a factor of 1 in value on the difference that each window makes to the sums. Its gradient is
             minus the window's benefit; this is how scores are trained.
+        logits_weight_K: a factor of 1 in value on the difference that each window makes to the logits, another way.
     """
     num_classes, patch_size = coarse_logits_Cdhw.shape[0], patch_logits_KCDHW.shape[2:]
     volume_shape: Shape = (labels_DHW.shape[0], labels_DHW.shape[1], labels_DHW.shape[2])
@@ -204,7 +245,9 @@ def fused_loss(
     for window, start in enumerate(starts_K3.tolist()):
         counts_CDHW = F.one_hot(labels_KDHW[window], num_classes).movedim(-1, 0) * shares_KDHW[window]
         coarse_CDHW = upsample_window(coarse_logits_Cdhw[None].float(), start, patch_size, factor)[0]
-        fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, class_weights_C.view(-1, 1, 1, 1))
+        fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, weights)
+        if logits_weight_K is not None:
+            fused_CDHW = coarse_CDHW + logits_weight_K[window] * (fused_CDHW - coarse_CDHW)
         with_window.append(loss_sums(fused_CDHW, counts_CDHW))
         with torch.no_grad():
             without_window.append(loss_sums(coarse_CDHW, counts_CDHW))
@@ -216,4 +259,68 @@ def fused_loss(
     with torch.enable_grad():
         leaf_S = sums_S.detach().requires_grad_()
         (slope_S,) = torch.autograd.grad(dice_and_cross_entropy(leaf_S), leaf_S)
-    return FusedLoss(dice_and_cross_entropy(sums_S), -difference_KS.detach() @ slope_S)
+    return FusedLoss(dice_and_cross_entropy(sums_S), -difference_KS.detach() @ slope_S, slope_S)
+
+
+class BenefitMap(NamedTuple):
+    """What windows were worth where, on the low-resolution grid.
+
+    Attributes:
+        benefit_dhw: by how much a window lowers the loss of the fused prediction, in a low-resolution voxel, times the
+            voxels of a patch over those of the low-resolution voxel: the mean over a window is the window's benefit.
+            0 where no window is.
+        weight_dhw: share of the voxel that windows cover, those of several windows added.
+    """
+
+    benefit_dhw: Tensor
+    weight_dhw: Tensor
+
+
+@torch.no_grad()
+def benefit_map(
+    patch_logits_KCDHW: Tensor,
+    starts_K3: Tensor,
+    coarse_logits_Cdhw: Tensor,
+    labels_DHW: Tensor,
+    weights: FusionWeights,
+    factor: Shape,
+    slope_S: Tensor,
+) -> BenefitMap:
+    """Where windows lower the loss, each on its own against the coarse prediction; their mean where they overlap.
+
+    The loss is made of sums over voxels (`loss_sums`). To first order in these sums each voxel has its part in the
+    benefit of a window: `slope_S` times what the window changes in the voxel's summands.
+
+    Args:
+        patch_logits_KCDHW: logits of the windows.
+        starts_K3: first voxels of the windows.
+        coarse_logits_Cdhw: coarse logits of the volume.
+        labels_DHW: integer labels.
+        weights: of the fusion.
+        factor: voxels of the volume per low-resolution voxel.
+        slope_S: of `fused_loss`.
+    """
+    patch_size = patch_logits_KCDHW.shape[2:]
+    slope_intersection_C, slope_prediction_C, _ = slope_S[:-2].view(3, -1)
+    slope_cross_entropy = slope_S[-2]
+
+    def part_of_loss(logits_CDHW: Tensor, labels_DHW: Tensor) -> Tensor:
+        log_p_CDHW = logits_CDHW.float().log_softmax(0)
+        p_CDHW = log_p_CDHW.exp()
+        p_label_DHW = p_CDHW.gather(0, labels_DHW[None])[0]
+        return (
+            torch.tensordot(slope_prediction_C, p_CDHW, 1)
+            + slope_intersection_C[labels_DHW] * p_label_DHW
+            - slope_cross_entropy * log_p_CDHW.gather(0, labels_DHW[None])[0]
+        )
+
+    benefit_dhw = torch.zeros(coarse_logits_Cdhw.shape[1:], device=coarse_logits_Cdhw.device)
+    voxels_dhw = torch.zeros_like(benefit_dhw)
+    for window, start in enumerate(starts_K3.tolist()):
+        labels = crop(labels_DHW, start, patch_size).long()
+        coarse_CDHW = upsample_window(coarse_logits_Cdhw[None].float(), start, patch_size, factor)[0]
+        fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, weights)
+        benefit_DHW = part_of_loss(coarse_CDHW, labels) - part_of_loss(fused_CDHW, labels)
+        add_to_low_resolution_(benefit_dhw, benefit_DHW, start, factor)
+        add_to_low_resolution_(voxels_dhw, torch.ones_like(benefit_DHW), start, factor)
+    return BenefitMap(benefit_dhw / voxels_dhw.clamp_min(1) * math.prod(patch_size), voxels_dhw / math.prod(factor))

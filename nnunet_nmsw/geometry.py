@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
@@ -89,6 +90,18 @@ class WindowGrid:
             values = torch.stack([values.narrow(axis, a, b - a).amax(axis) for a, b in spans], axis)
         return values.reshape(-1)
 
+    def coverage(self, window: int, device: torch.device) -> Tensor:
+        """Share of every low-resolution voxel that a window covers, shape `low_shape`."""
+        counts = [len(axis_steps) for axis_steps in self.steps]
+        shares = []
+        for axis, step in enumerate(np.unravel_index(window, counts)):
+            factor, size = self.downsampling_factor[axis], self.patch_size[axis]
+            voxels = (self.volume_shape[axis] - torch.arange(self.low_shape[axis], device=device) * factor).clamp_max(
+                factor
+            )
+            shares.append(self._overlaps(axis, device)[int(step)] * size / voxels)
+        return torch.einsum("d,h,w->dhw", *shares)
+
     def _overlaps(self, axis: int, device: torch.device) -> Tensor:
         """Share of each window of an axis that lies in each low-resolution voxel: windows × voxels, rows sum to 1."""
         factor, size = self.downsampling_factor[axis], self.patch_size[axis]
@@ -140,6 +153,26 @@ def upsample_window(low_BCdhw: Tensor, start: Sequence[int], size: Sequence[int]
         shape = [n * f for n, f in zip(piece.shape[2:], factor, strict=True)]
         piece = F.interpolate(piece, size=shape, mode="trilinear", align_corners=False)
     return piece[(slice(None), slice(None), *cut)]
+
+
+def add_to_low_resolution_(low_dhw: Tensor, window_DHW: Tensor, start: Sequence[int], factor: Shape) -> None:
+    """Add every voxel of a window to the low-resolution voxel it lies in, in place.
+
+    Args:
+        low_dhw: float32 map on the low-resolution grid.
+        window_DHW: values of the window's voxels, float32.
+        start: first voxel of the window.
+        factor: voxels of the volume per low-resolution voxel.
+    """
+    sums, box = window_DHW, []
+    for axis in (2, 1, 0):
+        first, size = int(start[axis]), window_DHW.shape[axis]
+        low_first, low_end = first // factor[axis], -(-(first + size) // factor[axis])
+        blocks = torch.arange(first, first + size, device=window_DHW.device) // factor[axis]
+        lies_in = (torch.arange(low_first, low_end, device=window_DHW.device)[:, None] == blocks).float()
+        sums = torch.tensordot(lies_in, sums, dims=([1], [2]))
+        box.append(slice(low_first, low_end))
+    low_dhw[tuple(reversed(box))] += sums
 
 
 def crop(volume_BCDHW: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:

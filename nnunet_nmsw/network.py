@@ -19,10 +19,12 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
 from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.fusion import FusionWeights
 from nnunet_nmsw.geometry import Shape, WindowGrid, crop_windows, downsample
 from nnunet_nmsw.topk import (
     WindowSample,
     candidate_windows,
+    greedy_benefit,
     greedy_coverage,
     sample_windows,
     top_k,
@@ -73,7 +75,8 @@ class TrainingOutput(NamedTuple):
         starts: first voxels of these windows, int64 on the host, (K + R) × 3.
         sample: the draw of the K sampled windows.
         entropy: of the window distribution, nats.
-        class_weights_C: weights of the patches in the fusion.
+        fusion: weights of the fusion.
+        benefit_scale: the network's buffer, scalar: benefits are this times the score map.
     """
 
     coarse: CoarsePrediction
@@ -81,7 +84,8 @@ class TrainingOutput(NamedTuple):
     starts: Tensor
     sample: WindowSample
     entropy: Tensor
-    class_weights_C: Tensor
+    fusion: FusionWeights
+    benefit_scale: Tensor
 
 
 class NMSWNetwork(nn.Module):
@@ -97,9 +101,13 @@ class NMSWNetwork(nn.Module):
         super().__init__()
         self.global_branch = global_branch
         self.local_branch = local_branch
-        self.fusion_logits_C = nn.Parameter(torch.full((num_classes,), float(config.initial_class_weight)))
+        # For the fusion "affine" three rows: patch, coarse, bias, as differences from where they start.
+        rows = 3 if config.fusion == "affine" else 1
+        self.fusion_parameters = nn.Parameter(torch.zeros(rows, num_classes))
         self.patch_size = patch_size
         self.config = config
+        self.benefit_scale: Tensor
+        self.register_buffer("benefit_scale", torch.zeros(()))
 
     @classmethod
     def from_architecture(
@@ -147,9 +155,14 @@ class NMSWNetwork(nn.Module):
         return decoder
 
     @property
-    def class_weights_C(self) -> Tensor:
-        """Weights of the patches in the fusion, between 0 and 1."""
-        return torch.sigmoid(self.fusion_logits_C.float())
+    def fusion_weights(self) -> FusionWeights:
+        """Weights of the fusion, float32."""
+        parameters = self.config.fusion_speed * self.fusion_parameters.float()
+        initial = torch.as_tensor(float(self.config.initial_class_weight), device=parameters.device)
+        if self.config.fusion == "class_weights":
+            return FusionWeights.convex(torch.sigmoid(initial + parameters[0]))
+        weight = torch.sigmoid(initial)
+        return FusionWeights(weight + parameters[0], 1 - weight + parameters[1], parameters[2])
 
     def grid(self, volume_shape: Shape) -> WindowGrid:
         """The candidate windows of a volume."""
@@ -163,7 +176,10 @@ class NMSWNetwork(nn.Module):
         padding = [p for n, m in zip(reversed(shape), reversed(multiples), strict=True) for p in (0, m - n)]
         output = self.global_branch(F.pad(low_1Cdhw, padding))[0].float()
         output = output[(slice(None), *(slice(n) for n in shape))]
-        return CoarsePrediction(output[:-1], output[-1])
+        logits_Cdhw, score_map_dhw = output[:-1], output[-1]
+        if self.config.entropy_prior:
+            score_map_dhw = score_map_dhw + self.config.entropy_prior * entropy(logits_Cdhw.detach())
+        return CoarsePrediction(logits_Cdhw, score_map_dhw)
 
     def scores(self, score_map_dhw: Tensor, grid: WindowGrid) -> Tensor:
         """Scores of the windows, float32 of shape N: `score_scale` times the mean of the score map over each."""
@@ -180,8 +196,11 @@ class NMSWNetwork(nn.Module):
         """The windows to spend `num_patches` patches on, without noise, by the settings' selection or by another."""
         scores_N = self.scores(coarse.score_map_dhw, grid)
         candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=1)
-        if (selection or self.config.selection) == "greedy_coverage":
+        selection = selection or self.config.selection
+        if selection == "greedy_coverage":
             indices_K = greedy_coverage(scores_N, candidates_N, num_patches, grid)
+        elif selection == "greedy_benefit":
+            indices_K = greedy_benefit(coarse.score_map_dhw, candidates_N, num_patches, grid)
         else:
             indices_K = top_k(scores_N, candidates_N, num_patches)
         return WindowChoice(indices_K, scores_N[indices_K])
@@ -195,6 +214,10 @@ class NMSWNetwork(nn.Module):
         scores_N = self.scores(coarse.score_map_dhw, grid)
         k = min(self.config.sampled_windows, len(grid))
         candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=k)
+        if self.config.gradient_path == "none":
+            # Predicted benefits have no scale of their own: what is drawn depends on their spread in this volume.
+            spread = scores_N[candidates_N].std(correction=0).clamp_min(1e-6)
+            scores_N = self.config.score_scale * (scores_N / spread).detach()
         sample = sample_windows(scores_N, k, candidates_N, self.config.temperature)
         starts = torch.cat([grid.starts_N3[sample.indices_K.cpu()], x.random_starts_R3])
         patches_BCDHW = crop_windows(x.volume_1CDHW, starts, self.patch_size)
@@ -207,7 +230,8 @@ class NMSWNetwork(nn.Module):
             starts,
             sample,
             window_entropy(scores_N, candidates_N),
-            self.class_weights_C,
+            self.fusion_weights,
+            self.benefit_scale,
         )
 
     def _total_stride(self) -> list[int]:
@@ -217,6 +241,12 @@ class NMSWNetwork(nn.Module):
         if strides is None:
             return [32, 32, 32]
         return [math.prod(axis_strides) for axis_strides in zip(*strides, strict=True)]
+
+
+def entropy(logits_Cdhw: Tensor) -> Tensor:
+    """Entropy of a prediction in nats, shape d, h, w."""
+    log_p_Cdhw = logits_Cdhw.float().log_softmax(0)
+    return -(log_p_Cdhw.exp() * log_p_Cdhw).sum(0)
 
 
 def _shape(volume: Tensor) -> Shape:

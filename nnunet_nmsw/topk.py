@@ -107,3 +107,36 @@ def greedy_coverage(scores_N: Tensor, candidates_N: Tensor, k: int, grid: Window
         size = [-(-n // f) for n, f in zip(grid.patch_size, grid.downsampling_factor, strict=True)]
         uncovered_DHW[window_slices(start, size)] = 0
     return torch.tensor(taken, device=scores_N.device)
+
+
+def greedy_benefit(
+    benefit_dhw: Tensor, candidates_N: Tensor, k: int, grid: WindowGrid, stop_at: float | None = None
+) -> Tensor:
+    """The window of the largest predicted benefit, then the best of what it leaves, and so on.
+
+    What a window covers is won, or lost, with it: there is nothing left for the windows after it.
+
+    Args:
+        benefit_dhw: predicted benefit by low-resolution voxel, such that its mean over a window is the window's.
+        candidates_N: bool, the windows to take before others.
+        k: number of windows.
+        grid: the windows.
+        stop_at: take no window whose benefit is not above this.
+
+    Returns:
+        Window indices in the order of choice, at most `k`, candidates before others.
+    """
+    left_dhw = benefit_dhw.float().clone()
+    available_N = torch.ones_like(candidates_N)
+    taken: list[int] = []
+    while len(taken) < min(k, len(grid)):
+        gain_N = grid.mean(left_dhw)
+        first_N = available_N & candidates_N
+        gain_N = gain_N.masked_fill(~(first_N if first_N.any() else available_N), -torch.inf)
+        best = int(gain_N.argmax())
+        if stop_at is not None and gain_N[best] <= stop_at:
+            break
+        taken.append(best)
+        available_N[best] = False
+        left_dhw *= 1 - grid.coverage(best, left_dhw.device)
+    return torch.tensor(taken, dtype=torch.int64, device=benefit_dhw.device)

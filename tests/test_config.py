@@ -27,7 +27,7 @@ def test_overrides_are_taken():
     [
         ("num_patch", 3, "num_patches"),  # unknown: the allowed names are listed
         ("num_patches", 0, "10%"),
-        ("gradient_path", "magic", "contribution, input"),
+        ("gradient_path", "magic", "none, contribution, contribution_logits, input"),
         ("selection", "best", "top_k, greedy_coverage"),
         ("downsampling_factor", [2, 2], "three integers"),
         ("downsampling_factor", [2, 0, 2], "three integers"),

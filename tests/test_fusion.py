@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,8 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunet_nmsw.fusion import (
+    FusionWeights,
+    benefit_map,
     dice_and_cross_entropy,
     fuse,
     fuse_volume_,
@@ -40,7 +44,7 @@ def canvas(patch_logits, starts, coarse_volume, weights, volume_shape):
         total[where] += gaussian
     inside = total > 0
     blended = torch.where(inside, blended / total.clamp_min(1e-12), 0.0)
-    return torch.where(inside, fuse(blended, coarse_volume, weights.view(-1, 1, 1, 1)), coarse_volume), inside
+    return torch.where(inside, fuse(blended, coarse_volume, weights), coarse_volume), inside
 
 
 @st.composite
@@ -58,7 +62,9 @@ def problems(draw, overlapping: bool):
         "patch_logits": torch.randn(len(chosen), CLASSES, *patch) * 3,
         "coarse": torch.randn(CLASSES, *grid.low_shape),
         "labels": torch.randint(0, CLASSES, volume),
-        "weights": torch.tensor([0.9, 0.5, 0.7]),
+        "weights": FusionWeights(
+            torch.tensor([0.9, 0.5, 0.7]), torch.tensor([0.1, 0.6, 0.3]), torch.tensor([0.0, -0.5, 0.2])
+        ),
     }
 
 
@@ -127,7 +133,7 @@ def test_with_overlap_the_cross_entropy_is_bounded_by_jensens_gap(problem):
     for share, logits, start in zip(shares, problem["patch_logits"], starts.tolist(), strict=True):
         where = window_slices(start, patch_size)
         everywhere = (slice(None), *where)
-        fused = fuse(logits, smooth[everywhere], problem["weights"].view(-1, 1, 1, 1))
+        fused = fuse(logits, smooth[everywhere], problem["weights"])
         blended_loss[where] += share * F.cross_entropy(fused[None], labels[where][None], reduction="none")[0]
         low[everywhere] = torch.minimum(low[everywhere], fused)
         high[everywhere] = torch.maximum(high[everywhere], fused)
@@ -155,10 +161,10 @@ def test_the_weight_of_a_window_has_its_benefit_as_gradient():
     starts = grid.starts_N3[[0, 7]]
     truth = F.one_hot(labels[:6, :6, :6], CLASSES).movedim(-1, 0).float() * 8
     patch_logits = torch.stack([truth, torch.randn(CLASSES, 6, 6, 6)])
-    coarse, weights = torch.zeros(CLASSES, *grid.low_shape), torch.full((CLASSES,), 0.9)
+    coarse, weights = torch.zeros(CLASSES, *grid.low_shape), FusionWeights.convex(torch.full((CLASSES,), 0.9))
     arguments = (coarse, labels, weights, grid.downsampling_factor)
     window_weight = torch.ones(2, requires_grad=True)
-    loss, benefit = fused_loss(patch_logits, starts, *arguments, window_weight)
+    loss, benefit, _ = fused_loss(patch_logits, starts, *arguments, window_weight)
     (gradient,) = torch.autograd.grad(loss, window_weight)
     torch.testing.assert_close(-gradient, benefit)
     assert benefit[0] > 0 > benefit[1]
@@ -175,7 +181,7 @@ def test_fused_volume_and_its_labels_equal_the_canvas(problem):
     grid, factor = problem["grid"], problem["grid"].downsampling_factor
     smooth = upsample_window(problem["coarse"][None], (0, 0, 0), grid.volume_shape, factor)[0]
     expected, inside = canvas(problem["patch_logits"], problem["starts"], smooth, problem["weights"], grid.volume_shape)
-    ones = torch.ones(CLASSES)
+    ones = FusionWeights.convex(torch.ones(CLASSES))
     blended, _ = canvas(problem["patch_logits"], problem["starts"], torch.zeros_like(smooth), ones, grid.volume_shape)
     blended[:, ~inside] = torch.nan  # what nnU-Net's sliding window leaves where no window was
     fused = fuse_volume_(blended, problem["coarse"], inside, problem["weights"], (0, 0, 0), factor)
@@ -186,3 +192,36 @@ def test_fused_volume_and_its_labels_equal_the_canvas(problem):
     best_two = expected.topk(2, 0).values
     clear = best_two[0] - best_two[1] > 1e-3
     assert torch.equal(labels[clear], expected.argmax(0)[clear])
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(overlapping=False))
+def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
+    grid, factor = problem["grid"], problem["grid"].downsampling_factor
+    arguments = (problem["coarse"], problem["labels"], problem["weights"], factor)
+    loss = fused_loss(problem["patch_logits"], problem["starts"], *arguments)
+    for window in range(len(problem["starts"])):
+        logits, start = problem["patch_logits"][window, None], problem["starts"][window, None]
+        alone = benefit_map(logits, start, *arguments, loss.slope_S)
+        voxels = alone.weight_dhw * math.prod(factor)
+        assert voxels.sum() == math.prod(grid.patch_size)
+        benefit = (alone.benefit_dhw * voxels).sum() / math.prod(grid.patch_size)
+        torch.testing.assert_close(benefit, loss.benefit_K[window], rtol=1e-3, atol=1e-5)
+
+
+def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_it_is_wrong():
+    labels = torch.zeros(8, 8, 16, dtype=torch.long)
+    labels[2:6, 2:6, 2:6] = 1
+    starts = torch.tensor([[0, 0, 0], [0, 0, 8]])
+    coarse, factor = torch.zeros(CLASSES, 4, 4, 8), (2, 2, 2)
+    coarse[0] = 1
+    right = 8 * F.one_hot(labels[:, :, :8], CLASSES).movedim(-1, 0).float()
+    wrong = torch.zeros(CLASSES, 8, 8, 8)
+    wrong[1] = 8
+    patches, weights = torch.stack([right, wrong]), FusionWeights.convex(torch.ones(CLASSES))
+    slope = fused_loss(patches, starts, coarse, labels, weights, factor).slope_S
+    measured = benefit_map(patches, starts, coarse, labels, weights, factor, slope)
+    assert (measured.benefit_dhw[:, :, :4] > 0).all()
+    assert (measured.benefit_dhw[:, :, 4:] < 0).all()
+    assert measured.benefit_dhw[1:3, 1:3, 1:3].mean() > measured.benefit_dhw[:1, :, :4].mean()
+    assert (measured.weight_dhw == 1).all()

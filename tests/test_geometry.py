@@ -8,6 +8,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_nmsw.geometry import (
     WindowGrid,
+    add_to_low_resolution_,
     crop,
     crop_windows,
     downsample,
@@ -42,6 +43,26 @@ def test_window_means_and_maxima_are_those_of_the_boxes(grid, seed):
     assert len(grid) == len(boxes)
     torch.testing.assert_close(grid.mean(low), torch.stack([box.mean() for box in boxes]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grid.max(low), torch.stack([box.max() for box in boxes]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids(), st.integers(0, 2**31))
+def test_coverage_and_sums_at_low_resolution_are_those_of_the_voxels(grid, seed):
+    window = seed % len(grid)
+    start = grid.starts_N3[window].tolist()
+    values = torch.randn(grid.patch_size, generator=torch.Generator().manual_seed(seed))
+    volume = torch.zeros(grid.volume_shape)
+    volume[window_slices(start, grid.patch_size)] = values
+    blocks = downsample(torch.ones(1, 1, *grid.volume_shape), grid.downsampling_factor) * 0
+    voxels = torch.zeros(grid.low_shape)
+    for position in np.ndindex(*grid.low_shape):
+        box = tuple(slice(p * f, (p + 1) * f) for p, f in zip(position, grid.downsampling_factor, strict=True))
+        blocks[(0, 0, *position)], voxels[position] = volume[box].sum(), volume[box].numel()
+    sums, ones = torch.zeros(grid.low_shape), torch.zeros(grid.low_shape)
+    add_to_low_resolution_(sums, values, start, grid.downsampling_factor)
+    add_to_low_resolution_(ones, torch.ones(grid.patch_size), start, grid.downsampling_factor)
+    torch.testing.assert_close(sums, blocks[0, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grid.coverage(window, torch.device("cpu")), ones / voxels)
 
 
 def test_window_means_do_not_lose_digits_in_large_volumes():

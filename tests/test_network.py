@@ -77,7 +77,7 @@ def test_scores_and_sums_stay_in_full_precision_under_autocast():
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, loss, output = training_step(network, (16, 16, 16))
-    for name in ("loss_global", "loss_fused", "entropy", "benefit", "class_weights"):
+    for name in ("loss_global", "loss_fused", "entropy", "benefit", "fusion_weights"):
         assert loss.report[name].dtype == torch.float32, name
     assert output.sample.log_probability_K.dtype == torch.float32
     # In bfloat16 the loss would be a multiple of 2^-8 around 1.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nnunet_nmsw.geometry import WindowGrid
-from nnunet_nmsw.topk import candidate_windows, greedy_coverage, sample_windows, top_k, window_entropy
+from nnunet_nmsw.topk import candidate_windows, greedy_benefit, greedy_coverage, sample_windows, top_k, window_entropy
 
 
 def plackett_luce_inclusion(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -91,3 +91,17 @@ def test_greedy_coverage_avoids_overlap_and_ends_with_all_windows():
     assert top_k(scores, everything, 2).tolist() == [1, 0]
     assert greedy_coverage(scores, everything, 2, grid).tolist() == [1, 4]
     assert sorted(greedy_coverage(scores, everything, 5, grid).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_greedy_benefit_takes_what_is_left():
+    grid = WindowGrid((8, 8, 24), (8, 8, 8), (2, 2, 2), 0.5)  # five windows in a row, each overlapping its neighbours
+    benefit = torch.zeros(grid.low_shape)
+    benefit[:, :, 2:6] = 1.0  # voxels 4 to 12: all of window 1, half of windows 0 and 2
+    benefit[:, :, 8:10] = 0.5  # half of window 3, and of window 4
+    benefit[:, :, 10:] = -1.0
+    everything = torch.ones(5, dtype=torch.bool)
+    assert greedy_benefit(benefit, everything, 2, grid).tolist() == [1, 3]
+    assert greedy_benefit(benefit, everything, 5, grid, stop_at=0.0).tolist() == [1, 3]
+    no_second = torch.tensor([True, False, True, False, False])
+    assert greedy_benefit(benefit, no_second, 3, grid).tolist()[:2] == [0, 2]
+    assert sorted(greedy_benefit(benefit, everything, 9, grid).tolist()) == [0, 1, 2, 3, 4]

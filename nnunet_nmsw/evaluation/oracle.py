@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nnunet_nmsw.fusion import fuse, gaussian_weights
+from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
 from nnunet_nmsw.geometry import WindowGrid, crop, upsample_window, window_slices
 
 SLAB = 16
@@ -21,7 +21,7 @@ SLAB = 16
 def oracle_windows(
     patch_logits: Callable[[int], Tensor],
     coarse_logits_Cdhw: Tensor,
-    class_weights_C: Tensor,
+    weights: FusionWeights,
     reference_DHW: Tensor,
     grid: WindowGrid,
 ) -> tuple[list[int], list[float]]:
@@ -34,7 +34,7 @@ def oracle_windows(
     Args:
         patch_logits: logits of a window by its index in the grid, shape C, patch size.
         coarse_logits_Cdhw: coarse prediction.
-        class_weights_C: weights of the patches in the fusion.
+        weights: of the fusion.
         reference_DHW: the truth, integer labels.
         grid: the windows.
 
@@ -43,7 +43,6 @@ def oracle_windows(
     """
     num_classes, device = len(coarse_logits_Cdhw), coarse_logits_Cdhw.device
     gaussian_DHW = gaussian_weights(grid.patch_size, device)
-    weights_C111 = class_weights_C.view(-1, 1, 1, 1)
     sum_CDHW = torch.zeros((num_classes, *grid.volume_shape), dtype=torch.half, device=device)
     weight_DHW = torch.zeros(grid.volume_shape, device=device)
     boxes = [window_slices(start, grid.patch_size) for start in grid.starts_N3.tolist()]
@@ -64,7 +63,7 @@ def oracle_windows(
         start = grid.starts_N3[window].tolist()
         blended_CDHW = crop(sum_CDHW, start, grid.patch_size) + gaussian_DHW * patch_logits(window).float()
         blended_CDHW /= crop(weight_DHW, start, grid.patch_size) + gaussian_DHW
-        return fuse(blended_CDHW, coarse_CDHW(start, grid.patch_size), weights_C111).argmax(0).short()
+        return fuse(blended_CDHW, coarse_CDHW(start, grid.patch_size), weights).argmax(0).short()
 
     def change(window: int) -> Tensor:
         """What taking a window adds to the sums S."""

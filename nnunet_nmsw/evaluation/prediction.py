@@ -213,8 +213,8 @@ class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
         for device in (self.device, torch.device("cpu")):
             try:
                 reference_DHW = padded_DHW.to(device)
-                weights_C = self.nmsw_network.class_weights_C.to(device)
-                return oracle_windows(patch_logits, coarse.logits_Cdhw.to(device), weights_C, reference_DHW, grid)
+                weights = self.nmsw_network.fusion_weights.to(device)
+                return oracle_windows(patch_logits, coarse.logits_Cdhw.to(device), weights, reference_DHW, grid)
             except torch.OutOfMemoryError:
                 if device.type == "cpu":
                     raise

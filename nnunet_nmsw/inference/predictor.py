@@ -116,7 +116,7 @@ class NMSWPredictor(nnUNetPredictor):
             logits_CDHW,
             coarse.logits_Cdhw,
             covered_DHW[unpad[1:]],
-            network.class_weights_C,
+            network.fusion_weights,
             offset,
             network.config.downsampling_factor,
         )

@@ -5,6 +5,7 @@ Tensor suffixes: 1 a batch of one, C channels, D H W axes of the volume, R rando
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class WholeVolumeLoader(DataLoader):
             random, and the window centred on one of its voxels).
         transforms: gives the transforms for a volume's shape; nnU-Net's spatial transform has to know it beforehand.
         at_random: draw cases at random; otherwise go round them in order.
+        seed: of everything that is drawn, different for every worker; None leaves it to batchgenerators.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class WholeVolumeLoader(DataLoader):
         foreground_windows: int,
         transforms: TransformFactory,
         at_random: bool,
+        seed: int | None = None,
     ) -> None:
         super().__init__(dataset, 1, 1, None, True, False, True, None)
         self.indices = list(dataset.identifiers)
@@ -56,6 +59,7 @@ class WholeVolumeLoader(DataLoader):
         self.transforms = transforms
         self.at_random = at_random
         self.next_in_order = 0
+        self.seed = seed
 
     def get_indices(self) -> list[str]:
         """The case of the next batch."""
@@ -66,6 +70,9 @@ class WholeVolumeLoader(DataLoader):
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Load, augment and pad a volume."""
+        if self.seed is not None:
+            seed_everything(self.seed + 1000 * (1 + self.thread_id))
+            self.seed = None
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             data, segmentation, _, _ = self._data.load_case(keys[0])
@@ -93,6 +100,13 @@ class WholeVolumeLoader(DataLoader):
                 centre = voxels[np.random.randint(len(voxels))].numpy()  # noqa: NPY002
                 starts[window] = np.clip(centre - half_patch, 0, last_start)
         return torch.from_numpy(starts.astype(np.int64))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all generators that nnU-Net draws from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - what batchgenerators draws from
+    torch.manual_seed(seed)
 
 
 def without_benchmark(transform: BasicTransform) -> BasicTransform:

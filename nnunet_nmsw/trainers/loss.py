@@ -12,10 +12,16 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from torch import Tensor, nn
 
 from nnunet_nmsw.config import NMSWConfig
-from nnunet_nmsw.fusion import dice_and_cross_entropy, fused_loss, loss_sums
+from nnunet_nmsw.fusion import BenefitMap, benefit_map, dice_and_cross_entropy, fused_loss, loss_sums
 from nnunet_nmsw.geometry import crop_windows, label_counts
 from nnunet_nmsw.network import TrainingOutput
 from nnunet_nmsw.precision import full_precision
+
+SCALE_MEMORY = 0.99
+"""Weight of the past in the running mean square of measured benefits."""
+
+LARGEST_BENEFIT = 10.0
+"""Measured benefits are cut off at this many root mean squares: a few voxels of a tiny lesion would rule the loss."""
 
 
 class NMSWLoss(nn.Module):
@@ -59,17 +65,34 @@ class NMSWLoss(nn.Module):
             with torch.no_grad():
                 counts_Cdhw = label_counts(labels_DHW, len(coarse_logits_Cdhw), config.downsampling_factor)
             coarse = dice_and_cross_entropy(loss_sums(coarse_logits_Cdhw, counts_Cdhw))
+            # 1 in value; its gradient is that of the log-probability of the draw.
             log_p_K = output.sample.log_probability_K
+            weight_K = (log_p_K - log_p_K.detach()).exp()
             fused = fused_loss(
                 finest[:num_sampled],
                 output.starts[:num_sampled],
                 coarse_logits_Cdhw,
                 labels_DHW,
-                output.class_weights_C,
+                output.fusion,
                 config.downsampling_factor,
-                # 1 in value; its gradient is that of the log-probability of the draw.
-                (log_p_K - log_p_K.detach()).exp() if config.gradient_path == "contribution" else None,
+                weight_K if config.gradient_path == "contribution" else None,
+                weight_K if config.gradient_path == "contribution_logits" else None,
             )
+            selection, benefit_loss = torch.zeros_like(fused.loss), torch.zeros_like(fused.loss)
+            if config.gradient_path == "contribution" and config.gradient_baseline and num_sampled > 1:
+                mean_of_others_K = (fused.benefit_K.sum() - fused.benefit_K) / (num_sampled - 1)
+                selection = mean_of_others_K @ (weight_K - 1)
+            if config.benefit_loss_weight:
+                measured = benefit_map(
+                    finest,
+                    output.starts,
+                    coarse_logits_Cdhw,
+                    labels_DHW,
+                    output.fusion,
+                    config.downsampling_factor,
+                    fused.slope_S,
+                )
+                benefit_loss = self._benefit_loss(output, measured)
         self.report = {
             "loss_local": local.detach().float(),
             "loss_global": coarse.detach(),
@@ -77,14 +100,28 @@ class NMSWLoss(nn.Module):
             "entropy": output.entropy.detach(),
             "foreground_share": (targets[:num_sampled] > 0).flatten(1).any(1).float().mean(),
             "benefit": fused.benefit_K.mean(),
-            "class_weights": output.class_weights_C.detach(),
+            "benefit_loss": benefit_loss.detach(),
+            "fusion_weights": torch.cat(list(output.fusion)).detach(),
         }
         return (
             config.local_loss_weight * local
             + config.global_loss_weight * coarse
             + config.fused_loss_weight * fused.loss
+            + config.benefit_loss_weight * benefit_loss
+            + selection
             - config.entropy_weight * output.entropy
         )
+
+    def _benefit_loss(self, output: TrainingOutput, measured: BenefitMap) -> Tensor:
+        """Squared error of the score map where windows are, in units of the benefit's running root mean square."""
+        weight_dhw, scale = measured.weight_dhw, output.benefit_scale
+        mean_square = (weight_dhw * measured.benefit_dhw.square()).sum() / weight_dhw.sum()
+        score_map_dhw = output.coarse.score_map_dhw
+        if score_map_dhw.requires_grad:
+            memory = SCALE_MEMORY if scale > 0 else 0.0
+            scale.copy_((memory * scale.square() + (1 - memory) * mean_square).sqrt())
+        target_dhw = (measured.benefit_dhw / scale.clamp_min(1e-12)).clamp(-LARGEST_BENEFIT, LARGEST_BENEFIT)
+        return (weight_dhw * (score_map_dhw - target_dhw).square()).sum() / weight_dhw.sum()
 
     def _local_targets(self, targets: Tensor) -> Tensor | list[Tensor]:
         if self.downsample_targets is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
@@ -29,10 +30,19 @@ from nnunet_nmsw.geometry import crop_windows, downsample
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.network import NMSWNetwork, TrainingVolume
 from nnunet_nmsw.precision import mixed_precision
-from nnunet_nmsw.trainers.data import TransformFactory, WholeVolumeLoader, without_benchmark
+from nnunet_nmsw.trainers.data import TransformFactory, WholeVolumeLoader, seed_everything, without_benchmark
 from nnunet_nmsw.trainers.loss import NMSWLoss
 
-LOGGED = ("loss_local", "loss_global", "loss_fused", "entropy", "foreground_share", "benefit", "class_weights")
+LOGGED = (
+    "loss_local",
+    "loss_global",
+    "loss_fused",
+    "entropy",
+    "foreground_share",
+    "benefit",
+    "benefit_loss",
+    "fusion_weights",
+)
 """What `NMSWLoss.report` holds, logged once an epoch under these names with the prefix `nmsw_`."""
 
 
@@ -61,6 +71,12 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             self.num_epochs = self.training_length
         for name in LOGGED:
             self.logger.local_logger.my_fantastic_logging.setdefault(f"nmsw_{name}", [])
+
+    def initialize(self) -> None:
+        """See the parent. Seeds everything first where the settings say so."""
+        if self.config.seed is not None:
+            seed_everything(self.config.seed)
+        super().initialize()
 
     @staticmethod
     def build_network_architecture(
@@ -117,11 +133,24 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
 
         def loader(dataset: Any, transforms: TransformFactory, training: bool) -> Any:
             volumes = WholeVolumeLoader(
-                dataset, self.configuration_manager.patch_size, random_windows, foreground_windows, transforms, training
+                dataset,
+                self.configuration_manager.patch_size,
+                random_windows,
+                foreground_windows,
+                transforms,
+                training,
+                self.config.seed,
             )
             if processes == 0:
                 return SingleThreadedAugmenter(volumes, None)
             workers = processes if training else 1
+            if self.config.seed is not None:
+                # The batches of its workers come in turns, where the other augmenter takes what is ready first.
+                augmenter = MultiThreadedAugmenter(
+                    volumes, None, workers, 2, list(range(workers)), self.device.type == "cuda", wait_time=0.002
+                )
+                next(augmenter)
+                return augmenter
             augmenter = NonDetMultiThreadedAugmenter(
                 volumes,
                 None,
@@ -169,7 +198,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             torch.cat(logits),
             starts,
             coarse.logits_Cdhw,
-            network.class_weights_C,
+            network.fusion_weights,
             grid.volume_shape,
             self.config.downsampling_factor,
         )
@@ -196,7 +225,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         self.print_to_log_file(
             f"NMSW window entropy {last('entropy'):.3f} nats, sampled windows with foreground "
             f"{last('foreground_share'):.1%}, mean benefit of a sampled window {last('benefit'):.2e}, "
-            f"class weights {np.round(last('class_weights'), 3).tolist()}"
+            f"fusion weights {np.round(last('fusion_weights'), 3).tolist()}"
         )
         super().on_epoch_end()
 

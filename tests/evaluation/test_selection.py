@@ -12,7 +12,7 @@ from nnunet_nmsw.evaluation.methods import build_methods, primary_method, refere
 from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.prediction import PatchStore, count_macs
 from nnunet_nmsw.evaluation.selectors import entropy_windows, object_windows, random_windows
-from nnunet_nmsw.fusion import fuse
+from nnunet_nmsw.fusion import FusionWeights, fuse
 from nnunet_nmsw.geometry import WindowGrid, window_slices
 from nnunet_nmsw.network import CoarsePrediction
 
@@ -81,7 +81,7 @@ def test_the_oracle_does_what_trying_everything_does():
     grid = WindowGrid((6, 6, 8), (4, 4, 4), (1, 1, 1))
     reference = torch.randint(0, 3, grid.volume_shape)
     coarse = torch.randn(3, *grid.low_shape)
-    weights = torch.tensor([0.5, 0.8, 0.9])
+    weights = FusionWeights.convex(torch.tensor([0.5, 0.8, 0.9]))
     truth = 3 * functional.one_hot(reference, 3).movedim(-1, 0)
     patches = {}
     for window, start in enumerate(grid.starts_N3.tolist()):
@@ -98,7 +98,7 @@ def test_the_oracle_does_what_trying_everything_does():
             box = window_slices(grid.starts_N3[window].tolist(), grid.patch_size)
             total[(slice(None), *box)] += gaussian * patches[window]
             weight[box] += gaussian
-        fused = fuse(total / weight.clamp_min(1e-12), coarse, weights.view(3, 1, 1, 1))
+        fused = fuse(total / weight.clamp_min(1e-12), coarse, weights)
         labels = torch.where(weight > 0, fused.argmax(0), coarse.argmax(0))
         values = []
         for c in (1, 2):

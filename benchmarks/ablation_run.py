@@ -1,0 +1,207 @@
+"""One run of the ablations: train one arm with one seed, measure every way of choosing windows, write JSON.
+
+`ablation.py` calls this. On a CPU everything runs in bfloat16, as in `bfloat16.py`.
+
+Tensor suffixes: N windows of the grid, K chosen windows, C classes, D H W axes of the volume or of a patch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+
+from nnunet_nmsw.config import NMSWConfig, resolve_num_patches
+from nnunet_nmsw.evaluation.oracle import oracle_windows
+from nnunet_nmsw.evaluation.selectors import entropy_windows, random_windows
+from nnunet_nmsw.fusion import FusionWeights, fused_segmentation
+from nnunet_nmsw.geometry import WindowGrid, crop_windows, downsample, upsample_window
+from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.trainers.data import seed_everything
+
+NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
+MOST_CASES = 12
+PATCHES_AT_ONCE = 8
+LOGGED = ("foreground_share", "entropy", "benefit", "loss_local", "loss_global", "loss_fused", "benefit_loss")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, help="dataset")
+    parser.add_argument("-p", required=True, help="plans")
+    parser.add_argument("-tr", required=True, help="trainer")
+    parser.add_argument("-f", type=int, default=0, help="fold")
+    parser.add_argument("-seed", type=int, required=True)
+    parser.add_argument("-device", default="cpu")
+    parser.add_argument("-o", type=Path, required=True, help="JSON file")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    # The cache of cast weights lives until autocast ends, which here is after the last optimiser step.
+    precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if device.type == "cpu" else nullcontext()
+    with precision:
+        trainer = get_trainer_from_args(args.d, "3d_fullres", args.f, args.tr, args.p, device=device)
+        seed_everything(args.seed)
+        started = time.perf_counter()
+        trainer.run_training()
+        seconds = time.perf_counter() - started
+        results = evaluate(trainer)
+    logging = trainer.logger.local_logger.my_fantastic_logging
+    results["training"] = {name: logging[f"nmsw_{name}"] for name in LOGGED if f"nmsw_{name}" in logging}
+    results["seconds_of_training"] = seconds
+    unfinished = args.o.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results, indent=1))
+    unfinished.rename(args.o)
+
+
+@torch.inference_mode()
+def evaluate(trainer: nnUNetTrainer) -> dict[str, Any]:
+    """Dice of every method on the validation cases, at the spacing of training.
+
+    Returns:
+        `dice`: by method and K, a list of Dice by class, means over the cases that have a value; `windows`: mean number
+        of windows of a case.
+    """
+    trainer.set_deep_supervision_enabled(False)
+    network = trainer.network.eval()
+    patch_size = tuple(trainer.configuration_manager.patch_size)
+    dice: dict[str, dict[str, list[np.ndarray]]] = {}
+    sizes = []
+    for key, volume_CDHW, labels_DHW in validation_cases(trainer, patch_size):
+        if isinstance(network, NMSWNetwork):
+            case = Case(network, volume_CDHW, labels_DHW, trainer.device, seed=sum(map(ord, key)))
+            predictions = case.predictions()
+        else:
+            case = Case(as_nmsw(network, trainer), volume_CDHW, labels_DHW, trainer.device, seed=0)
+            predictions = iter([("sliding window", "all", case.sliding_window())])
+        sizes.append(len(case.grid))
+        for method, k, prediction_DHW in predictions:
+            scores = dice_by_class(prediction_DHW, case.labels_DHW, case.num_classes)
+            dice.setdefault(method, {}).setdefault(str(k), []).append(scores)
+    means = {
+        method: {k: np.nanmean(np.stack(values), 0).tolist() for k, values in by_k.items()}
+        for method, by_k in dice.items()
+    }
+    return {"dice": means, "windows": float(np.mean(sizes)), "cases": len(sizes)}
+
+
+def validation_cases(trainer: nnUNetTrainer, patch_size: tuple[int, ...]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Key, volume and labels of the first preprocessed validation cases, padded as nnU-Net's predictor pads."""
+    _, dataset = trainer.get_tr_and_val_datasets()
+    for key in dataset.identifiers[:MOST_CASES]:
+        data, segmentation, _, _ = dataset.load_case(key)
+        volume_CDHW = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
+        labels_1DHW = torch.from_numpy(np.asarray(segmentation[:], dtype=np.int16)).clamp_min(0)
+        yield (
+            key,
+            pad_nd_image(volume_CDHW, patch_size, "constant", {"value": 0}),
+            pad_nd_image(labels_1DHW, patch_size, "constant", {"value": 0})[0],
+        )
+
+
+def as_nmsw(network: torch.nn.Module, trainer: nnUNetTrainer) -> NMSWNetwork:
+    """A stock network in the place of the local branch; there is no other."""
+    config = NMSWConfig.from_configuration(trainer.configuration_manager.configuration)
+    patch_size = tuple(trainer.configuration_manager.patch_size)
+    return NMSWNetwork(torch.nn.Identity(), network, trainer.label_manager.num_segmentation_heads, patch_size, config)
+
+
+class Case:
+    """A validation case; patch logits are computed once."""
+
+    def __init__(
+        self, network: NMSWNetwork, volume_CDHW: Tensor, labels_DHW: Tensor, device: torch.device, seed: int
+    ) -> None:
+        self.network, self.seed, self.labels_DHW = network, seed, labels_DHW.to(device)
+        d, h, w = labels_DHW.shape
+        self.grid: WindowGrid = network.grid((d, h, w))
+        self.num_classes = len(network.fusion_weights.bias_C)
+        self.volume_1CDHW = volume_CDHW[None].to(device)
+        self.logits: dict[tuple[int, ...], Tensor] = {}
+        if not isinstance(network.global_branch, torch.nn.Identity):
+            self.coarse = network.coarse(downsample(self.volume_1CDHW, network.config.downsampling_factor))
+
+    def patches(self, starts_K3: Tensor) -> Tensor:
+        """Logits of windows, shape K, C, patch size."""
+        missing = [start for start in starts_K3.tolist() if tuple(start) not in self.logits]
+        for first in range(0, len(missing), PATCHES_AT_ONCE):
+            starts = missing[first : first + PATCHES_AT_ONCE]
+            logits = self.network(crop_windows(self.volume_1CDHW, torch.tensor(starts), self.grid.patch_size))
+            self.logits.update({tuple(start): patch.half() for start, patch in zip(starts, logits, strict=True)})
+        return torch.stack([self.logits[tuple(start)].float() for start in starts_K3.tolist()])
+
+    def predictions(self) -> Iterator[tuple[str, int | str, Tensor]]:
+        """Method, K and labels of each method at each K."""
+        yield "sliding window", "all", self.sliding_window()
+        yield "global branch", "0", self.fused(self.grid.starts_N3[:0])
+        yield "all windows", "all", self.fused(self.grid.starts_N3)
+        oracle, _ = oracle_windows(
+            lambda window: self.patches(self.grid.starts_N3[window, None])[0],
+            self.coarse.logits_Cdhw,
+            self.network.fusion_weights,
+            self.labels_DHW,
+            self.grid,
+        )
+        arguments = (self.network, self.coarse, self.grid)
+        step = max(f / p for f, p in zip(self.grid.downsampling_factor, self.grid.patch_size, strict=True))
+        fine_grid = dataclasses.replace(self.grid, tile_step_size=max(0.125, step))
+        choose: dict[str, Callable[[int], Tensor]] = {
+            "top_k": partial(self.learned, self.grid, "top_k"),
+            "greedy_coverage": partial(self.learned, self.grid, "greedy_coverage"),
+            "greedy_benefit": partial(self.learned, self.grid, "greedy_benefit"),
+            "greedy_benefit off grid": partial(self.learned, fine_grid, "greedy_benefit"),
+            "entropy": lambda k: entropy_windows(*arguments, k).starts_K3,
+            "random": lambda k: random_windows(*arguments, k, self.seed).starts_K3,
+            "oracle": lambda k: self.grid.starts_N3[oracle[:k]],
+        }
+        for method, windows in choose.items():
+            for k in NUM_PATCHES:
+                yield method, k, self.fused(windows(resolve_num_patches(k, len(self.grid))))
+
+    def learned(self, grid: WindowGrid, selection: str, k: int) -> Tensor:
+        """First voxels of the windows of one of the network's selections."""
+        return grid.starts_N3[self.network.select(self.coarse, grid, k, selection).indices_K.cpu()]
+
+    def fused(self, starts_K3: Tensor) -> Tensor:
+        """Labels of the fused prediction with some windows."""
+        if len(starts_K3) == 0:
+            low_1Cdhw, factor = self.coarse.logits_Cdhw[None], self.grid.downsampling_factor
+            return upsample_window(low_1Cdhw, (0, 0, 0), self.grid.volume_shape, factor)[0].argmax(0)
+        return self._segmentation(starts_K3, self.coarse.logits_Cdhw, self.network.fusion_weights)
+
+    def sliding_window(self) -> Tensor:
+        """Labels of the local branch's sliding window."""
+        nothing_Cdhw = self.volume_1CDHW.new_zeros((self.num_classes, *self.grid.low_shape))
+        return self._segmentation(
+            self.grid.starts_N3, nothing_Cdhw, FusionWeights.convex(nothing_Cdhw.new_ones(self.num_classes))
+        )
+
+    def _segmentation(self, starts_K3: Tensor, coarse_Cdhw: Tensor, weights: FusionWeights) -> Tensor:
+        factor = self.grid.downsampling_factor
+        patches = self.patches(starts_K3)
+        return fused_segmentation(patches, starts_K3, coarse_Cdhw, weights, self.grid.volume_shape, factor)
+
+
+def dice_by_class(prediction_DHW: Tensor, labels_DHW: Tensor, num_classes: int) -> np.ndarray:
+    """Dice of the foreground classes; NaN for one that neither has, as in nnU-Net."""
+    pairs = labels_DHW.long() * num_classes + prediction_DHW
+    confusion = torch.bincount(pairs.flatten(), minlength=num_classes**2).view(num_classes, num_classes).double()
+    total = confusion.sum(0) + confusion.sum(1)
+    return (2 * confusion.diag() / total)[1:].cpu().numpy()
+
+
+if __name__ == "__main__":
+    main()
