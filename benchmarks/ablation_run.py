@@ -30,7 +30,7 @@ from nnunet_nmsw.evaluation.selectors import entropy_windows, random_windows
 from nnunet_nmsw.fusion import FusionWeights, fused_segmentation
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, downsample, upsample_window
 from nnunet_nmsw.network import NMSWNetwork
-from nnunet_nmsw.trainers.data import seed_everything
+from nnunet_nmsw.views import seed_everything
 
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
 MOST_CASES = 12

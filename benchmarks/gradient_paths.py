@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_nmsw.fusion import FusionWeights, fused_loss
-from nnunet_nmsw.geometry import WindowGrid, crop_windows, upsample_window
+from nnunet_nmsw.geometry import WindowGrid, crop_windows, label_counts
 from nnunet_nmsw.topk import WindowSample, sample_windows
 
 CLASSES, K = 2, 2
@@ -36,6 +36,7 @@ class Toy:
         self.labels = torch.zeros(self.grid.volume_shape, dtype=torch.long)
         self.labels[1:5, 1:5, 7:11] = 1
         self.labels[2:4, 2:4, 20:22] = 1
+        self.counts = label_counts(self.labels, CLASSES, self.grid.downsampling_factor)
         self.volume = (self.labels + 0.7 * torch.randn(self.grid.volume_shape))[None, None]
         self.coarse = torch.randn(CLASSES, *self.grid.low_shape)
         self.weights = FusionWeights.convex(torch.full((CLASSES,), 0.88))
@@ -64,16 +65,22 @@ class Toy:
             patches = patches * input_weight.view(-1, 1, 1, 1, 1)
         logits = self.local(patches)
         factor = self.grid.downsampling_factor
-        return fused_loss(logits, starts, self.coarse, self.labels, self.weights, factor, window_weight).loss
+        return fused_loss(
+            logits, starts, self.coarse, self.targets(starts), self.counts, self.weights, factor, window_weight
+        ).loss
+
+    def targets(self, starts: Tensor) -> Tensor:
+        """Labels of windows."""
+        return crop_windows(self.labels[None, None], starts, self.grid.patch_size)[:, 0]
 
     def tangent_loss(self, indices: Tensor, weight: Tensor) -> Tensor:
         """Fused loss with a weight on each window's contribution to the fused logits."""
         starts = self.grid.starts_N3[indices]
         logits = self.local(crop_windows(self.volume, starts, self.grid.patch_size))
-        size, factor = self.grid.patch_size, self.grid.downsampling_factor
-        coarse = torch.cat([upsample_window(self.coarse[None], start, size, factor) for start in starts.tolist()])
-        logits = coarse + weight.view(-1, 1, 1, 1, 1) * (logits - coarse)
-        return fused_loss(logits, starts, self.coarse, self.labels, self.weights, factor).loss
+        factor = self.grid.downsampling_factor
+        return fused_loss(
+            logits, starts, self.coarse, self.targets(starts), self.counts, self.weights, factor, None, weight
+        ).loss
 
 
 def exact_gradient(toy: Toy) -> Tensor:

@@ -24,9 +24,7 @@ from torch import Tensor
 from nnunet_nmsw.geometry import (
     Shape,
     add_to_low_resolution_,
-    crop,
-    crop_windows,
-    label_counts,
+    subtract_label_counts_,
     upsample_window,
     window_slices,
 )
@@ -119,15 +117,18 @@ def fused_segmentation(
     Returns:
         int64 class indices of shape `volume_shape`.
     """
-    patch_size = patch_logits_KCDHW.shape[2:]
-    shares_KDHW, covered_DHW = window_shares(starts_K3, patch_size, volume_shape, coarse_logits_Cdhw.device)
-    best_DHW = torch.full(volume_shape, -torch.inf, device=coarse_logits_Cdhw.device)
-    labels_DHW = torch.zeros(volume_shape, dtype=torch.int64, device=coarse_logits_Cdhw.device)
+    patch_size, device = patch_logits_KCDHW.shape[2:], coarse_logits_Cdhw.device
+    gaussian_DHW, total_DHW = gaussian_weights(patch_size, device), torch.zeros(volume_shape, device=device)
+    for start in starts_K3.tolist():
+        total_DHW[window_slices(start, patch_size)] += gaussian_DHW
+    covered_DHW = total_DHW > 0
+    best_DHW = torch.full(volume_shape, -torch.inf, device=device)
+    labels_DHW = torch.zeros(volume_shape, dtype=torch.int64, device=device)
     for label, coarse_dhw in enumerate(coarse_logits_Cdhw):
         patches_DHW = torch.zeros_like(best_DHW)
         for window, start in enumerate(starts_K3.tolist()):
-            share_DHW = shares_KDHW[window] * patch_logits_KCDHW[window, label].float()
-            patches_DHW[window_slices(start, patch_size)] += share_DHW
+            patches_DHW[window_slices(start, patch_size)] += gaussian_DHW * patch_logits_KCDHW[window, label].float()
+        patches_DHW /= total_DHW
         logits_DHW = fuse_volume_(
             patches_DHW[None], coarse_dhw[None], covered_DHW, weights.of_class(label), (0, 0, 0), factor
         )[0]
@@ -137,21 +138,26 @@ def fused_segmentation(
     return labels_DHW
 
 
-def window_shares(
-    starts_K3: Tensor, patch_size: Sequence[int], volume_shape: Shape, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def window_shares(starts_K3: Tensor, patch_size: Sequence[int], device: torch.device) -> Tensor:
     """The share of each window in the prediction of its voxels: its Gaussian over the sum of all windows' Gaussians.
 
+    Costs K² small boxes and nothing that grows with the volume: for the few windows of a training step.
+
     Returns:
-        Shares of shape K, `patch_size`, which sum to 1 at every covered voxel; and the covered voxels, bool, of shape
-        `volume_shape`.
+        float32 of shape K, `patch_size`; the windows' shares sum to 1 at every covered voxel.
     """
-    gaussian_DHW = gaussian_weights(patch_size, device)
-    total_DHW = torch.zeros(volume_shape, device=device)
-    for start in starts_K3.tolist():
-        total_DHW[window_slices(start, patch_size)] += gaussian_DHW
-    shares = [gaussian_DHW / crop(total_DHW, start, patch_size) for start in starts_K3.tolist()]
-    return torch.stack(shares), total_DHW > 0
+    gaussian_DHW, starts = gaussian_weights(patch_size, device), starts_K3.tolist()
+    shares = []
+    for start in starts:
+        total_DHW = torch.zeros_like(gaussian_DHW)
+        for other in starts:
+            shift = [b - a for a, b in zip(start, other, strict=True)]
+            if all(abs(d) < n for d, n in zip(shift, patch_size, strict=True)):
+                here = [slice(max(0, d), n + min(0, d)) for d, n in zip(shift, patch_size, strict=True)]
+                there = [slice(max(0, -d), n + min(0, -d)) for d, n in zip(shift, patch_size, strict=True)]
+                total_DHW[tuple(here)] += gaussian_DHW[tuple(there)]
+        shares.append(gaussian_DHW / total_DHW)
+    return torch.stack(shares)
 
 
 def loss_sums(logits_CV: Tensor, counts_CV: Tensor) -> Tensor:
@@ -208,7 +214,8 @@ def fused_loss(
     patch_logits_KCDHW: Tensor,
     starts_K3: Tensor,
     coarse_logits_Cdhw: Tensor,
-    labels_DHW: Tensor,
+    labels_KDHW: Tensor,
+    counts_Cdhw: Tensor,
     weights: FusionWeights,
     factor: Shape,
     window_weight_K: Tensor | None = None,
@@ -226,7 +233,8 @@ def fused_loss(
         patch_logits_KCDHW: logits of the windows.
         starts_K3: first voxels of the windows.
         coarse_logits_Cdhw: coarse logits of the volume.
-        labels_DHW: integer labels.
+        labels_KDHW: integer labels of the windows.
+        counts_Cdhw: voxels of each label in each low-resolution voxel of the volume.
         weights: of the fusion.
         factor: voxels of the volume per low-resolution voxel.
         window_weight_K: a factor of 1 in value on the difference that each window makes to the sums. Its gradient is
@@ -234,16 +242,17 @@ def fused_loss(
         logits_weight_K: a factor of 1 in value on the difference that each window makes to the logits, another way.
     """
     num_classes, patch_size = coarse_logits_Cdhw.shape[0], patch_logits_KCDHW.shape[2:]
-    volume_shape: Shape = (labels_DHW.shape[0], labels_DHW.shape[1], labels_DHW.shape[2])
-    shares_KDHW, covered_DHW = window_shares(starts_K3, patch_size, volume_shape, labels_DHW.device)
+    shares_KDHW = window_shares(starts_K3, patch_size, coarse_logits_Cdhw.device)
     with torch.no_grad():
-        counts_Cdhw = label_counts(labels_DHW, num_classes, factor, ~covered_DHW)
-        rest_S = loss_sums(coarse_logits_Cdhw.detach(), counts_Cdhw)
-        labels_KDHW = crop_windows(labels_DHW[None, None], starts_K3, patch_size)[:, 0].long()
+        rest_Cdhw = counts_Cdhw.clone()
+        for window, start in enumerate(starts_K3.tolist()):
+            subtract_label_counts_(rest_Cdhw, labels_KDHW[window], shares_KDHW[window], start, factor)
+        # Not below 0: by rounding, or where the counts are interpolated.
+        rest_S = loss_sums(coarse_logits_Cdhw.detach(), rest_Cdhw.clamp_min(0))
 
     with_window, without_window = [], []
     for window, start in enumerate(starts_K3.tolist()):
-        counts_CDHW = F.one_hot(labels_KDHW[window], num_classes).movedim(-1, 0) * shares_KDHW[window]
+        counts_CDHW = F.one_hot(labels_KDHW[window].long(), num_classes).movedim(-1, 0) * shares_KDHW[window]
         coarse_CDHW = upsample_window(coarse_logits_Cdhw[None].float(), start, patch_size, factor)[0]
         fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, weights)
         if logits_weight_K is not None:
@@ -254,7 +263,7 @@ def fused_loss(
 
     difference_KS = torch.stack(with_window) - torch.stack(without_window)
     if window_weight_K is None:
-        window_weight_K = torch.ones(len(starts_K3), device=labels_DHW.device)
+        window_weight_K = torch.ones(len(starts_K3), device=labels_KDHW.device)
     sums_S = rest_S + torch.stack(without_window).sum(0) + window_weight_K @ difference_KS
     with torch.enable_grad():
         leaf_S = sums_S.detach().requires_grad_()
@@ -281,7 +290,7 @@ def benefit_map(
     patch_logits_KCDHW: Tensor,
     starts_K3: Tensor,
     coarse_logits_Cdhw: Tensor,
-    labels_DHW: Tensor,
+    labels_KDHW: Tensor,
     weights: FusionWeights,
     factor: Shape,
     slope_S: Tensor,
@@ -295,7 +304,7 @@ def benefit_map(
         patch_logits_KCDHW: logits of the windows.
         starts_K3: first voxels of the windows.
         coarse_logits_Cdhw: coarse logits of the volume.
-        labels_DHW: integer labels.
+        labels_KDHW: integer labels of the windows.
         weights: of the fusion.
         factor: voxels of the volume per low-resolution voxel.
         slope_S: of `fused_loss`.
@@ -317,7 +326,7 @@ def benefit_map(
     benefit_dhw = torch.zeros(coarse_logits_Cdhw.shape[1:], device=coarse_logits_Cdhw.device)
     voxels_dhw = torch.zeros_like(benefit_dhw)
     for window, start in enumerate(starts_K3.tolist()):
-        labels = crop(labels_DHW, start, patch_size).long()
+        labels = labels_KDHW[window].long()
         coarse_CDHW = upsample_window(coarse_logits_Cdhw[None].float(), start, patch_size, factor)[0]
         fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, weights)
         benefit_DHW = part_of_loss(coarse_CDHW, labels) - part_of_loss(fused_CDHW, labels)

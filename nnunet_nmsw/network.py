@@ -8,7 +8,6 @@ Tensor suffixes:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.fusion import FusionWeights
-from nnunet_nmsw.geometry import Shape, WindowGrid, crop_windows, downsample
+from nnunet_nmsw.geometry import Shape, WindowGrid
 from nnunet_nmsw.topk import (
     WindowSample,
     candidate_windows,
@@ -30,6 +29,7 @@ from nnunet_nmsw.topk import (
     top_k,
     window_entropy,
 )
+from nnunet_nmsw.views import TrainingVolume
 
 
 class CoarsePrediction(NamedTuple):
@@ -37,21 +37,6 @@ class CoarsePrediction(NamedTuple):
 
     logits_Cdhw: Tensor
     score_map_dhw: Tensor
-
-
-@dataclasses.dataclass
-class TrainingVolume:
-    """Input of a training step: a whole volume, and the windows that the data loader drew at random.
-
-    Has `to` like a tensor, since that is how nnU-Net's training step moves its input.
-    """
-
-    volume_1CDHW: Tensor
-    random_starts_R3: Tensor
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> TrainingVolume:
-        """The same with the volume on the device; window positions stay on the host."""
-        return TrainingVolume(self.volume_1CDHW.to(device, non_blocking=non_blocking), self.random_starts_R3)
 
 
 class WindowChoice(NamedTuple):
@@ -72,7 +57,8 @@ class TrainingOutput(NamedTuple):
     Attributes:
         coarse: prediction of the global branch.
         local: logits of the windows, sampled ones first, then random ones; a list of scales with deep supervision.
-        starts: first voxels of these windows, int64 on the host, (K + R) × 3.
+        targets: labels of these windows, int16 of shape K + R, 1, patch size.
+        starts: their first voxels, int64 on the host, (K + R) × 3.
         sample: the draw of the K sampled windows.
         entropy: of the window distribution, nats.
         fusion: weights of the fusion.
@@ -81,6 +67,7 @@ class TrainingOutput(NamedTuple):
 
     coarse: CoarsePrediction
     local: Tensor | list[Tensor]
+    targets: Tensor
     starts: Tensor
     sample: WindowSample
     entropy: Tensor
@@ -209,8 +196,8 @@ class NMSWNetwork(nn.Module):
         """Local logits of a batch of patches, or the `TrainingOutput` of a `TrainingVolume`."""
         if not isinstance(x, TrainingVolume):
             return self.local_branch(x)
-        grid = self.grid(_shape(x.volume_1CDHW))
-        coarse = self.coarse(downsample(x.volume_1CDHW, self.config.downsampling_factor))
+        grid = self.grid(x.shape)
+        coarse = self.coarse(x.low_resolution(self.config.downsampling_factor))
         scores_N = self.scores(coarse.score_map_dhw, grid)
         k = min(self.config.sampled_windows, len(grid))
         candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=k)
@@ -220,13 +207,14 @@ class NMSWNetwork(nn.Module):
             scores_N = self.config.score_scale * (scores_N / spread).detach()
         sample = sample_windows(scores_N, k, candidates_N, self.config.temperature)
         starts = torch.cat([grid.starts_N3[sample.indices_K.cpu()], x.random_starts_R3])
-        patches_BCDHW = crop_windows(x.volume_1CDHW, starts, self.patch_size)
+        patches_BCDHW, targets_B1DHW = x.windows(starts, self.patch_size)
         if self.config.gradient_path == "input":
             weight_B = torch.cat([sample.relaxed_K, sample.relaxed_K.new_ones(len(x.random_starts_R3))])
             patches_BCDHW = patches_BCDHW * weight_B.view(-1, 1, 1, 1, 1)
         return TrainingOutput(
             coarse,
             self.local_branch(patches_BCDHW),
+            targets_B1DHW,
             starts,
             sample,
             window_entropy(scores_N, candidates_N),
@@ -247,8 +235,3 @@ def entropy(logits_Cdhw: Tensor) -> Tensor:
     """Entropy of a prediction in nats, shape d, h, w."""
     log_p_Cdhw = logits_Cdhw.float().log_softmax(0)
     return -(log_p_Cdhw.exp() * log_p_Cdhw).sum(0)
-
-
-def _shape(volume: Tensor) -> Shape:
-    d, h, w = volume.shape[-3:]
-    return d, h, w

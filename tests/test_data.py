@@ -1,13 +1,14 @@
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_nmsw.geometry import crop_windows
-from nnunet_nmsw.trainers.data import WholeVolumeLoader, without_benchmark
+from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
+from nnunet_nmsw.views import TrainingVolume
+
+PATCH = (12, 12, 12)
 
 
 class Cases:
@@ -21,25 +22,34 @@ class Cases:
         labels = np.zeros((1, *self.shapes[self.identifiers.index(key)]), np.int8)
         labels[:, 2:5, 3:6, 4:7] = 1
         labels[:, 3:4, 10:13, 9:12] = 2
-        return rng.normal(0, 0.1, labels.shape).astype(np.float32) + 10 * labels, labels, None, {}
+        locations = {label: np.argwhere(labels == label) for label in (1, 2)}
+        image = rng.normal(0, 0.1, labels.shape).astype(np.float32) + 10 * labels
+        return image, labels, None, {"class_locations": locations}
 
 
-def plain(shape):
-    return lambda image, segmentation: {"image": image, "segmentation": segmentation}
-
-
-def nnunet_augmentation():
-    return partial(
-        nnUNetTrainer.get_training_transforms,
-        rotation_for_DA=(-0.5, 0.5),
-        deep_supervision_scales=None,
-        mirror_axes=(0, 1, 2),
-        do_dummy_2d_data_aug=False,
+def nnunet_augmentation(flat=False, mirror_axes=(0, 1, 2)):
+    return Augmentation.of(
+        nnUNetTrainer.get_training_transforms(
+            patch_size=(1, 1, 1),
+            rotation_for_DA=(-0.5, 0.5),
+            deep_supervision_scales=None,
+            mirror_axes=mirror_axes,
+            do_dummy_2d_data_aug=flat,
+        )
     )
 
 
-def loader(transforms=plain, at_random=False, windows=6, foreground=3):
-    return WholeVolumeLoader(Cases(), (12, 12, 12), windows, foreground, transforms, at_random)
+NONE = Augmentation(None, None, [])
+
+
+def loader(augmentation=NONE, at_random=False, windows=6, foreground=3, seed=None):
+    return WholeVolumeLoader(Cases(), PATCH, windows, foreground, augmentation, at_random, seed)
+
+
+def as_volume(batch, augmentation=NONE):
+    return TrainingVolume(
+        batch["data"], batch["target"], batch["random_starts"], batch["affine"], augmentation.of_views, batch["seed"]
+    )
 
 
 def test_volumes_come_in_order_padded_to_the_patch():
@@ -49,43 +59,62 @@ def test_volumes_come_in_order_padded_to_the_patch():
     assert shapes == [(1, 1, 20, 24, 28), (1, 1, 12, 30, 16), (1, 1, 18, 18, 18), (1, 1, 20, 24, 28)]
     for batch in batches:
         assert batch["data"].shape == batch["target"].shape
+        assert batch["data"].dtype == torch.float16
+        assert batch["target"].dtype == torch.int8
         assert (batch["target"] > 0).sum() == 27 + 9
+    assert (batches[1]["target"][0, 0, :3] == -1).all()
 
 
 def test_random_windows_lie_inside_and_the_last_hold_foreground():
     np.random.seed(0)  # noqa: NPY002 - batchgenerators draws from it
-    seen = set()
-    for batch, _ in zip(loader(at_random=True), range(30), strict=False):
+    torch.manual_seed(0)
+    seen, missed = set(), 0
+    for batch, _ in zip(loader(nnunet_augmentation(), at_random=True), range(60), strict=False):
         shape = torch.tensor(batch["data"].shape[2:])
         starts = batch["random_starts"]
         assert starts.shape == (6, 3)
         assert (starts >= 0).all()
         assert (starts + 12 <= shape).all()
-        targets = crop_windows(batch["target"], starts, (12, 12, 12))
-        assert (targets[3:] > 0).flatten(1).any(1).all()
+        _, labels = as_volume(batch).windows(starts, PATCH)
+        with_foreground = (labels[3:] > 0).flatten(1).any(1)
+        # A rotation may turn a voxel at the rim out of the volume.
+        assert with_foreground.all() or batch["affine"] is not None
+        missed += int((~with_foreground).sum())
         seen.update(batch["keys"])
     assert seen == {"a", "b", "c"}
+    assert missed < 5
 
 
-def test_augmentation_keeps_image_and_labels_together():
-    np.random.seed(0)  # noqa: NPY002 - batchgenerators draws from it
-    torch.manual_seed(0)
-    batches = loader(nnunet_augmentation(), at_random=True)
-    for batch, _ in zip(batches, range(15), strict=False):
-        image, labels = batch["data"][0, 0], batch["target"][0, 0]
-        assert labels.min() >= 0
-        if (labels == 1).sum() > 20:
-            assert image[labels == 1].median() > image[labels == 0].median()
+def test_the_same_seed_gives_the_same_batches():
+    np.random.seed(1)  # noqa: NPY002
+    first, second, other = (
+        [batch for batch, _ in zip(loader(nnunet_augmentation(), True, seed=seed), range(5), strict=False)]
+        for seed in (7, 7, 8)
+    )
+    for one, two in zip(first, second, strict=True):
+        assert one["keys"] == two["keys"]
+        assert one["seed"] == two["seed"]
+        assert torch.equal(one["random_starts"], two["random_starts"])
+        assert torch.equal(one["data"], two["data"])
+    assert [batch["seed"] for batch in first] != [batch["seed"] for batch in other]
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_blurs_do_not_time_themselves_for_every_volume(flat):
-    get_transforms = nnunet_augmentation()
-    transform = without_benchmark(get_transforms((9, 30, 30), do_dummy_2d_data_aug=flat))
-    blurs = [part.transform for part in transform.transforms if hasattr(part, "transform")]
-    blurs = [blur for blur in blurs if isinstance(blur, GaussianBlurTransform)]
-    assert len(blurs) == 1
-    assert not blurs[0].benchmark
-    image = torch.randn(1, 9, 30, 30)
-    labels = torch.zeros(1, 9, 30, 30, dtype=torch.int16)
-    assert transform(image=image, segmentation=labels)["image"].shape == image.shape
+def test_flat_patches_are_rotated_in_plane():
+    np.random.seed(0)  # noqa: NPY002
+    affines = [nnunet_augmentation(flat=True).draw_affine() for _ in range(30)]
+    drawn = [affine for affine in affines if affine is not None]
+    assert drawn
+    for affine in drawn:
+        assert affine[0].tolist() == affine[:, 0].tolist() == [1, 0, 0]
+        assert not np.allclose(affine, np.eye(3))
+
+
+def test_elastic_deformation_is_refused():
+    with pytest.raises(NotImplementedError, match="deform"):
+        Augmentation.of(SpatialTransform((1, 1, 1), 0, False, p_elastic_deform=0.5))
+
+
+def test_blurs_do_not_time_themselves_for_every_view():
+    blurs = [part.transform for part in nnunet_augmentation().of_views if hasattr(part, "transform")]
+    (blur,) = [blur for blur in blurs if isinstance(blur, GaussianBlurTransform)]
+    assert not blur.benchmark

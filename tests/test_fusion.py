@@ -20,7 +20,7 @@ from nnunet_nmsw.fusion import (
     loss_sums,
     window_shares,
 )
-from nnunet_nmsw.geometry import WindowGrid, label_counts, upsample_window, window_slices
+from nnunet_nmsw.geometry import WindowGrid, crop_windows, label_counts, upsample_window, window_slices
 
 CLASSES = 3
 
@@ -45,6 +45,14 @@ def canvas(patch_logits, starts, coarse_volume, weights, volume_shape):
     inside = total > 0
     blended = torch.where(inside, blended / total.clamp_min(1e-12), 0.0)
     return torch.where(inside, fuse(blended, coarse_volume, weights), coarse_volume), inside
+
+
+def covered(starts, grid):
+    """Voxels under windows."""
+    inside = torch.zeros(grid.volume_shape, dtype=torch.bool)
+    for start in starts.tolist():
+        inside[window_slices(start, grid.patch_size)] = True
+    return inside
 
 
 @st.composite
@@ -100,7 +108,8 @@ def loss_and_its_canvas(problem):
         problem["patch_logits"],
         problem["starts"],
         problem["coarse"],
-        labels,
+        crop_windows(labels[None, None], problem["starts"], grid.patch_size)[:, 0],
+        label_counts(labels, CLASSES, grid.downsampling_factor),
         problem["weights"],
         grid.downsampling_factor,
     )
@@ -126,7 +135,7 @@ def test_with_overlap_the_cross_entropy_is_bounded_by_jensens_gap(problem):
     grid, labels, starts = problem["grid"], problem["labels"], problem["starts"]
     patch_size = grid.patch_size
     _, on_canvas = loss_and_its_canvas(problem)
-    shares, inside = window_shares(starts, patch_size, grid.volume_shape, torch.device("cpu"))
+    shares, inside = window_shares(starts, patch_size, torch.device("cpu")), covered(starts, grid)
     smooth = upsample_window(problem["coarse"][None], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)[0]
     blended_loss = torch.zeros(grid.volume_shape)
     low, high = torch.full_like(on_canvas, torch.inf), torch.full_like(on_canvas, -torch.inf)
@@ -146,11 +155,11 @@ def test_with_overlap_the_cross_entropy_is_bounded_by_jensens_gap(problem):
 @given(problems(overlapping=True))
 def test_shares_sum_to_one_under_windows(problem):
     grid = problem["grid"]
-    shares, inside = window_shares(problem["starts"], grid.patch_size, grid.volume_shape, torch.device("cpu"))
+    shares = window_shares(problem["starts"], grid.patch_size, torch.device("cpu"))
     total = torch.zeros(grid.volume_shape)
     for share, start in zip(shares, problem["starts"].tolist(), strict=True):
         total[window_slices(start, grid.patch_size)] += share
-    torch.testing.assert_close(total, inside.float())
+    torch.testing.assert_close(total, covered(problem["starts"], grid).float())
 
 
 def test_the_weight_of_a_window_has_its_benefit_as_gradient():
@@ -162,14 +171,16 @@ def test_the_weight_of_a_window_has_its_benefit_as_gradient():
     truth = F.one_hot(labels[:6, :6, :6], CLASSES).movedim(-1, 0).float() * 8
     patch_logits = torch.stack([truth, torch.randn(CLASSES, 6, 6, 6)])
     coarse, weights = torch.zeros(CLASSES, *grid.low_shape), FusionWeights.convex(torch.full((CLASSES,), 0.9))
-    arguments = (coarse, labels, weights, grid.downsampling_factor)
+    counts = label_counts(labels, CLASSES, grid.downsampling_factor)
+    arguments = (weights, grid.downsampling_factor)
+    cropped = crop_windows(labels[None, None], starts, grid.patch_size)[:, 0]
     window_weight = torch.ones(2, requires_grad=True)
-    loss, benefit, _ = fused_loss(patch_logits, starts, *arguments, window_weight)
+    loss, benefit, _ = fused_loss(patch_logits, starts, coarse, cropped, counts, *arguments, window_weight)
     (gradient,) = torch.autograd.grad(loss, window_weight)
     torch.testing.assert_close(-gradient, benefit)
     assert benefit[0] > 0 > benefit[1]
     # Against leaving the window out, which the first-order benefit stands for.
-    without = fused_loss(patch_logits[1:], starts[1:], *arguments).loss
+    without = fused_loss(patch_logits[1:], starts[1:], coarse, cropped[1:], counts, *arguments).loss
     smooth = upsample_window(coarse[None], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)[0]
     assert torch.equal(smooth, torch.zeros_like(smooth))  # so that inside and outside the coarse prediction agree
     assert (without - loss).item() == pytest.approx(benefit[0].item(), rel=0.5)
@@ -198,11 +209,13 @@ def test_fused_volume_and_its_labels_equal_the_canvas(problem):
 @given(problems(overlapping=False))
 def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
     grid, factor = problem["grid"], problem["grid"].downsampling_factor
-    arguments = (problem["coarse"], problem["labels"], problem["weights"], factor)
-    loss = fused_loss(problem["patch_logits"], problem["starts"], *arguments)
+    labels = crop_windows(problem["labels"][None, None], problem["starts"], grid.patch_size)[:, 0]
+    counts = label_counts(problem["labels"], CLASSES, factor)
+    coarse, weights = problem["coarse"], problem["weights"]
+    loss = fused_loss(problem["patch_logits"], problem["starts"], coarse, labels, counts, weights, factor)
     for window in range(len(problem["starts"])):
         logits, start = problem["patch_logits"][window, None], problem["starts"][window, None]
-        alone = benefit_map(logits, start, *arguments, loss.slope_S)
+        alone = benefit_map(logits, start, coarse, labels[window, None], weights, factor, loss.slope_S)
         voxels = alone.weight_dhw * math.prod(factor)
         assert voxels.sum() == math.prod(grid.patch_size)
         benefit = (alone.benefit_dhw * voxels).sum() / math.prod(grid.patch_size)
@@ -219,8 +232,9 @@ def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_i
     wrong = torch.zeros(CLASSES, 8, 8, 8)
     wrong[1] = 8
     patches, weights = torch.stack([right, wrong]), FusionWeights.convex(torch.ones(CLASSES))
-    slope = fused_loss(patches, starts, coarse, labels, weights, factor).slope_S
-    measured = benefit_map(patches, starts, coarse, labels, weights, factor, slope)
+    cropped, counts = torch.stack([labels[:, :, :8], labels[:, :, 8:]]), label_counts(labels, CLASSES, factor)
+    slope = fused_loss(patches, starts, coarse, cropped, counts, weights, factor).slope_S
+    measured = benefit_map(patches, starts, coarse, cropped, weights, factor, slope)
     assert (measured.benefit_dhw[:, :, :4] > 0).all()
     assert (measured.benefit_dhw[:, :, 4:] < 0).all()
     assert measured.benefit_dhw[1:3, 1:3, 1:3].mean() > measured.benefit_dhw[:1, :, :4].mean()

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from nnunet_nmsw.geometry import (
     downsample,
     label_counts,
     low_shape,
+    subtract_label_counts_,
     upsample_window,
     window_slices,
 )
@@ -123,15 +125,23 @@ def test_interpolation_is_exact_for_a_linear_ramp():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 4)] * 3), st.booleans())
-def test_label_counts(shape, factor, masked):
-    labels = torch.randint(0, 4, shape, dtype=torch.int16)
-    mask = torch.rand(shape) > 0.5 if masked else None
-    counts = label_counts(labels, 4, factor, mask)
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 4)] * 3), st.integers(0, 2**31))
+def test_label_counts_and_what_is_left_without_a_window(shape, factor, seed):
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.integers(0, 4, shape).astype(np.int16))
+    counts = label_counts(labels, 4, factor)
+    start = [int(rng.integers(0, n)) for n in shape]
+    window = window_slices(start, [int(rng.integers(1, n - a + 1)) for n, a in zip(shape, start, strict=True)])
+    weight = torch.zeros(shape)
+    weight[window] = torch.from_numpy(rng.random(weight[window].shape, np.float32))
+    left = counts.clone()
+    subtract_label_counts_(left, labels[window], weight[window], start, factor)
     for d, h, w in np.ndindex(*counts.shape[1:]):
         block = tuple(slice(i * f, (i + 1) * f) for i, f in zip((d, h, w), factor, strict=True))
-        voxels = labels[block][mask[block]] if mask is not None else labels[block]
-        assert counts[:, d, h, w].tolist() == [(voxels == label).sum() for label in range(4)]
+        for label in range(4):
+            here = labels[block] == label
+            assert counts[label, d, h, w] == here.sum()
+            assert left[label, d, h, w].item() == pytest.approx((here * (1 - weight[block])).sum().item(), abs=1e-4)
 
 
 def test_crop_windows_is_a_batch_of_crops():

@@ -4,8 +4,8 @@ from tiny import build_network
 
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.geometry import downsample
-from nnunet_nmsw.network import TrainingVolume
 from nnunet_nmsw.trainers.loss import NMSWLoss
+from nnunet_nmsw.views import TrainingVolume
 
 
 def plain_loss(config: NMSWConfig) -> NMSWLoss:
@@ -17,8 +17,9 @@ def training_step(network, shape, num_classes=3):
     target = torch.randint(0, num_classes, (1, 1, *shape), dtype=torch.int16)
     starts = torch.tensor([[0, 0, 0], [n - p for n, p in zip(shape, network.patch_size, strict=True)]])
     loss = plain_loss(network.config)
-    output = network(TrainingVolume(volume, starts))
-    return loss(output, target), loss, output
+    training = TrainingVolume(volume, target, starts)
+    output = network(training)
+    return loss(output, training), loss, output
 
 
 def test_a_patch_goes_through_the_local_branch(tiny_network):

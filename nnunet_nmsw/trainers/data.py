@@ -1,13 +1,12 @@
-"""Whole volumes for training: augmented by nnU-Net's transforms, with windows drawn at random.
+"""Whole volumes for training, as they are: what a step looks at is augmented later, by `TrainingVolume`.
 
 Tensor suffixes: 1 a batch of one, C channels, D H W axes of the volume, R random windows, 3 one coordinate per axis.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,20 +14,81 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-TransformFactory = Callable[[tuple[int, ...]], BasicTransform]
+from nnunet_nmsw.views import OUTSIDE, seed_everything
+
+
+class Augmentation(NamedTuple):
+    """nnU-Net's transforms, parted by where they act.
+
+    Attributes:
+        spatial: rotation and scaling, one affine for the step.
+        mirror: flips the volume when it is loaded.
+        of_views: everything else, applied to each view with the same draws.
+    """
+
+    spatial: SpatialTransform | None
+    mirror: MirrorTransform | None
+    of_views: list[BasicTransform]
+
+    @classmethod
+    def of(cls, transforms: BasicTransform) -> Augmentation:
+        """Part a trainer's transforms.
+
+        Raises:
+            NotImplementedError: they deform elastically, which is no affine.
+        """
+        parts = transforms.transforms if isinstance(transforms, ComposeTransforms) else [transforms]
+        spatial, mirror, of_views = None, None, []
+        for part in parts:
+            if isinstance(part, SpatialTransform):
+                if part.p_elastic_deform > 0:
+                    raise NotImplementedError(
+                        "NMSW rotates, scales and mirrors volumes; it cannot deform them elastically"
+                    )
+                spatial = part
+            elif isinstance(part, MirrorTransform):
+                mirror = part
+            elif not isinstance(part, Convert3DTo2DTransform | Convert2DTo3DTransform):
+                of_views.append(without_benchmark(part))
+        return cls(spatial, mirror, of_views)
+
+    def draw_affine(self) -> np.ndarray | None:
+        """The matrix that takes positions in the augmented volume to positions in the volume, 3 × 3; None for none.
+
+        With nnU-Net's dummy 2D augmentation it leaves the first axis as it is.
+        """
+        if self.spatial is None:
+            return None
+        dimensions = len(self.spatial.patch_size)
+        affine = self.spatial.get_parameters(image=torch.empty((1,) * (dimensions + 1)))["affine"]
+        if affine is None:
+            return None
+        in_3d = np.eye(3)
+        in_3d[3 - dimensions :, 3 - dimensions :] = affine
+        return in_3d
+
+    def draw_mirrored_axes(self) -> list[int]:
+        """Axes to flip."""
+        axes: list[int] = [] if self.mirror is None else self.mirror.get_parameters()["axes"]
+        return axes
 
 
 class WholeVolumeLoader(DataLoader):
-    """Yields one augmented volume a batch, with the first voxels of windows drawn at random.
+    """Yields one volume a batch, with the first voxels of windows drawn at random, and the draws of its augmentation.
 
-    Each batch is a dictionary: `data` (1, C, D, H, W) float32, `target` (1, 1, D, H, W) int16, both padded to the patch
-    size where the volume is smaller, as nnU-Net's predictor pads; `random_starts` (R, 3) int64; `keys`.
+    Each batch is a dictionary: `data` (1, C, D, H, W) float16; `target` (1, 1, D, H, W) int8, or int16 where labels
+    need it, -1 outside of the image; both mirrored, and padded to the patch size where the volume is smaller, as
+    nnU-Net's predictor pads; `random_starts` (R, 3) int64, in the augmented volume; `affine` (3, 3) or None; `seed`;
+    and `keys`.
 
     Args:
         dataset: nnU-Net's preprocessed cases.
@@ -36,7 +96,7 @@ class WholeVolumeLoader(DataLoader):
         num_random_windows: R.
         foreground_windows: how many of these hold foreground for sure (nnU-Net's oversampling: a class drawn at
             random, and the window centred on one of its voxels).
-        transforms: gives the transforms for a volume's shape; nnU-Net's spatial transform has to know it beforehand.
+        augmentation: what to draw from.
         at_random: draw cases at random; otherwise go round them in order.
         seed: of everything that is drawn, different for every worker; None leaves it to batchgenerators.
     """
@@ -47,7 +107,7 @@ class WholeVolumeLoader(DataLoader):
         patch_size: Sequence[int],
         num_random_windows: int,
         foreground_windows: int,
-        transforms: TransformFactory,
+        augmentation: Augmentation,
         at_random: bool,
         seed: int | None = None,
     ) -> None:
@@ -56,7 +116,7 @@ class WholeVolumeLoader(DataLoader):
         self.patch_size = tuple(patch_size)
         self.num_random_windows = num_random_windows
         self.foreground_windows = foreground_windows
-        self.transforms = transforms
+        self.augmentation = augmentation
         self.at_random = at_random
         self.next_in_order = 0
         self.seed = seed
@@ -69,52 +129,74 @@ class WholeVolumeLoader(DataLoader):
         return [self.indices[(self.next_in_order - 1) % len(self.indices)]]
 
     def generate_train_batch(self) -> dict[str, Any]:
-        """Load, augment and pad a volume."""
+        """Load, mirror and pad a volume, and draw the rest."""
         if self.seed is not None:
             seed_everything(self.seed + 1000 * (1 + self.thread_id))
             self.seed = None
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            data, segmentation, _, _ = self._data.load_case(keys[0])
-            volume = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
-            labels = torch.from_numpy(np.asarray(segmentation[:], dtype=np.int16))
-            transformed = self.transforms(tuple(volume.shape[1:]))(image=volume, segmentation=labels)
-            volume = pad_nd_image(transformed["image"], self.patch_size, "constant", {"value": 0})
-            labels = pad_nd_image(transformed["segmentation"], self.patch_size, "constant", {"value": 0})
+            data, segmentation, _, properties = self._data.load_case(keys[0])
+            axes = self.augmentation.draw_mirrored_axes()
+            volume_CDHW = torch.from_numpy(np.asarray(data[:], dtype=np.float16)).flip([axis + 1 for axis in axes])
+            labels = np.asarray(segmentation[:1])
+            smallest_type = np.int8 if labels.max(initial=0) < 128 else np.int16
+            labels_1DHW = torch.from_numpy(labels.astype(smallest_type)).flip([axis + 1 for axis in axes])
+            shape = np.array(labels_1DHW.shape[1:])
+            volume_CDHW = pad_nd_image(volume_CDHW, self.patch_size, "constant", {"value": 0})
+            labels_1DHW, unpad = pad_nd_image(labels_1DHW, self.patch_size, "constant", {"value": OUTSIDE}, True)
+            offset = np.array([axis.start for axis in unpad[1:]])
+        affine_33 = self.augmentation.draw_affine()
+        # nnU-Net's sample of each class's voxels, in the volume as it was loaded; the first column is the channel.
+        voxels_by_class = [voxels[:, 1:] for voxels in properties["class_locations"].values() if len(voxels)]
+
+        def position(voxel: np.ndarray) -> np.ndarray:
+            mirrored = np.where([axis in axes for axis in range(3)], shape - 1 - voxel, voxel) + offset
+            return in_augmented_volume(mirrored, np.array(labels_1DHW.shape[1:]), affine_33)
+
         return {
-            "data": volume[None],
-            "target": labels[None],
-            "random_starts": self.draw_windows(labels[0]),
+            "data": volume_CDHW[None],
+            "target": labels_1DHW[None],
+            "random_starts": self.draw_windows(tuple(labels_1DHW.shape[1:]), voxels_by_class, position),
+            "affine": affine_33,
+            "seed": int(np.random.randint(2**31)),  # noqa: NPY002
             "keys": keys,
         }
 
-    def draw_windows(self, labels_DHW: Tensor) -> Tensor:
-        """First voxels of the random windows, the ones sure to hold foreground last."""
-        patch_size = np.array(self.patch_size)
-        last_start, half_patch = np.array(labels_DHW.shape) - patch_size, patch_size // 2
+    def draw_windows(
+        self,
+        volume_shape: Sequence[int],
+        voxels_by_class: list[np.ndarray],
+        position: Callable[[np.ndarray], np.ndarray],
+    ) -> Tensor:
+        """First voxels of the random windows in the augmented volume, the ones sure to hold foreground last.
+
+        Args:
+            volume_shape: of the augmented volume.
+            voxels_by_class: some voxels of each class that the case has, n × 3.
+            position: where such a voxel lies in the augmented volume.
+        """
+        last_start = np.array(volume_shape) - self.patch_size
         starts = np.random.randint(0, last_start + 1, (self.num_random_windows, 3))  # noqa: NPY002
-        classes = [label for label in np.unique(labels_DHW.numpy()) if label > 0] if self.foreground_windows else []
-        if classes:
+        if voxels_by_class:
             for window in range(self.num_random_windows - self.foreground_windows, self.num_random_windows):
-                voxels = (labels_DHW == int(np.random.choice(classes))).nonzero()  # noqa: NPY002
-                centre = voxels[np.random.randint(len(voxels))].numpy()  # noqa: NPY002
-                starts[window] = np.clip(centre - half_patch, 0, last_start)
+                voxels = voxels_by_class[np.random.randint(len(voxels_by_class))]  # noqa: NPY002
+                centre = position(voxels[np.random.randint(len(voxels))])  # noqa: NPY002
+                starts[window] = np.clip(centre.round() - np.array(self.patch_size) // 2, 0, last_start)
         return torch.from_numpy(starts.astype(np.int64))
 
 
-def seed_everything(seed: int) -> None:
-    """Seed all generators that nnU-Net draws from."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - what batchgenerators draws from
-    torch.manual_seed(seed)
+def in_augmented_volume(voxel: np.ndarray, shape: np.ndarray, affine_33: np.ndarray | None) -> np.ndarray:
+    """Position in the augmented volume of a voxel of the volume."""
+    if affine_33 is None:
+        return voxel
+    centre = (shape - 1) / 2
+    moved: np.ndarray = np.linalg.solve(affine_33, voxel - centre) + centre
+    return moved
 
 
 def without_benchmark(transform: BasicTransform) -> BasicTransform:
     """Keep blur transforms from timing their two implementations for every new shape: here each volume is one."""
-    if isinstance(transform, ComposeTransforms):
-        for part in transform.transforms:
-            without_benchmark(part)
-    elif isinstance(transform, RandomTransform):
+    if isinstance(transform, RandomTransform):
         without_benchmark(transform.transform)
     elif isinstance(transform, GaussianBlurTransform):
         transform.benchmark = False

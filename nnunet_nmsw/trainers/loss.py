@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.fusion import BenefitMap, benefit_map, dice_and_cross_entropy, fused_loss, loss_sums
-from nnunet_nmsw.geometry import crop_windows, label_counts
 from nnunet_nmsw.network import TrainingOutput
 from nnunet_nmsw.precision import full_precision
+from nnunet_nmsw.views import TrainingVolume
 
 SCALE_MEMORY = 0.99
 """Weight of the past in the running mean square of measured benefits."""
@@ -51,19 +51,16 @@ class NMSWLoss(nn.Module):
         self.config = config
         self.report = {}
 
-    def forward(self, output: TrainingOutput, target_11DHW: Tensor) -> Tensor:
-        """The loss of one volume. `target_11DHW` holds integer labels."""
+    def forward(self, output: TrainingOutput, volume: TrainingVolume) -> Tensor:
+        """The loss of one volume."""
         config, coarse_logits_Cdhw = self.config, output.coarse.logits_Cdhw
         finest = output.local[0] if isinstance(output.local, list | tuple) else output.local
-        num_sampled, patch_size = len(output.sample.indices_K), finest.shape[2:]
-        labels_DHW = target_11DHW[0, 0]
-
-        targets = crop_windows(target_11DHW, output.starts, patch_size)
+        num_sampled, targets = len(output.sample.indices_K), output.targets
         local = self.local_loss(output.local, self._local_targets(targets))
 
-        with full_precision(target_11DHW.device):
+        with full_precision(targets.device):
             with torch.no_grad():
-                counts_Cdhw = label_counts(labels_DHW, len(coarse_logits_Cdhw), config.downsampling_factor)
+                counts_Cdhw = volume.label_counts(len(coarse_logits_Cdhw), config.downsampling_factor)
             coarse = dice_and_cross_entropy(loss_sums(coarse_logits_Cdhw, counts_Cdhw))
             # 1 in value; its gradient is that of the log-probability of the draw.
             log_p_K = output.sample.log_probability_K
@@ -72,7 +69,8 @@ class NMSWLoss(nn.Module):
                 finest[:num_sampled],
                 output.starts[:num_sampled],
                 coarse_logits_Cdhw,
-                labels_DHW,
+                targets[:num_sampled, 0],
+                counts_Cdhw,
                 output.fusion,
                 config.downsampling_factor,
                 weight_K if config.gradient_path == "contribution" else None,
@@ -87,7 +85,7 @@ class NMSWLoss(nn.Module):
                     finest,
                     output.starts,
                     coarse_logits_Cdhw,
-                    labels_DHW,
+                    targets[:, 0],
                     output.fusion,
                     config.downsampling_factor,
                     fused.slope_S,

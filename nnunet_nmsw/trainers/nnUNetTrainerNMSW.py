@@ -6,7 +6,6 @@ Tensor suffixes: C classes, K windows, D H W axes of the volume, d h w axes of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,12 @@ from torch import nn
 
 from nnunet_nmsw.config import PLANS_KEY, NMSWConfig, resolve_num_patches
 from nnunet_nmsw.fusion import fused_segmentation
-from nnunet_nmsw.geometry import crop_windows, downsample
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.network import NMSWNetwork, TrainingVolume
+from nnunet_nmsw.network import NMSWNetwork
 from nnunet_nmsw.precision import mixed_precision
-from nnunet_nmsw.trainers.data import TransformFactory, WholeVolumeLoader, seed_everything, without_benchmark
+from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
 from nnunet_nmsw.trainers.loss import NMSWLoss
+from nnunet_nmsw.views import TrainingVolume, seed_everything
 
 LOGGED = (
     "loss_local",
@@ -106,21 +105,21 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         return NMSWLoss(super()._build_loss(), self._get_deep_supervision_scales(), self.config)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """Loaders of whole volumes: augmented and at random for training, as they are and in order for validation."""
+        """Loaders of whole volumes: mirrored and at random for training, as they are and in order for validation."""
         rotation, do_dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        training_transforms = partial(
-            _training_transforms,
-            partial(
-                self.get_training_transforms,
+        self.augmentation = Augmentation.of(
+            self.get_training_transforms(
+                # Only the size of what the spatial transform would cut: here it gives its matrix.
+                patch_size=(1, 1, 1),
                 rotation_for_DA=rotation,
                 deep_supervision_scales=None,
                 mirror_axes=mirror_axes,
                 do_dummy_2d_data_aug=do_dummy_2d,
                 use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
                 foreground_labels=self.label_manager.foreground_labels,
-            ),
+            )
         )
-        validation_transforms = partial(_validation_transforms, self.get_validation_transforms)
+        self.no_augmentation = Augmentation.of(self.get_validation_transforms(deep_supervision_scales=None))
         dataset_training, dataset_validation = self.get_tr_and_val_datasets()
         # Each validation case once an epoch, up to nnU-Net's number of validation steps.
         self.num_val_iterations_per_epoch: int = min(
@@ -131,13 +130,13 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         foreground_windows = random_windows - round(random_windows * (1 - self.oversample_foreground_percent))
         processes = get_allowed_n_proc_DA()
 
-        def loader(dataset: Any, transforms: TransformFactory, training: bool) -> Any:
+        def loader(dataset: Any, augmentation: Augmentation, training: bool) -> Any:
             volumes = WholeVolumeLoader(
                 dataset,
                 self.configuration_manager.patch_size,
                 random_windows,
                 foreground_windows,
-                transforms,
+                augmentation,
                 training,
                 self.config.seed,
             )
@@ -163,14 +162,14 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             return augmenter
 
         return (
-            loader(dataset_training, training_transforms, True),
-            loader(dataset_validation, validation_transforms, False),
+            loader(dataset_training, self.augmentation, True),
+            loader(dataset_validation, self.no_augmentation, False),
         )
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step on a whole volume and its random windows."""
-        volume = TrainingVolume(batch["data"], batch["random_starts"])
-        result: dict[str, Any] = super().train_step({**batch, "data": volume})
+        volume = _training_volume(batch, self.augmentation)
+        result: dict[str, Any] = super().train_step({"data": volume, "target": volume})
         return {**result, **_to_numpy(self.loss.report)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -184,15 +183,14 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         """Loss and pseudo Dice of the fused prediction of one volume, with the windows that inference would take."""
         network = self._plain_network()
-        volume = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"].to(self.device, non_blocking=True)
+        volume = _training_volume(batch, self.no_augmentation).to(self.device, non_blocking=True)
         with mixed_precision(self.device):
-            loss = self.loss(network(TrainingVolume(volume, batch["random_starts"])), target)
-            coarse = network.coarse(downsample(volume, self.config.downsampling_factor))
-            grid = network.grid(tuple(volume.shape[2:]))
+            loss = self.loss(network(volume), volume)
+            coarse = network.coarse(volume.low_resolution(self.config.downsampling_factor))
+            grid = network.grid(volume.shape)
             num_patches = resolve_num_patches(self.config.num_patches, len(grid))
             starts = grid.starts_N3[network.select(coarse, grid, num_patches).indices_K.cpu()]
-            batches = [crop_windows(volume, some, network.patch_size) for some in starts.split(self.batch_size)]
+            batches = [volume.windows(some, network.patch_size)[0] for some in starts.split(self.batch_size)]
             logits = [_finest(network(patches)) for patches in batches]
         labels_DHW = fused_segmentation(
             torch.cat(logits),
@@ -203,7 +201,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             self.config.downsampling_factor,
         )
         num_classes = len(coarse.logits_Cdhw)
-        pairs = target[0, 0].long() * num_classes + labels_DHW
+        pairs = volume.labels_11DHW[0, 0].long().clamp_min(0) * num_classes + labels_DHW
         # Voxels by reference class (rows) and predicted class (columns); the background is of no interest.
         confusion = torch.bincount(pairs.flatten(), minlength=num_classes**2).view(num_classes, num_classes)
         tp, predicted, references = (
@@ -284,12 +282,10 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         return network
 
 
-def _training_transforms(get_transforms: TransformFactory, shape: tuple[int, ...]) -> Any:
-    return without_benchmark(get_transforms(shape))
-
-
-def _validation_transforms(get_transforms: Any, shape: tuple[int, ...]) -> Any:
-    return get_transforms(deep_supervision_scales=None)
+def _training_volume(batch: dict[str, Any], augmentation: Augmentation) -> TrainingVolume:
+    return TrainingVolume(
+        batch["data"], batch["target"], batch["random_starts"], batch["affine"], augmentation.of_views, batch["seed"]
+    )
 
 
 def _finest(logits: Any) -> torch.Tensor:

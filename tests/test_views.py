@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform, create_affine_matrix_3d
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data import nnunet_augmentation
+
+from nnunet_nmsw.geometry import crop_windows, downsample, label_counts
+from nnunet_nmsw.views import TrainingVolume, sample_affine, seed_everything
+
+SHAPE, PATCH = (18, 21, 24), (8, 8, 8)
+
+
+def smooth_volume(seed=0, shape=SHAPE):
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.randn(1, 1, 3, 3, 3, generator=generator)
+    return torch.nn.functional.interpolate(low, size=shape, mode="trilinear")
+
+
+def blocks(shape=SHAPE):
+    labels = torch.zeros(1, 1, *shape, dtype=torch.int8)
+    labels[:, :, 5:12, 6:15, 7:16] = 1
+    labels[:, :, 8:10, 8:12, 9:12] = 2
+    return labels
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.tuples(*[st.floats(-0.6, 0.6)] * 3), st.floats(0.7, 1.4), st.integers(0, 1000))
+def test_an_affine_view_is_a_crop_of_nnunets_spatial_transform(angles, scale, seed):
+    affine = create_affine_matrix_3d(list(angles), [scale] * 3)
+    volume = smooth_volume(seed)
+    fixed = SpatialTransform(SHAPE, 0, False, p_rotation=1, p_scaling=1, scaling=(scale, scale))
+    fixed.get_parameters(image=volume[0])
+    grid = fixed._get_base_grid_clone() @ torch.from_numpy(affine.T).float()
+    from batchgeneratorsv2.transforms.spatial.spatial import _convert_my_grid_to_grid_sample_grid
+
+    grid = _convert_my_grid_to_grid_sample_grid(grid, SHAPE)
+    expected = torch.nn.functional.grid_sample(volume, grid[None], padding_mode="zeros", align_corners=False)
+    start = np.random.default_rng(seed).integers(0, np.array(SHAPE) - PATCH).tolist()
+    view = sample_affine(volume, affine, start, PATCH)
+    torch.testing.assert_close(view, crop_windows(expected, torch.tensor([start]), PATCH), rtol=1e-3, atol=1e-3)
+
+
+def test_without_augmentation_views_are_the_volume():
+    volume, labels = smooth_volume().half(), blocks()
+    training = TrainingVolume(volume, labels, torch.zeros(0, 3, dtype=torch.int64))
+    starts = torch.tensor([[0, 0, 0], [10, 13, 16]])
+    images, targets = training.windows(starts, PATCH)
+    torch.testing.assert_close(images, crop_windows(volume, starts, PATCH).float())
+    assert torch.equal(targets, crop_windows(labels, starts, PATCH).short())
+    torch.testing.assert_close(training.low_resolution((3, 3, 2)), downsample(volume.float(), (3, 3, 2)))
+    assert torch.equal(training.label_counts(3, (3, 3, 2)), label_counts(labels[0, 0], 3, (3, 3, 2)))
+
+
+def test_views_of_one_volume_fit_together():
+    """With rotation, scaling and intensity transforms: the low-resolution view shows what the windows show."""
+    affine = create_affine_matrix_3d([0.3, -0.2, 0.5], [1.2] * 3)
+    brightness = [lambda image, segmentation: {"image": image * 2 + torch.rand(1), "segmentation": segmentation}]
+    training = TrainingVolume(smooth_volume(), blocks(), torch.zeros(0, 3, dtype=torch.int64), affine, brightness, 5)
+    starts, factor = torch.tensor([[4, 6, 8]]), (2, 2, 2)
+    image, labels = training.windows(starts, PATCH)
+    low = training.low_resolution(factor)[0, 0, 2:6, 3:7, 4:8]
+    torch.testing.assert_close(low, downsample(image, factor)[0, 0], rtol=0.1, atol=0.1)
+    counts = training.label_counts(3, factor)[:, 2:6, 3:7, 4:8]
+    expected = label_counts(labels[0, 0].clamp_min(0), 3, factor)
+    assert (counts - expected).abs().mean() < 0.7  # of 8 voxels, the one interpolated and the other of nearest labels
+    assert counts.sum(0).allclose(torch.tensor(8.0))
+
+
+def test_every_view_draws_the_same_and_leaves_the_generators_alone():
+    augmentation = nnunet_augmentation()
+    volume = torch.ones(1, 2, *SHAPE)
+    volume[:, 1] = torch.rand(SHAPE)
+    for seed in range(10):
+        training = TrainingVolume(volume, blocks(), torch.zeros(0, 3), None, augmentation.of_views, seed)
+        seed_everything(0)
+        starts = torch.tensor([[0, 0, 0], [0, 0, 0], [3, 3, 3]])
+        state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        images, labels = training.windows(starts, PATCH)
+        again, _ = training.windows(starts, PATCH)
+        assert torch.equal(images, again)
+        assert torch.equal(images[0], images[1])
+        assert labels.min() >= 0
+        assert torch.equal(torch.get_rng_state(), state[0])
+        assert np.random.get_state()[1].tolist() == state[1]  # noqa: NPY002
+
+
+def test_what_lies_outside_of_the_image_stays_masked():
+    transforms = [lambda image, segmentation: {"image": image * (segmentation >= 0), "segmentation": segmentation}]
+    labels = blocks()
+    labels[:, :, :6] = -1
+    training = TrainingVolume(torch.ones(1, 1, *SHAPE), labels, torch.zeros(0, 3), None, transforms)
+    assert training.low_resolution((3, 3, 3))[0, 0].mean((1, 2)).tolist() == [0, 0, 1, 1, 1, 1]
+    assert training.label_counts(3, (3, 3, 3))[1:, :1].sum() == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 9), (9, 9, 9)])
+def test_the_identity_samples_the_voxels(shape):
+    volume = torch.rand(1, 2, *shape)
+    size = tuple(min(4, n) for n in shape)
+    start = [n - s for n, s in zip(shape, size, strict=True)]
+    torch.testing.assert_close(
+        sample_affine(volume, np.eye(3), start, size), crop_windows(volume, torch.tensor([start]), size)
+    )
