@@ -1,6 +1,6 @@
 """Ablations: arms of settings × seeds on small datasets, with a table and a plot at the end.
 
-    python benchmarks/ablation.py -d 4 902 -arms stock default benefit -seeds 0 1 2 -o ablation -device cpu -jobs 2
+    python benchmarks/ablation.py -d 4 902 -arms stock contribution benefit -seeds 0 1 2 -o ablation -device cpu -jobs 2
 
 Each run trains one arm with one seed for a fixed number of steps and measures every way of choosing windows
 (`ablation_run.py`). What is there is kept: an interrupted grid goes on. Needs nnU-Net's folders and the preprocessed
@@ -45,7 +45,6 @@ DATASETS = {
 STOCK = "stock"
 ARMS: dict[str, dict[str, Any]] = {
     STOCK: {},
-    "default": {},
     # how scores are trained
     "input": {"gradient_path": "input"},
     "contribution_logits": {"gradient_path": "contribution_logits"},
@@ -60,7 +59,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", type=int, nargs="+", default=list(DATASETS), choices=DATASETS, help="dataset ids")
-    parser.add_argument("-arms", nargs="+", default=[STOCK, "default"], help=f"of {', '.join(ARMS)}, or NAME=JSON")
+    parser.add_argument("-arms", nargs="+", default=[STOCK, "benefit"], help=f"of {', '.join(ARMS)}, or NAME=JSON")
     parser.add_argument("-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("-epochs", type=int, default=10, help="of 250 steps: 1, 5, 10, 20, 50, 100 or 250")
     parser.add_argument("-jobs", type=int, default=1, help="runs at the same time, sharing the processor's cores")

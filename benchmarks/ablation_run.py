@@ -55,6 +55,9 @@ def main() -> None:
     with precision:
         trainer = get_trainer_from_args(args.d, "3d_fullres", args.f, args.tr, args.p, device=device)
         seed_everything(args.seed)
+        trainer.initialize()
+        if device.type == "cpu":
+            keep_gradients_finite(trainer.network)
         started = time.perf_counter()
         trainer.run_training()
         seconds = time.perf_counter() - started
@@ -65,6 +68,16 @@ def main() -> None:
     unfinished = args.o.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=1))
     unfinished.rename(args.o)
+
+
+def keep_gradients_finite(network: torch.nn.Module) -> None:
+    """Replace what is not finite in the gradients by 0.
+
+    oneDNN's bfloat16 weight gradient of some small convolutions reads memory that nobody wrote (seen with 24 features on
+    2×7×7 voxels): usually noise of 0.1%, now and then NaN. In float32 it does not happen.
+    """
+    for parameter in network.parameters():
+        parameter.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
 
 
 @torch.inference_mode()
