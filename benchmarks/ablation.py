@@ -43,6 +43,8 @@ DATASETS = {
 }
 
 STOCK = "stock"
+BENEFIT = {"gradient_path": "none", "benefit_loss_weight": 0.1}
+FUSED = {**BENEFIT, "fuse_random_windows": True, "fusion_speed": 3.0}
 ARMS: dict[str, dict[str, Any]] = {
     STOCK: {},
     # how scores are trained
@@ -50,7 +52,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "contribution_logits": {"gradient_path": "contribution_logits"},
     "contribution": {"gradient_path": "contribution"},
     "contribution_baseline": {"gradient_path": "contribution", "gradient_baseline": True},
-    "benefit": {"gradient_path": "none", "benefit_loss_weight": 0.1},
+    "benefit": BENEFIT,
+    "benefit_fused": {**BENEFIT, "fuse_random_windows": True, "fusion_speed": 3.0},
+    "benefit_fused_1_3": {
+        **BENEFIT,
+        "fuse_random_windows": True,
+        "fusion_speed": 3.0,
+        "sampled_windows": 1,
+        "random_windows": 3,
+    },
+    "benefit_fused_entropy": {**BENEFIT, "fuse_random_windows": True, "fusion_speed": 3.0, "entropy_prior": 1.0},
     "benefit_contribution": {"gradient_path": "contribution", "benefit_loss_weight": 0.1},
 }
 

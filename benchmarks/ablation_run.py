@@ -8,7 +8,6 @@ Tensor suffixes: N windows of the grid, K chosen windows, C classes, D H W axes 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
-from nnunet_nmsw.config import NMSWConfig, resolve_num_patches
+from nnunet_nmsw.config import SELECTIONS, NMSWConfig, resolve_num_patches
 from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.selectors import entropy_windows, random_windows
 from nnunet_nmsw.fusion import FusionWeights, fused_segmentation
@@ -73,8 +72,8 @@ def main() -> None:
 def keep_gradients_finite(network: torch.nn.Module) -> None:
     """Replace what is not finite in the gradients by 0.
 
-    oneDNN's bfloat16 weight gradient of some small convolutions reads memory that nobody wrote (seen with 24 features on
-    2×7×7 voxels): usually noise of 0.1%, now and then NaN. In float32 it does not happen.
+    oneDNN's bfloat16 weight gradient of some small convolutions reads memory that nobody wrote (seen with 24 features
+    on 2×7×7 voxels): usually noise of 0.1%, now and then NaN. In float32 it does not happen.
     """
     for parameter in network.parameters():
         parameter.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
@@ -169,13 +168,8 @@ class Case:
             self.grid,
         )
         arguments = (self.network, self.coarse, self.grid)
-        step = max(f / p for f, p in zip(self.grid.downsampling_factor, self.grid.patch_size, strict=True))
-        fine_grid = dataclasses.replace(self.grid, tile_step_size=max(0.125, step))
         choose: dict[str, Callable[[int], Tensor]] = {
-            "top_k": partial(self.learned, self.grid, "top_k"),
-            "greedy_coverage": partial(self.learned, self.grid, "greedy_coverage"),
-            "greedy_benefit": partial(self.learned, self.grid, "greedy_benefit"),
-            "greedy_benefit off grid": partial(self.learned, fine_grid, "greedy_benefit"),
+            **{selection: partial(self.learned, selection) for selection in SELECTIONS},
             "entropy": lambda k: entropy_windows(*arguments, k).starts_K3,
             "random": lambda k: random_windows(*arguments, k, self.seed).starts_K3,
             "oracle": lambda k: self.grid.starts_N3[oracle[:k]],
@@ -184,9 +178,9 @@ class Case:
             for k in NUM_PATCHES:
                 yield method, k, self.fused(windows(resolve_num_patches(k, len(self.grid))))
 
-    def learned(self, grid: WindowGrid, selection: str, k: int) -> Tensor:
+    def learned(self, selection: str, k: int) -> Tensor:
         """First voxels of the windows of one of the network's selections."""
-        return grid.starts_N3[self.network.select(self.coarse, grid, k, selection).indices_K.cpu()]
+        return self.network.select(self.coarse, self.grid, k, selection).starts_K3
 
     def fused(self, starts_K3: Tensor) -> Tensor:
         """Labels of the fused prediction with some windows."""

@@ -33,6 +33,12 @@ class NMSWConfig:
     selection: str = "top_k"
     """How windows are picked from their scores at inference, one of `SELECTIONS`."""
 
+    coverage_discount: float = 0.4
+    """Selection "greedy_benefit": share of the benefit of a place that is gone with the first window over it."""
+
+    placement_step: float = 0.25
+    """Selection "greedy_benefit": step between the positions it chooses from, as a fraction of the patch size."""
+
     tile_step_size: float = 0.5
     """Step between candidate windows as a fraction of the patch size, as in nnU-Net's sliding window."""
 
@@ -77,6 +83,10 @@ class NMSWConfig:
     initial_class_weight: float = 2.0
     """The class weights of the fusion are sigmoid(θ); every θ starts here."""
 
+    fuse_random_windows: bool = False
+    """Let the random windows of a step take part in the fused loss: the fusion then learns from windows that the
+    sampler would not take, too."""
+
     fusion_speed: float = 1.0
     """The weights of the fusion learn this squared times as fast as the networks' weights."""
 
@@ -108,7 +118,7 @@ class NMSWConfig:
             value = getattr(self, name)
             minimum = 1 if name == "sampled_windows" else 0
             _require(type(value) is int and value >= minimum, name, value, f"an integer of at least {minimum}")
-        for name in ("tile_step_size", "global_width"):
+        for name in ("tile_step_size", "placement_step", "coverage_discount", "global_width"):
             value = getattr(self, name)
             _require(_is_number(value) and 0 < value <= 1, name, value, "a number above 0 and up to 1")
         _require(

@@ -8,6 +8,7 @@ Tensor suffixes:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -43,11 +44,11 @@ class WindowChoice(NamedTuple):
     """Windows chosen at inference.
 
     Attributes:
-        indices_K: the windows in the order of choice, int64.
-        scores_K: their scores, float32.
+        starts_K3: their first voxels in the order of choice, int64 on the host.
+        scores_K: their scores, float32 on the host.
     """
 
-    indices_K: Tensor
+    starts_K3: Tensor
     scores_K: Tensor
 
 
@@ -181,16 +182,19 @@ class NMSWNetwork(nn.Module):
         self, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int, selection: str | None = None
     ) -> WindowChoice:
         """The windows to spend `num_patches` patches on, without noise, by the settings' selection or by another."""
+        selection = selection or self.config.selection
+        if selection == "greedy_benefit":
+            grid = dataclasses.replace(grid, tile_step_size=min(self.config.placement_step, grid.tile_step_size))
         scores_N = self.scores(coarse.score_map_dhw, grid)
         candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=1)
-        selection = selection or self.config.selection
-        if selection == "greedy_coverage":
+        if selection == "greedy_benefit":
+            discount = self.config.coverage_discount
+            indices_K = greedy_benefit(coarse.score_map_dhw, candidates_N, num_patches, grid, discount)
+        elif selection == "greedy_coverage":
             indices_K = greedy_coverage(scores_N, candidates_N, num_patches, grid)
-        elif selection == "greedy_benefit":
-            indices_K = greedy_benefit(coarse.score_map_dhw, candidates_N, num_patches, grid)
         else:
             indices_K = top_k(scores_N, candidates_N, num_patches)
-        return WindowChoice(indices_K, scores_N[indices_K])
+        return WindowChoice(grid.starts_N3[indices_K.cpu()], scores_N[indices_K].cpu())
 
     def forward(self, x: Tensor | TrainingVolume) -> Any:
         """Local logits of a batch of patches, or the `TrainingOutput` of a `TrainingVolume`."""

@@ -110,17 +110,24 @@ def greedy_coverage(scores_N: Tensor, candidates_N: Tensor, k: int, grid: Window
 
 
 def greedy_benefit(
-    benefit_dhw: Tensor, candidates_N: Tensor, k: int, grid: WindowGrid, stop_at: float | None = None
+    benefit_dhw: Tensor,
+    candidates_N: Tensor,
+    k: int,
+    grid: WindowGrid,
+    discount: float = 1.0,
+    stop_at: float | None = None,
 ) -> Tensor:
     """The window of the largest predicted benefit, then the best of what it leaves, and so on.
 
-    What a window covers is won, or lost, with it: there is nothing left for the windows after it.
+    What a window covers is worth less to the windows after it. Not nothing: predictions of overlapping windows are
+    blended, and two see a place better than one.
 
     Args:
         benefit_dhw: predicted benefit by low-resolution voxel, such that its mean over a window is the window's.
         candidates_N: bool, the windows to take before others.
         k: number of windows.
         grid: the windows.
+        discount: share of the benefit of a place that the first window over it wins (or loses).
         stop_at: take no window whose benefit is not above this.
 
     Returns:
@@ -138,5 +145,5 @@ def greedy_benefit(
             break
         taken.append(best)
         available_N[best] = False
-        left_dhw *= 1 - grid.coverage(best, left_dhw.device)
+        left_dhw *= 1 - discount * grid.coverage(best, left_dhw.device)
     return torch.tensor(taken, dtype=torch.int64, device=benefit_dhw.device)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import build_network
 
-from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.config import SELECTIONS, NMSWConfig
 from nnunet_nmsw.geometry import downsample
 from nnunet_nmsw.trainers.loss import NMSWLoss
 from nnunet_nmsw.views import TrainingVolume
@@ -94,13 +94,14 @@ def test_the_global_branch_takes_any_shape(tiny_network):
         assert coarse.score_map_dhw.shape == grid.low_shape
 
 
-def test_selection_is_deterministic_and_of_the_asked_number(tiny_network):
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_selection_is_deterministic_and_of_the_asked_number(tiny_network, selection):
     volume = torch.randn(1, 1, 24, 24, 24)
     grid = tiny_network.grid((24, 24, 24))
     coarse = tiny_network.coarse(downsample(volume, tiny_network.config.downsampling_factor))
-    first, second = (tiny_network.select(coarse, grid, 5) for _ in range(2))
-    assert torch.equal(first.indices_K, second.indices_K)
-    assert len(set(first.indices_K.tolist())) == 5
+    first, second = (tiny_network.select(coarse, grid, 5, selection) for _ in range(2))
+    assert torch.equal(first.starts_K3, second.starts_K3)
+    assert len(set(map(tuple, first.starts_K3.tolist()))) == 5
 
 
 def test_deep_supervision_is_switched_where_nnunet_switches_it():

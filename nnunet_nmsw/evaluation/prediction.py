@@ -31,8 +31,8 @@ from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.selectors import entropy_windows, no_windows, object_windows, random_windows
 from nnunet_nmsw.geometry import WindowGrid, crop, window_slices
 from nnunet_nmsw.inference.command import load_model
-from nnunet_nmsw.inference.predictor import NMSWPredictor, PlacedWindows
-from nnunet_nmsw.network import CoarsePrediction
+from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.network import CoarsePrediction, WindowChoice
 from nnunet_nmsw.precision import mixed_precision
 
 Result = TypeVar("Result")
@@ -138,7 +138,7 @@ class SelectingPredictor(NMSWPredictor):
     selection: str = "top_k"
     seed: int = 0
 
-    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
+    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
         """The windows of `selection`."""
         assert self.num_patches is not None or self.selection in ("none", "objects")
         num_patches = 0 if self.num_patches is None else resolve_num_patches(self.num_patches, len(grid))
@@ -151,9 +151,7 @@ class SelectingPredictor(NMSWPredictor):
             return random_windows(network, coarse, grid, num_patches, self.seed)
         if self.selection == "entropy":
             return entropy_windows(network, coarse, grid, num_patches)
-        choice = network.select(coarse, grid, num_patches, self.selection)
-        indices_K = choice.indices_K.cpu()
-        return PlacedWindows(grid.starts_N3[indices_K], choice.scores_K.cpu())
+        return network.select(coarse, grid, num_patches, self.selection)
 
 
 class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
@@ -189,7 +187,7 @@ class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
             self._coarse[self.use_mirroring], self.coarse_macs[self.use_mirroring] = coarse, macs
         return self._coarse[self.use_mirroring]
 
-    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
+    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
         """The windows of `selection`, which may be the oracle's."""
         if self.selection != "oracle":
             return super().choose_windows(coarse, grid)
@@ -198,7 +196,7 @@ class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
             self._oracle[self.use_mirroring] = self._ask_oracle(coarse, grid)
         order, gains = self._oracle[self.use_mirroring]
         k = resolve_num_patches(self.num_patches, len(grid))
-        return PlacedWindows(grid.starts_N3[torch.tensor(order[:k], dtype=torch.int64)], torch.tensor(gains[:k]))
+        return WindowChoice(grid.starts_N3[torch.tensor(order[:k], dtype=torch.int64)], torch.tensor(gains[:k]))
 
     def _ask_oracle(self, coarse: CoarsePrediction, grid: WindowGrid) -> tuple[list[int], list[float]]:
         volume_1CDHW = self._volume_CDHW[None]

@@ -14,34 +14,31 @@ from nnunetv2.inference.sliding_window_prediction import compute_steps_for_slidi
 from scipy import ndimage
 
 from nnunet_nmsw.geometry import WindowGrid
-from nnunet_nmsw.inference.predictor import PlacedWindows
-from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
+from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
 from nnunet_nmsw.topk import top_k
 
 
-def no_windows() -> PlacedWindows:
+def no_windows() -> WindowChoice:
     """None: what remains is the global branch."""
-    return PlacedWindows(torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0))
+    return WindowChoice(torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0))
 
 
 def random_windows(
     network: NMSWNetwork, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int, seed: int
-) -> PlacedWindows:
+) -> WindowChoice:
     """Windows with predicted foreground in random order, then others; fewer of the same seed are a part of more."""
     generator = torch.Generator().manual_seed(seed)
     return _best(network, coarse, grid, num_patches, torch.rand(len(grid), generator=generator))
 
 
-def entropy_windows(
-    network: NMSWNetwork, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int
-) -> PlacedWindows:
+def entropy_windows(network: NMSWNetwork, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int) -> WindowChoice:
     """Windows by the mean entropy of the coarse prediction, those with predicted foreground first."""
     log_p_Cdhw = coarse.logits_Cdhw.log_softmax(0)
     entropy_dhw = -(log_p_Cdhw.exp() * log_p_Cdhw).sum(0)
     return _best(network, coarse, grid, num_patches, grid.mean(entropy_dhw).cpu())
 
 
-def object_windows(coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
+def object_windows(coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
     """Windows over the bounding box of each object of the coarse prediction, centred, off the grid.
 
     An object is a connected component of foreground (faces, edges and corners connect). A box larger than a patch is
@@ -75,12 +72,12 @@ def object_windows(coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
     if not starts:
         return no_windows()
     kept = list(starts)[: len(grid)]
-    return PlacedWindows(torch.tensor(kept, dtype=torch.int64), torch.zeros(len(kept)))
+    return WindowChoice(torch.tensor(kept, dtype=torch.int64), torch.zeros(len(kept)))
 
 
 def _best(
     network: NMSWNetwork, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int, scores_N: torch.Tensor
-) -> PlacedWindows:
+) -> WindowChoice:
     candidates_N = network.candidates(coarse.logits_Cdhw, grid, at_least=1).cpu()
     indices_K = top_k(scores_N, candidates_N, num_patches)
-    return PlacedWindows(grid.starts_N3[indices_K], scores_N[indices_K].float())
+    return WindowChoice(grid.starts_N3[indices_K], scores_N[indices_K].float())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,20 +26,8 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import fuse_volume_
 from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
 from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
-from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
+from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
 from nnunet_nmsw.precision import mixed_precision
-
-
-class PlacedWindows(NamedTuple):
-    """Windows of one volume in the order of choice; they may lie off the grid.
-
-    Attributes:
-        starts_K3: first voxels in the padded volume, int64 on the host.
-        scores_K: their scores, float32 on the host.
-    """
-
-    starts_K3: Tensor
-    scores_K: Tensor
 
 
 class NMSWPredictor(nnUNetPredictor):
@@ -124,7 +112,7 @@ class NMSWPredictor(nnUNetPredictor):
     def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[tuple[slice, ...]]:
         return self._slicers
 
-    def _remember(self, grid: WindowGrid, windows: PlacedWindows, offset: Sequence[int], volume_shape: Shape) -> None:
+    def _remember(self, grid: WindowGrid, windows: WindowChoice, offset: Sequence[int], volume_shape: Shape) -> None:
         # In the order of nnU-Net's sliding window, so that sums over all windows round as they do there.
         in_order = sorted(windows.starts_K3.tolist())
         self._slicers = [(slice(None), *window_slices(start, grid.patch_size)) for start in in_order]
@@ -133,13 +121,11 @@ class NMSWPredictor(nnUNetPredictor):
             ChosenWindows(chosen_starts, windows.scores_K.numpy(), grid.patch_size, volume_shape, len(grid))
         )
 
-    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> PlacedWindows:
+    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
         """The windows to spend patches on: `num_patches` of the grid by the model's selection."""
         network = self.nmsw_network
         num_patches = network.config.num_patches if self.num_patches is None else self.num_patches
-        choice = network.select(coarse, grid, resolve_num_patches(num_patches, len(grid)))
-        indices_K = choice.indices_K.cpu()
-        return PlacedWindows(grid.starts_N3[indices_K], choice.scores_K.cpu())
+        return network.select(coarse, grid, resolve_num_patches(num_patches, len(grid)))
 
     def predict_coarse(self, volume_CDHW: Tensor) -> CoarsePrediction:
         """Coarse prediction of a padded volume, averaged over mirrorings where these are on."""

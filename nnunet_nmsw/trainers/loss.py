@@ -65,20 +65,23 @@ class NMSWLoss(nn.Module):
             # 1 in value; its gradient is that of the log-probability of the draw.
             log_p_K = output.sample.log_probability_K
             weight_K = (log_p_K - log_p_K.detach()).exp()
+            num_fused = len(finest) if config.fuse_random_windows else num_sampled
+            weight_of_all = torch.cat([weight_K, weight_K.new_ones(num_fused - num_sampled)])
             fused = fused_loss(
-                finest[:num_sampled],
-                output.starts[:num_sampled],
+                finest[:num_fused],
+                output.starts[:num_fused],
                 coarse_logits_Cdhw,
-                targets[:num_sampled, 0],
+                targets[:num_fused, 0],
                 counts_Cdhw,
                 output.fusion,
                 config.downsampling_factor,
-                weight_K if config.gradient_path == "contribution" else None,
-                weight_K if config.gradient_path == "contribution_logits" else None,
+                weight_of_all if config.gradient_path == "contribution" else None,
+                weight_of_all if config.gradient_path == "contribution_logits" else None,
             )
+            benefit_K = fused.benefit_K[:num_sampled]
             selection, benefit_loss = torch.zeros_like(fused.loss), torch.zeros_like(fused.loss)
             if config.gradient_path == "contribution" and config.gradient_baseline and num_sampled > 1:
-                mean_of_others_K = (fused.benefit_K.sum() - fused.benefit_K) / (num_sampled - 1)
+                mean_of_others_K = (benefit_K.sum() - benefit_K) / (num_sampled - 1)
                 selection = mean_of_others_K @ (weight_K - 1)
             if config.benefit_loss_weight:
                 measured = benefit_map(
@@ -97,7 +100,7 @@ class NMSWLoss(nn.Module):
             "loss_fused": fused.loss.detach(),
             "entropy": output.entropy.detach(),
             "foreground_share": (targets[:num_sampled] > 0).flatten(1).any(1).float().mean(),
-            "benefit": fused.benefit_K.mean(),
+            "benefit": benefit_K.mean(),
             "benefit_loss": benefit_loss.detach(),
             "fusion_weights": torch.cat(list(output.fusion)).detach(),
         }

@@ -189,7 +189,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             coarse = network.coarse(volume.low_resolution(self.config.downsampling_factor))
             grid = network.grid(volume.shape)
             num_patches = resolve_num_patches(self.config.num_patches, len(grid))
-            starts = grid.starts_N3[network.select(coarse, grid, num_patches).indices_K.cpu()]
+            starts = network.select(coarse, grid, num_patches).starts_K3
             batches = [volume.windows(some, network.patch_size)[0] for some in starts.split(self.batch_size)]
             logits = [_finest(network(patches)) for patches in batches]
         labels_DHW = fused_segmentation(
