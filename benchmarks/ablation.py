@@ -44,7 +44,7 @@ DATASETS = {
 
 STOCK = "stock"
 BENEFIT = {"gradient_path": "none", "benefit_loss_weight": 0.1}
-FUSED = {**BENEFIT, "fuse_random_windows": True, "fusion_speed": 3.0}
+FUSED = {**BENEFIT, "fuse_random_windows": True, "fusion": "affine"}
 ARMS: dict[str, dict[str, Any]] = {
     STOCK: {},
     # how scores are trained
@@ -53,7 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "contribution": {"gradient_path": "contribution"},
     "contribution_baseline": {"gradient_path": "contribution", "gradient_baseline": True},
     "benefit": BENEFIT,
-    "benefit_fused": {**BENEFIT, "fuse_random_windows": True, "fusion_speed": 3.0},
+    "benefit_fused": {**BENEFIT, "fuse_random_windows": True, "fusion": "affine"},
     "benefit_fused_1_3": {
         **BENEFIT,
         "fuse_random_windows": True,

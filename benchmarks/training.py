@@ -1,0 +1,112 @@
+"""What a training step costs against stock nnU-Net's on the same plans: time, peak memory, waiting for data.
+
+    python benchmarks/training.py -d 902 901 -p nnUNetPlans_small -device cpu -rounds 3 -o benchmarks/training.json
+
+Each measurement is a process of its own: it builds the trainer, takes warm-up steps, then times the rest; trainers
+take turns, so that drift of the machine hits all alike. Both train the same number of local patches a step where the
+plans' batch size is NMSW's number of windows, as in the plans of `nnunet_nmsw.demo.small_plans`. Needs planned and
+preprocessed datasets. Nothing is written into nnU-Net's folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args
+
+TRAINERS = ("nnUNetTrainer", "nnUNetTrainerNMSW")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", nargs="+", required=True, help="datasets")
+    parser.add_argument("-p", default="nnUNetPlans_small", help="plans")
+    parser.add_argument("-device", default="cuda")
+    parser.add_argument("-steps", type=int, default=30)
+    parser.add_argument("-rounds", type=int, default=3)
+    parser.add_argument("-o", type=Path, help="JSON file")
+    parser.add_argument("--one", metavar="TRAINER", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(measure(args.d[0], args.p, args.one, args.device, args.steps)))
+        return
+    rows = []
+    for dataset in args.d:
+        runs: dict[str, list[dict[str, float]]] = {trainer: [] for trainer in TRAINERS}
+        for _ in range(args.rounds):
+            for trainer in TRAINERS:
+                runs[trainer].append(in_process(dataset, trainer, args))
+        medians = {
+            trainer: {key: statistics.median(run[key] for run in of_trainer) for key in of_trainer[0]}
+            for trainer, of_trainer in runs.items()
+        }
+        rows.append({"dataset": dataset, "medians": medians, "runs": runs})
+        stock, nmsw = (medians[trainer] for trainer in TRAINERS)
+        print(
+            f"{dataset}: stock {stock['step_s']:.3f} s a step, NMSW {nmsw['step_s']:.3f} s "
+            f"(× {nmsw['step_s'] / stock['step_s']:.2f}); waiting for data {stock['waiting']:.0%} and "
+            f"{nmsw['waiting']:.0%}; peak host memory {stock['host_gib']:.2f} and {nmsw['host_gib']:.2f} GiB; "
+            f"device {stock['device_gib']:.2f} and {nmsw['device_gib']:.2f} GiB",
+            flush=True,
+        )
+    if args.o:
+        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
+        if args.device == "cuda":
+            machine["device"] = torch.cuda.get_device_name()
+        args.o.write_text(json.dumps({"command": sys.argv, "machine": machine, "datasets": rows}, indent=1))
+
+
+def in_process(dataset: str, trainer: str, args: argparse.Namespace) -> dict[str, float]:
+    """Measure in a new process."""
+    command = [sys.executable, __file__, "--one", trainer, "-d", dataset, "-p", args.p]
+    command += ["-device", args.device, "-steps", str(args.steps)]
+    with tempfile.TemporaryDirectory() as results:
+        environment = {**os.environ, "nnUNet_results": results}
+        process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
+    measured: dict[str, float] = json.loads(line.removeprefix("RESULT "))
+    return measured
+
+
+def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps: int) -> dict[str, Any]:
+    """Seconds a step, share of it waiting for data, and peak memory in GiB."""
+    device = torch.device(device_name)
+    trainer = get_trainer_from_args(dataset, "3d_fullres", 0, trainer_name, plans, device=device)
+    trainer.initialize()
+    trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
+    trainer.network.train()
+    for _ in range(5):
+        trainer.train_step(next(trainer.dataloader_train))
+    waiting, started = 0.0, time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        batch = next(trainer.dataloader_train)
+        waiting += time.perf_counter() - asked
+        trainer.train_step(batch)  # ends in the loss on the host, hence when the device is done
+    seconds = time.perf_counter() - started
+    for loader in (trainer.dataloader_train, trainer.dataloader_val):
+        if hasattr(loader, "_finish"):
+            loader._finish()
+    return {
+        "step_s": seconds / steps,
+        "waiting": waiting / seconds,
+        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "device_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
+    }
+
+
+if __name__ == "__main__":
+    main()
