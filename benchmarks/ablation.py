@@ -53,15 +53,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "contribution": {"gradient_path": "contribution"},
     "contribution_baseline": {"gradient_path": "contribution", "gradient_baseline": True},
     "benefit": BENEFIT,
-    "benefit_fused": {**BENEFIT, "fuse_random_windows": True, "fusion": "affine"},
-    "benefit_fused_1_3": {
-        **BENEFIT,
-        "fuse_random_windows": True,
-        "fusion_speed": 3.0,
-        "sampled_windows": 1,
-        "random_windows": 3,
-    },
-    "benefit_fused_entropy": {**BENEFIT, "fuse_random_windows": True, "fusion_speed": 3.0, "entropy_prior": 1.0},
+    # how patches are fused, and which windows a step looks at
+    "benefit_fused": FUSED,
+    "benefit_fused_class_weights": {**FUSED, "fusion": "class_weights"},
+    "benefit_fused_1_3": {**FUSED, "sampled_windows": 1, "random_windows": 3},
+    "benefit_fused_entropy": {**FUSED, "entropy_prior": 1.0},
     "benefit_contribution": {"gradient_path": "contribution", "benefit_loss_weight": 0.1},
 }
 
@@ -80,7 +76,7 @@ def main() -> None:
     arms = dict(map(parse_arm, args.arms))
     runs = [(d, name, seed) for seed in args.seeds for d in args.d for name in arms]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(lambda run: train_and_evaluate(*run, arms[run[1]], args), runs):
+        for _ in pool.map(lambda run: train_and_evaluate(run[0], run[1], run[2], arms[run[1]], args), runs):
             pass
     (args.o / "table.md").write_text(table(args.o, args.d))
     print((args.o / "table.md").read_text())

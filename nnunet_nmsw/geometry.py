@@ -228,7 +228,8 @@ def _label_counts(
     labels_DHW: Tensor, weight_DHW: Tensor | None, start: Sequence[int], num_labels: int, factor: Shape
 ) -> Tensor:
     """Label counts in the low-resolution voxels that a window touches."""
-    index, stride, shape = labels_DHW.long(), num_labels, []
+    index, stride = labels_DHW.long(), num_labels
+    shape: list[int] = []
     for axis in (2, 1, 0):
         voxels = torch.arange(labels_DHW.shape[axis], device=labels_DHW.device) + int(start[axis])
         block = voxels // factor[axis] - int(start[axis]) // factor[axis]

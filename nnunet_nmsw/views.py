@@ -84,7 +84,9 @@ class TrainingVolume:
             (torch.arange(low, device=self.labels_11DHW.device) * f + f // 2).clamp_max(n - 1)
             for low, f, n in zip(shape, factor, self.shape, strict=True)
         ]
-        labels_11dhw = self.labels_11DHW[(..., *torch.meshgrid(*middles, indexing="ij"))]
+        labels_11dhw = self.labels_11DHW
+        for axis, middle in enumerate(middles):
+            labels_11dhw = labels_11dhw.index_select(axis + 2, middle)
         if self.affine_33 is not None:
             affine_33, centre = self._low_affine(factor)
             image_1Cdhw = sample_affine(image_1Cdhw, affine_33, (0, 0, 0), shape, centre)
@@ -205,7 +207,7 @@ def sample_affine(
     reached = (corners - centre) @ affine_33.T + centre
     first = np.clip(np.floor(reached.min(0)).astype(int), 0, shape - 1)
     end = np.clip(np.ceil(reached.max(0)).astype(int) + 1, first + 1, shape)
-    piece_1CDHW = volume_1CDHW[(..., *(slice(a, b) for a, b in zip(first, end, strict=True)))].float()
+    piece_1CDHW = crop(volume_1CDHW, first.tolist(), (end - first).tolist()).float()
     # grid_sample's positions: -1 and 1 are the outer edges of the first and the last voxel, axes in reverse order.
     scale = 2 / (end - first)
     linear = torch.as_tensor(affine_33 * scale[:, None], dtype=torch.float32, device=device)

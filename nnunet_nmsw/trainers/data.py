@@ -176,13 +176,13 @@ class WholeVolumeLoader(DataLoader):
             position: where such a voxel lies in the augmented volume.
         """
         last_start = np.array(volume_shape) - self.patch_size
-        starts = np.random.randint(0, last_start + 1, (self.num_random_windows, 3))  # noqa: NPY002
+        starts = np.random.randint(0, last_start + 1, (self.num_random_windows, 3), np.int64)  # noqa: NPY002
         if voxels_by_class:
             for window in range(self.num_random_windows - self.foreground_windows, self.num_random_windows):
                 voxels = voxels_by_class[np.random.randint(len(voxels_by_class))]  # noqa: NPY002
                 centre = position(voxels[np.random.randint(len(voxels))])  # noqa: NPY002
                 starts[window] = np.clip(centre.round() - np.array(self.patch_size) // 2, 0, last_start)
-        return torch.from_numpy(starts.astype(np.int64))
+        return torch.from_numpy(starts)
 
 
 def in_augmented_volume(voxel: np.ndarray, shape: np.ndarray, affine_33: np.ndarray | None) -> np.ndarray:

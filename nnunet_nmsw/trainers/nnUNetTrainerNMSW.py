@@ -6,10 +6,12 @@ Tensor suffixes: C classes, K windows, D H W axes of the volume, d h w axes of t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
@@ -25,11 +27,13 @@ from torch import nn
 
 from nnunet_nmsw.config import PLANS_KEY, NMSWConfig, resolve_num_patches
 from nnunet_nmsw.fusion import fused_segmentation
+from nnunet_nmsw.geometry import downsample
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.network import NMSWNetwork
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
 from nnunet_nmsw.trainers.loss import NMSWLoss
+from nnunet_nmsw.trainers.progress import SampledCase, plot_progress, plot_sampling
 from nnunet_nmsw.views import TrainingVolume, seed_everything
 
 LOGGED = (
@@ -43,6 +47,10 @@ LOGGED = (
     "fusion_weights",
 )
 """What `NMSWLoss.report` holds, logged once an epoch under these names with the prefix `nmsw_`."""
+
+
+EPOCHS_BETWEEN_PICTURES = 10
+"""Every so many epochs, and after the last one, pictures of two validation cases show where the sampler looks."""
 
 
 class nnUNetTrainerNMSW(nnUNetTrainer):
@@ -225,7 +233,47 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             f"{last('foreground_share'):.1%}, mean benefit of a sampled window {last('benefit'):.2e}, "
             f"fusion weights {np.round(last('fusion_weights'), 3).tolist()}"
         )
+        if self.local_rank == 0:
+            logged = {name: self.logger.get_value(f"nmsw_{name}", step=None) for name in LOGGED}
+            plot_progress(logged, Path(self.output_folder, "progress_nmsw.png"))
+            if self.current_epoch % EPOCHS_BETWEEN_PICTURES == 0 or self.current_epoch == self.num_epochs - 1:
+                file = Path(self.output_folder, "sampling", f"epoch_{self.current_epoch:04d}.png")
+                plot_sampling(self._sampled_cases(), f"epoch {self.current_epoch}", file)
         super().on_epoch_end()
+
+    @torch.inference_mode()
+    def _sampled_cases(self) -> list[SampledCase]:
+        """Where the network looks in the first two validation cases."""
+        network = self._plain_network()
+        training = network.training
+        network.eval()
+        (_, dataset), cases = self.get_tr_and_val_datasets(), []
+        for key in dataset.identifiers[:2]:
+            data, segmentation, _, _ = dataset.load_case(key)
+            image_CDHW = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
+            labels_1DHW = torch.from_numpy(np.asarray(segmentation[:1], dtype=np.int16))
+            image_CDHW = pad_nd_image(image_CDHW, network.patch_size, "constant", {"value": 0})
+            labels_1DHW = pad_nd_image(labels_1DHW, network.patch_size, "constant", {"value": 0})
+            factor = self.config.downsampling_factor
+            with mixed_precision(self.device):
+                coarse = network.coarse(downsample(image_CDHW[None].to(self.device), factor))
+            grid = network.grid((image_CDHW.shape[1], image_CDHW.shape[2], image_CDHW.shape[3]))
+            choice = network.select(coarse, grid, resolve_num_patches(self.config.num_patches, len(grid)))
+            logits_Cdhw, score_map_dhw = coarse.logits_Cdhw.cpu(), coarse.score_map_dhw.cpu()
+            cases.append(
+                SampledCase(
+                    key,
+                    image_CDHW[0],
+                    labels_1DHW[0],
+                    logits_Cdhw,
+                    score_map_dhw,
+                    choice.starts_K3,
+                    network.patch_size,
+                    factor,
+                )
+            )
+        network.train(training)
+        return cases
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the validation cases as `nmsw_predict` would and write `validation/summary.json`."""
