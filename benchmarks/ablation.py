@@ -43,22 +43,31 @@ DATASETS = {
 }
 
 STOCK = "stock"
-BENEFIT = {"gradient_path": "none", "benefit_loss_weight": 0.1}
+PAPER = {
+    "gradient_path": "input",
+    "benefit_loss_weight": 0.0,
+    "fusion": "class_weights",
+    "fuse_random_windows": False,
+    "selection": "top_k",
+}
+"""What every arm starts from: the paper's method but for its loss, which needs no canvas, and its window candidates."""
+
+BENEFIT = {**PAPER, "gradient_path": "none", "benefit_loss_weight": 0.1, "selection": "greedy_benefit"}
 FUSED = {**BENEFIT, "fuse_random_windows": True, "fusion": "affine"}
 ARMS: dict[str, dict[str, Any]] = {
     STOCK: {},
     # how scores are trained
-    "input": {"gradient_path": "input"},
-    "contribution_logits": {"gradient_path": "contribution_logits"},
-    "contribution": {"gradient_path": "contribution"},
-    "contribution_baseline": {"gradient_path": "contribution", "gradient_baseline": True},
+    "input": PAPER,
+    "contribution_logits": {**PAPER, "gradient_path": "contribution_logits"},
+    "contribution": {**PAPER, "gradient_path": "contribution"},
+    "contribution_baseline": {**PAPER, "gradient_path": "contribution", "gradient_baseline": True},
     "benefit": BENEFIT,
+    "benefit_contribution": {**BENEFIT, "gradient_path": "contribution"},
     # how patches are fused, and which windows a step looks at
     "benefit_fused": FUSED,
     "benefit_fused_class_weights": {**FUSED, "fusion": "class_weights"},
     "benefit_fused_1_3": {**FUSED, "sampled_windows": 1, "random_windows": 3},
     "benefit_fused_entropy": {**FUSED, "entropy_prior": 1.0},
-    "benefit_contribution": {"gradient_path": "contribution", "benefit_loss_weight": 0.1},
 }
 
 

@@ -30,7 +30,7 @@ class NMSWConfig:
     num_patches: int | str = "10%"
     """Patches at inference, K: a number, a percentage of the case's windows such as "10%", or "all"."""
 
-    selection: str = "top_k"
+    selection: str = "greedy_benefit"
     """How windows are picked from their scores at inference, one of `SELECTIONS`."""
 
     coverage_discount: float = 0.4
@@ -51,14 +51,14 @@ class NMSWConfig:
     global_width: float = 0.75
     """Features per stage of the global branch as a fraction of the local branch's."""
 
-    gradient_path: str = "contribution"
+    gradient_path: str = "none"
     """How the draw of windows trains the scores, one of `GRADIENT_PATHS`: by the weight of a window's contribution to
     the sums of the fused loss or to the fused logits, by a soft weight on the input patch as in the paper, or not."""
 
     gradient_baseline: bool = False
     """Subtract the mean benefit of the other drawn windows from a window's ("contribution" only): less variance."""
 
-    benefit_loss_weight: float = 0.0
+    benefit_loss_weight: float = 0.1
     """Weight of the regression of the score map on the measured benefit of the windows, voxel by voxel."""
 
     entropy_prior: float = 0.0
@@ -76,14 +76,14 @@ class NMSWConfig:
     candidate_threshold: float = 0.1
     """A window is a candidate where the global prediction gives some voxel at least this probability of foreground."""
 
-    fusion: str = "class_weights"
+    fusion: str = "affine"
     """How patches are fused with the coarse prediction, one of `FUSIONS`: w · patch + (1 - w) · coarse with a weight w
     by class as in the paper, or a · patch + b · coarse + d, three free weights by class."""
 
     initial_class_weight: float = 2.0
     """The class weights of the fusion are sigmoid(θ); every θ starts here."""
 
-    fuse_random_windows: bool = False
+    fuse_random_windows: bool = True
     """Let the random windows of a step take part in the fused loss: the fusion then learns from windows that the
     sampler would not take, too."""
 
@@ -113,6 +113,16 @@ class NMSWConfig:
             "gradient_path",
             self.gradient_path,
             f"one of {', '.join(GRADIENT_PATHS)}",
+        )
+        for name in ("gradient_baseline", "fuse_random_windows"):
+            _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
+        seed = self.seed
+        _require(seed is None or (type(seed) is int and seed >= 0), "seed", seed, "an integer of at least 0, or null")
+        _require(
+            self.gradient_path != "none" or self.benefit_loss_weight > 0,
+            "benefit_loss_weight",
+            self.benefit_loss_weight,
+            'a number above 0 where "gradient_path" is "none", or nothing would train the scores',
         )
         for name in ("sampled_windows", "random_windows"):
             value = getattr(self, name)

@@ -28,7 +28,12 @@ def test_overrides_are_taken():
         ("num_patch", 3, "num_patches"),  # unknown: the allowed names are listed
         ("num_patches", 0, "10%"),
         ("gradient_path", "magic", "none, contribution, contribution_logits, input"),
-        ("selection", "best", "top_k, greedy_coverage"),
+        ("selection", "best", "top_k, greedy_coverage, greedy_benefit"),
+        ("fusion", "mean", "class_weights, affine"),
+        ("fuse_random_windows", 1, "true or false"),
+        ("seed", -1, "at least 0"),
+        ("benefit_loss_weight", 0, "nothing would train the scores"),
+        ("coverage_discount", 2, "up to 1"),
         ("downsampling_factor", [2, 2], "three integers"),
         ("downsampling_factor", [2, 0, 2], "three integers"),
         ("global_width", 0, "above 0"),

@@ -50,7 +50,7 @@ def test_loss_is_the_sum_of_its_parts():
     network = build_network(entropy_weight=0.5, fused_loss_weight=2.0)
     total, loss, _ = training_step(network, (16, 16, 16))
     r = loss.report
-    parts = r["loss_local"] + r["loss_global"] + 2 * r["loss_fused"] - 0.5 * r["entropy"]
+    parts = r["loss_local"] + r["loss_global"] + 2 * r["loss_fused"] + 0.1 * r["benefit_loss"] - 0.5 * r["entropy"]
     torch.testing.assert_close(total.detach(), parts)
 
 

@@ -175,8 +175,8 @@ class WholeVolumeLoader(DataLoader):
             voxels_by_class: some voxels of each class that the case has, n × 3.
             position: where such a voxel lies in the augmented volume.
         """
-        last_start = np.array(volume_shape) - self.patch_size
-        starts = np.random.randint(0, last_start + 1, (self.num_random_windows, 3), np.int64)  # noqa: NPY002
+        last_start = np.array(volume_shape, np.int64) - np.array(self.patch_size, np.int64)
+        starts = np.random.randint(0, last_start + 1, (self.num_random_windows, 3))  # noqa: NPY002
         if voxels_by_class:
             for window in range(self.num_random_windows - self.foreground_windows, self.num_random_windows):
                 voxels = voxels_by_class[np.random.randint(len(voxels_by_class))]  # noqa: NPY002
