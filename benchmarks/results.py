@@ -28,9 +28,9 @@ CHECKPOINT = "checkpoint_final.pth"
 README_METHODS = (
     "baseline_sliding_window_step_0.5",
     "baseline_sliding_window_step_1.0",
-    "nmsw_top_k_5percent",
-    "nmsw_top_k_10percent",
-    "nmsw_top_k_all",
+    "nmsw_greedy_benefit_5percent",
+    "nmsw_greedy_benefit_10percent",
+    "nmsw_greedy_benefit_all",
     "nmsw_global_branch",
 )
 

@@ -156,6 +156,10 @@ class NMSWNetwork(nn.Module):
         """The candidate windows of a volume."""
         return WindowGrid(volume_shape, self.patch_size, self.config.downsampling_factor, self.config.tile_step_size)
 
+    def placement_grid(self, grid: WindowGrid) -> WindowGrid:
+        """The positions that the selection "greedy_benefit" chooses from: those of the grid and more between them."""
+        return dataclasses.replace(grid, tile_step_size=min(self.config.placement_step, grid.tile_step_size))
+
     def coarse(self, low_1Cdhw: Tensor) -> CoarsePrediction:
         """Run the global branch on a downsampled volume of any shape."""
         shape = low_1Cdhw.shape[2:]
@@ -182,9 +186,10 @@ class NMSWNetwork(nn.Module):
         self, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int, selection: str | None = None
     ) -> WindowChoice:
         """The windows to spend `num_patches` patches on, without noise, by the settings' selection or by another."""
-        selection = selection or self.config.selection
+        # All windows are those of the sliding window, whoever picks them.
+        selection = "top_k" if num_patches >= len(grid) else selection or self.config.selection
         if selection == "greedy_benefit":
-            grid = dataclasses.replace(grid, tile_step_size=min(self.config.placement_step, grid.tile_step_size))
+            grid = self.placement_grid(grid)
         scores_N = self.scores(coarse.score_map_dhw, grid)
         candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=1)
         if selection == "greedy_benefit":

@@ -10,7 +10,8 @@ SLIDING_WINDOW_STEPS = (0.5, 0.75, 1.0)
 """nnU-Net's default step and the two that are used to save time."""
 
 SERIES = {
-    "top_k": "NMSW",
+    "greedy_benefit": "NMSW",
+    "top_k": "NMSW, top-k",
     "greedy_coverage": "NMSW, greedy coverage",
     "none": "global branch alone",
     "random": "random foreground windows",
@@ -99,7 +100,7 @@ def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrore
             methods += [method(model, tile_step_size=step) for step in SLIDING_WINDOW_STEPS]
         for selection in SERIES:
             # All windows are the same whoever picks them, but for the oracle, which leaves out those that harm.
-            ks = [k for k in num_patches if k != "all" or selection in ("top_k", "oracle")]
+            ks = [k for k in num_patches if k != "all" or selection in ("greedy_benefit", "oracle")]
             for k in [None] if selection in WITHOUT_K else ks:
                 methods.append(method("nmsw", selection, k))
     return sorted(methods, key=lambda method: method.model)
@@ -110,9 +111,9 @@ def reference_method(methods: Sequence[Method]) -> Method:
     return next(m for m in methods if m.tile_step_size == SLIDING_WINDOW_STEPS[0])
 
 
-def primary_method(methods: Sequence[Method], num_patches: int | str, selection: str = "top_k") -> Method:
+def primary_method(methods: Sequence[Method], num_patches: int | str, selection: str = "greedy_benefit") -> Method:
     """The method that the report is about: NMSW as the model is set, else at the smallest percentage asked for."""
-    candidates = [m for m in methods if m.selection == selection] or [m for m in methods if m.selection == "top_k"]
+    candidates = [m for m in methods if m.selection == selection]
     own = [m for m in candidates if m.num_patches == num_patches]
     percentages = [m for m in candidates if str(m.num_patches).endswith("%")]
     return (own or sorted(percentages, key=lambda m: float(str(m.num_patches)[:-1])) or candidates)[0]

@@ -135,7 +135,7 @@ class SharedPatches(nnUNetPredictor):
 class SelectingPredictor(NMSWPredictor):
     """NMSW with windows picked in another way: by any selection but the oracle's."""
 
-    selection: str = "top_k"
+    selection: str = "greedy_benefit"
     seed: int = 0
 
     def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
@@ -302,7 +302,8 @@ class FoldPredictor:
             if self.nmsw is not None:
                 volume_shape = foreground_DHW.shape
                 grid = self.nmsw.nmsw_network.grid((volume_shape[0], volume_shape[1], volume_shape[2]))
-                store = PatchStore(map(tuple, grid.starts_N3.tolist()))
+                positions = torch.cat([grid.starts_N3, self.nmsw.nmsw_network.placement_grid(grid).starts_N3])
+                store = PatchStore(map(tuple, positions.tolist()))
                 self.nmsw.store = self.sliding_window.store = store
             try:
                 for method in of_one_kind:

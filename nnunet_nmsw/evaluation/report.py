@@ -103,7 +103,9 @@ def sentences(results: Results, margin: float) -> list[str]:
     others = [
         r
         for r in results.methods
-        if r.method.selection == "top_k" and r.method != primary.method and r.method.mirrored == primary.method.mirrored
+        if r.method.selection == primary.method.selection
+        and r.method != primary.method
+        and r.method.mirrored == primary.method.mirrored
     ]
     answer += _what_patches_bring(results)
     answer += [verdict(r.method.name, reference.method.name, r.difference, margin) for r in others]

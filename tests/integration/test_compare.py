@@ -92,8 +92,8 @@ def test_every_method_on_every_validation_case(folds, report):
         "baseline_sliding_window_step_0.5",
         "baseline_sliding_window_step_1.0",
         "nmsw_sliding_window_step_0.75",
-        "nmsw_top_k_10percent",
-        "nmsw_top_k_all",
+        "nmsw_greedy_benefit_10percent",
+        "nmsw_greedy_benefit_all",
         "nmsw_greedy_coverage_3",
         "nmsw_global_branch",
         "nmsw_random_3",
@@ -105,9 +105,9 @@ def test_every_method_on_every_validation_case(folds, report):
         summary = load_summary_json(str(report / "methods" / key / "summary.json"))
         assert len(summary["metric_per_case"]) == len(validation_cases(folds))
     patches = table[table["case"] == validation_cases(folds)[0]].groupby("method")["patches"].first()
-    assert patches["nmsw_top_k_3"] == 3
+    assert patches["nmsw_greedy_benefit_3"] == 3
     assert patches["nmsw_global_branch"] == 0
-    assert patches["nmsw_top_k_all"] == patches["nmsw_sliding_window_step_0.5"]
+    assert patches["nmsw_greedy_benefit_all"] == patches["nmsw_sliding_window_step_0.5"]
 
 
 def test_predictions_are_those_of_the_commands(folds, report):
@@ -117,7 +117,7 @@ def test_predictions_are_those_of_the_commands(folds, report):
     shutil.copy(folds / "nnUNet_raw" / DATASET / "imagesTr" / f"{name}_0000.nii.gz", images)
     common = f"-i {images} -d 998 -c 3d_fullres -p {PLANS} -f 0 -device cpu --disable_tta -npp 1 -nps 1"
     for command, key in (
-        (f"nmsw_predict {common} -tr {TRAINER} -k 10%", "nmsw_top_k_10percent"),
+        (f"nmsw_predict {common} -tr {TRAINER} -k 10%", "nmsw_greedy_benefit_10percent"),
         (f"nnUNetv2_predict {common} -tr {BASELINE}", "baseline_sliding_window_step_0.5"),
         (f"nnUNetv2_predict {common} -tr {TRAINER} -step_size 0.75", "nmsw_sliding_window_step_0.75"),
     ):
@@ -129,7 +129,7 @@ def test_predictions_are_those_of_the_commands(folds, report):
 
 def test_numbers_of_the_report(report):
     results = json.loads((report / "results.json").read_text())
-    primary = results["methods"]["nmsw_top_k_10percent"]
+    primary = results["methods"]["nmsw_greedy_benefit_10percent"]
     sliding_window = results["methods"]["nmsw_sliding_window_step_0.5"]
     assert 0 < primary["macs"] < sliding_window["macs"]
     assert primary["cost"]["network_seconds"]["median"] > 0
