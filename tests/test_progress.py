@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+from matplotlib import rc_context
 from PIL import Image
 
 from nnunet_nmsw.trainers.progress import COLOURS, SampledCase, plot_progress, plot_sampling
@@ -18,10 +19,13 @@ def test_progress_has_a_line_for_every_part(tmp_path):
     logged = {name: np.linspace(1, 0, epochs).tolist() for name in ("loss_local", "loss_global", "loss_fused")}
     logged |= {"entropy": [3.0] * epochs, "foreground_share": [0.5] * epochs, "benefit": [0.01] * epochs}
     logged["fusion_weights"] = np.random.default_rng(0).random((epochs, 9)).tolist()
-    plot_progress(logged, tmp_path / "progress_nmsw.png")
+    plot_progress(logged, tmp_path / "plain.png")
+    with rc_context({"font.size": 40}):  # as nnU-Net leaves it
+        plot_progress(logged, tmp_path / "progress_nmsw.png")
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "progress_nmsw.png").read_bytes()
     image = np.asarray(Image.open(tmp_path / "progress_nmsw.png"))
     assert [shows(image, colour) > 100 for colour in COLOURS[:4]] == [True] * 4
-    assert [path.name for path in tmp_path.iterdir()] == ["progress_nmsw.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"plain.png", "progress_nmsw.png"}
 
 
 def test_sampling_shows_windows_of_the_slice_with_most_foreground(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
@@ -47,6 +48,7 @@ class SampledCase(NamedTuple):
     factor: Shape
 
 
+@style.context("default")  # nnU-Net sets seaborn's for the whole process
 def plot_progress(logged: Mapping[str, Sequence], file: Path) -> None:
     """Losses, what the sampler draws, and the fusion, by epoch.
 
@@ -73,7 +75,7 @@ def plot_progress(logged: Mapping[str, Sequence], file: Path) -> None:
         colour = COLOURS[label % len(COLOURS)]
         axes[1, 1].plot(epochs, weights_E3C[:, 0, label], color=colour, label=f"class {label}" if label < 8 else None)
         axes[1, 1].plot(epochs, weights_E3C[:, 1, label], color=colour, linestyle="--")
-    axes[1, 1].set(title="Fusion: weight of the patch (—) and of the coarse prediction (- -)", ylabel="weight")
+    axes[1, 1].set(title="Fusion weights: patch (solid), coarse (dashed)", ylabel="weight")
     for axis in axes.flat:
         axis.set_xlabel("epoch")
         if axis.get_legend_handles_labels()[0]:
@@ -81,6 +83,7 @@ def plot_progress(logged: Mapping[str, Sequence], file: Path) -> None:
     _save(figure, file)
 
 
+@style.context("default")
 def plot_sampling(cases: Sequence[SampledCase], title: str, file: Path) -> None:
     """One row a case: image with the chosen windows, score map, coarse prediction, reference, in one slice.
 

@@ -35,15 +35,22 @@ def prediction(folder: Path, case: str = "case_005") -> np.ndarray:
 
 def test_training_leaves_what_nnunet_leaves(model):
     fold = model / "fold_0"
-    for name in ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "validation/summary.json"):
+    for name in (
+        "checkpoint_final.pth",
+        "checkpoint_best.pth",
+        "progress.png",
+        "validation/summary.json",
+        "progress_nmsw.png",
+    ):
         assert (fold / name).is_file(), name
+    assert list((fold / "sampling").glob("epoch_*.png"))
     summary = json.loads((fold / "validation" / "summary.json").read_text())
     assert "foreground_mean" in summary
     settings = json.loads((model / "plans.json").read_text())["configurations"]["3d_fullres"]["nmsw"]
     assert settings["downsampling_factor"]
     (log,) = fold.glob("training_log_*.txt")
     text = log.read_text()
-    for part in ("NMSW loss local", "global", "fused", "window entropy", "windows with foreground", "class weights"):
+    for part in ("NMSW loss local", "global", "fused", "window entropy", "windows with foreground", "fusion weights"):
         assert part in text
 
 
