@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from nnunet_nmsw.demo.small_plans import write_small_plans
+from nnunet_nmsw.trainers.progress import COLOURS
 
 HERE = Path(__file__).resolve().parent
 
@@ -69,6 +71,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "benefit_fused_1_3": {**FUSED, "sampled_windows": 1, "random_windows": 3},
     "benefit_fused_entropy": {**FUSED, "entropy_prior": 1.0},
 }
+SELECTION_ARMS = ("benefit_fused",)
+"""Arms with whose networks all ways of picking windows are compared."""
 
 
 def main() -> None:
@@ -81,6 +85,7 @@ def main() -> None:
     parser.add_argument("-jobs", type=int, default=1, help="runs at the same time, sharing the processor's cores")
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-o", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--evaluate", action="store_true", help="measure again what is trained, and train nothing")
     args = parser.parse_args()
     arms = dict(map(parse_arm, args.arms))
     runs = [(d, name, seed) for seed in args.seeds for d in args.d for name in arms]
@@ -88,6 +93,7 @@ def main() -> None:
         for _ in pool.map(lambda run: train_and_evaluate(run[0], run[1], run[2], arms[run[1]], args), runs):
             pass
     (args.o / "table.md").write_text(table(args.o, args.d))
+    plot(args.o, args.d, args.o / "dice_by_patches.svg")
     print((args.o / "table.md").read_text())
 
 
@@ -105,7 +111,7 @@ def train_and_evaluate(
     folder = args.o / dataset.name / f"{args.epochs}_epochs"
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / f"{arm}__seed_{seed}.json"
-    if results.is_file():
+    if results.is_file() != args.evaluate:
         return
     plans = f"nnUNetPlans_{arm}_{seed}"
     nmsw = {} if arm == STOCK else {**settings, "seed": seed}
@@ -120,41 +126,113 @@ def train_and_evaluate(
         "OMP_NUM_THREADS": str(threads),
     }
     command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset_id), "-p", plans]
+    command += ["--evaluate"] if args.evaluate else []
     command += ["-tr", f"{trainer}_{length}", "-seed", str(seed), "-device", args.device, "-o", str(results)]
     print(f"{dataset.name} {arm} seed {seed}", flush=True)
     with open(results.with_suffix(".log"), "w") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-COLUMNS = (
-    ("sliding window", "all"),
-    ("global branch", "0"),
-    *(("top_k", k) for k in ("2", "5", "10", "30", "5%", "10%")),
-    *(("greedy_coverage", k) for k in ("2", "5", "10", "30", "5%", "10%")),
-    *(("entropy", k) for k in ("2", "10", "10%")),
-    *(("random", k) for k in ("2", "10", "10%")),
-    *(("oracle", k) for k in ("2", "10", "10%")),
-    ("all windows", "all"),
-)
+KS = ("2", "5", "10", "30", "5%", "10%")
+SELECTION_NAMES = {
+    "greedy_benefit": "predicted benefit, greedy (default)",
+    "top_k": "predicted benefit, top-k",
+    "greedy_coverage": "predicted benefit, greedy coverage",
+    "entropy": "entropy of the coarse prediction",
+    "entropy greedy": "entropy of the coarse prediction, greedy",
+    "random": "random, with predicted foreground",
+    "oracle": "oracle",
+}
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def own_selection(arm: str) -> str:
+    """How an arm picks windows at inference."""
+    return str(ARMS.get(arm, {}).get("selection", "greedy_benefit"))
+
+
+def load_runs(folder: Path) -> Runs:
+    """Results by arm, arms as in `ARMS`, seeds in order."""
+    runs: Runs = {}
+    for file in sorted(folder.glob("*__seed_*.json")):
+        runs.setdefault(file.stem.split("__seed_")[0], []).append(json.loads(file.read_text()))
+    order = list(ARMS)
+    return dict(sorted(runs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def dice(runs: list[dict[str, Any]], method: str, k: str) -> np.ndarray:
+    """Mean Dice of the classes by seed, in per cent."""
+    return np.array([100 * np.mean(run["dice"][method][k]) for run in runs if method in run["dice"]])
+
+
+def cell(values: np.ndarray) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    if not len(values):
+        return ""
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
 
 
 def table(folder: Path, dataset_ids: list[int]) -> str:
-    """Markdown: a row an arm, mean Dice in per cent, mean and standard deviation over seeds."""
-    lines = []
+    """Markdown: arms with their own selection, then selections with the arms' networks."""
+    lines = [
+        "Mean Dice of the foreground classes in per cent, mean ± standard deviation over seeds. Sampled with foreground: "
+        "share of the windows drawn in the first and in the last epoch that hold foreground."
+    ]
     for dataset_id in dataset_ids:
-        for length in sorted((folder / DATASETS[dataset_id].name).iterdir()):
-            header = " | ".join(f"{method} {k}" for method, k in COLUMNS)
-            lines += [f"\n{DATASETS[dataset_id].name}, {length.name}\n", f"| arm | seeds | {header} |"]
-            lines += ["|---" * (len(COLUMNS) + 2) + "|"]
-            arms = sorted({file.stem.split("__seed_")[0] for file in length.glob("*.json")})
-            for arm in arms:
-                runs = [json.loads(file.read_text()) for file in sorted(length.glob(f"{arm}__seed_*.json"))]
-                cells = []
-                for method, k in COLUMNS:
-                    values = [100 * np.mean(run["dice"][method][k]) for run in runs if method in run["dice"]]
-                    cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}" if values else "")
-                lines.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
+        for length in sorted((folder / DATASETS[dataset_id].name).glob("*_epochs")):
+            runs = load_runs(length)
+            lines += [f"\n### {DATASETS[dataset_id].name}, {length.name.replace('_', ' ')}\n"]
+            lines += [
+                f"| arm | seeds | sliding window | global branch | {' | '.join(f'K = {k}' for k in KS)} "
+                "| all windows | oracle, K = 10 | share of its gain, K = 10 | sampled with foreground |",
+                "|---" * (len(KS) + 8) + "|",
+            ]
+            for arm, of_arm in runs.items():
+                selection = own_selection(arm)
+                cells = [cell(dice(of_arm, "sliding window", "all")), cell(dice(of_arm, "global branch", "0"))]
+                cells += [cell(dice(of_arm, selection, k)) for k in KS]
+                cells += [cell(dice(of_arm, "all windows", "all")), cell(dice(of_arm, "oracle", "10"))]
+                alone, oracle = dice(of_arm, "global branch", "0"), dice(of_arm, "oracle", "10")
+                share = (dice(of_arm, selection, "10") - alone) / (oracle - alone) if len(alone) else alone
+                cells.append(f"{100 * share.mean():.0f}%" if len(share) else "")
+                drawn = [run["training"]["foreground_share"] for run in of_arm if run["training"]]
+                first, last = (100 * np.mean([epochs[epoch] for epochs in drawn]) if drawn else 0 for epoch in (0, -1))
+                cells.append(f"{first:.0f}% → {last:.0f}%" if drawn else "")
+                lines.append(f"| {arm} | {len(of_arm)} | {' | '.join(cells)} |")
+            for arm, of_arm in runs.items():
+                if arm in SELECTION_ARMS:
+                    lines += [f"\nWays to pick windows with the networks of `{arm}`:\n"]
+                    lines += [f"| windows by | {' | '.join(f'K = {k}' for k in KS)} |", "|---" * (len(KS) + 1) + "|"]
+                    for selection, name in SELECTION_NAMES.items():
+                        cells = [cell(dice(of_arm, selection, k)) for k in KS]
+                        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
+    """Dice against K by arm with its own selection, and the stock sliding window, a panel a dataset."""
+    figure = Figure(figsize=(6.5 * len(dataset_ids), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(dataset_ids), squeeze=False)[0]
+    for axis, dataset_id in zip(axes, dataset_ids, strict=True):
+        for length in sorted((folder / DATASETS[dataset_id].name).glob("*_epochs")):
+            for index, (arm, runs) in enumerate(load_runs(length).items()):
+                colour, marker = COLOURS[index % len(COLOURS)], "osD^vPX*"[index % 8]
+                if arm == STOCK:
+                    level = dice(runs, "sliding window", "all").mean()
+                    axis.axhline(level, color="black", linestyle="--", label="stock sliding window")
+                    continue
+                counts = [k for k in KS if not k.endswith("%")]
+                values = [dice(runs, own_selection(arm), k) for k in counts]
+                means = [value.mean() for value in values]
+                spread = [value.std(ddof=1) if len(value) > 1 else 0 for value in values]
+                axis.errorbar(
+                    [int(k) for k in counts], means, spread, label=arm, color=colour, marker=marker, capsize=3
+                )
+        axis.set(title=DATASETS[dataset_id].name, xlabel="patches a case (K)", ylabel="mean Dice, %", xscale="log")
+        axis.set_xticks([int(k) for k in KS if not k.endswith("%")], [k for k in KS if not k.endswith("%")])
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(file)
 
 
 if __name__ == "__main__":

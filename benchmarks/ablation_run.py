@@ -28,7 +28,7 @@ from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.selectors import entropy_windows, random_windows
 from nnunet_nmsw.fusion import FusionWeights, fused_segmentation
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, downsample, upsample_window
-from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.network import NMSWNetwork, entropy
 from nnunet_nmsw.views import seed_everything
 
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("-seed", type=int, required=True)
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, required=True, help="JSON file")
+    parser.add_argument("--evaluate", action="store_true", help="only measure again what was trained")
     args = parser.parse_args()
     device = torch.device(args.device)
     # The cache of cast weights lives until autocast ends, which here is after the last optimiser step.
@@ -57,13 +58,19 @@ def main() -> None:
         trainer.initialize()
         if device.type == "cpu":
             keep_gradients_finite(trainer.network)
-        started = time.perf_counter()
-        trainer.run_training()
-        seconds = time.perf_counter() - started
+        if args.evaluate:
+            trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
+        else:
+            started = time.perf_counter()
+            trainer.run_training()
+            seconds = time.perf_counter() - started
         results = evaluate(trainer)
-    logging = trainer.logger.local_logger.my_fantastic_logging
-    results["training"] = {name: logging[f"nmsw_{name}"] for name in LOGGED if f"nmsw_{name}" in logging}
-    results["seconds_of_training"] = seconds
+    if args.evaluate:
+        results = {**json.loads(args.o.read_text()), **results}
+    else:
+        logging = trainer.logger.local_logger.my_fantastic_logging
+        results["training"] = {name: logging[f"nmsw_{name}"] for name in LOGGED if f"nmsw_{name}" in logging}
+        results["seconds_of_training"] = seconds
     unfinished = args.o.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=1))
     unfinished.rename(args.o)
@@ -171,6 +178,7 @@ class Case:
         choose: dict[str, Callable[[int], Tensor]] = {
             **{selection: partial(self.learned, selection) for selection in SELECTIONS},
             "entropy": lambda k: entropy_windows(*arguments, k).starts_K3,
+            "entropy greedy": self.entropy_greedy,
             "random": lambda k: random_windows(*arguments, k, self.seed).starts_K3,
             "oracle": lambda k: self.grid.starts_N3[oracle[:k]],
         }
@@ -181,6 +189,11 @@ class Case:
     def learned(self, selection: str, k: int) -> Tensor:
         """First voxels of the windows of one of the network's selections."""
         return self.network.select(self.coarse, self.grid, k, selection).starts_K3
+
+    def entropy_greedy(self, k: int) -> Tensor:
+        """First voxels of windows placed as "greedy_benefit" does, with entropy in the place of predicted benefit."""
+        in_place = self.coarse._replace(score_map_dhw=entropy(self.coarse.logits_Cdhw))
+        return self.network.select(in_place, self.grid, k, "greedy_benefit").starts_K3
 
     def fused(self, starts_K3: Tensor) -> Tensor:
         """Labels of the fused prediction with some windows."""
