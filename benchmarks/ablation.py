@@ -175,8 +175,8 @@ def cell(values: np.ndarray) -> str:
 def table(folder: Path, dataset_ids: list[int]) -> str:
     """Markdown: arms with their own selection, then selections with the arms' networks."""
     lines = [
-        "Mean Dice of the foreground classes in per cent, mean ± standard deviation over seeds. Sampled with foreground: "
-        "share of the windows drawn in the first and in the last epoch that hold foreground."
+        "Mean Dice of the foreground classes in per cent, mean ± standard deviation over seeds. Sampled with "
+        "foreground: share of the windows drawn in the first and in the last epoch that hold foreground."
     ]
     for dataset_id in dataset_ids:
         for length in sorted((folder / DATASETS[dataset_id].name).glob("*_epochs")):
