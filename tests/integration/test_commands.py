@@ -127,7 +127,8 @@ def test_wrong_settings_end_training_in_one_line_before_anything_is_written(work
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1] == (
-        'setting "gradient_path" under "nmsw" in the plans is \'magic\'; allowed: one of none, contribution, contribution_logits, input'
+        'setting "gradient_path" under "nmsw" in the plans is \'magic\'; allowed: one of none, '
+        "contribution, contribution_logits, input"
     )
     assert sorted(results.rglob("*")) == before
 
