@@ -32,6 +32,8 @@ from nnunet_nmsw.network import NMSWNetwork, entropy
 from nnunet_nmsw.views import seed_everything
 
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
+STOP_AT = (0.0, 0.05, 0.1, 0.2, 0.4)
+"""Smallest predicted benefit of a window with an automatic number of them, in units of the score map."""
 MOST_CASES = 12
 PATCHES_AT_ONCE = 8
 LOGGED = ("foreground_share", "entropy", "benefit", "loss_local", "loss_global", "loss_fused", "benefit_loss")
@@ -92,13 +94,14 @@ def evaluate(trainer: nnUNetTrainer) -> dict[str, Any]:
 
     Returns:
         `dice`: by method and K, a list of Dice by class, means over the cases that have a value; `windows`: mean number
-        of windows of a case.
+        of windows of a case; `automatic_windows`: mean number taken by the smallest benefit that one must have.
     """
     trainer.set_deep_supervision_enabled(False)
     network = trainer.network.eval()
     patch_size = tuple(trainer.configuration_manager.patch_size)
     dice: dict[str, dict[str, list[np.ndarray]]] = {}
-    sizes = []
+    sizes: list[int] = []
+    taken: dict[str, list[int]] = {}
     for key, volume_CDHW, labels_DHW in validation_cases(trainer, patch_size):
         if isinstance(network, NMSWNetwork):
             case = Case(network, volume_CDHW, labels_DHW, trainer.device, seed=sum(map(ord, key)))
@@ -110,11 +113,14 @@ def evaluate(trainer: nnUNetTrainer) -> dict[str, Any]:
         for method, k, prediction_DHW in predictions:
             scores = dice_by_class(prediction_DHW, case.labels_DHW, case.num_classes)
             dice.setdefault(method, {}).setdefault(str(k), []).append(scores)
+        for stop_at, windows in case.automatic.items():
+            taken.setdefault(str(stop_at), []).append(windows)
     means = {
         method: {k: np.nanmean(np.stack(values), 0).tolist() for k, values in by_k.items()}
         for method, by_k in dice.items()
     }
-    return {"dice": means, "windows": float(np.mean(sizes)), "cases": len(sizes)}
+    automatic = {stop_at: float(np.mean(windows)) for stop_at, windows in taken.items()}
+    return {"dice": means, "windows": float(np.mean(sizes)), "automatic_windows": automatic, "cases": len(sizes)}
 
 
 def validation_cases(trainer: nnUNetTrainer, patch_size: tuple[int, ...]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -150,6 +156,7 @@ class Case:
         self.num_classes = len(network.fusion_weights.bias_C)
         self.volume_1CDHW = volume_CDHW[None].to(device)
         self.logits: dict[tuple[int, ...], Tensor] = {}
+        self.automatic: dict[float, int] = {}
         if not isinstance(network.global_branch, torch.nn.Identity):
             self.coarse = network.coarse(downsample(self.volume_1CDHW, network.config.downsampling_factor))
 
@@ -185,6 +192,10 @@ class Case:
         for method, windows in choose.items():
             for k in NUM_PATCHES:
                 yield method, k, self.fused(windows(resolve_num_patches(k, len(self.grid))))
+        for stop_at in STOP_AT:
+            starts_K3 = self.network.select(self.coarse, self.grid, len(self.grid), "greedy_benefit", stop_at).starts_K3
+            self.automatic[stop_at] = len(starts_K3)
+            yield "automatic", str(stop_at), self.fused(starts_K3)
 
     def learned(self, selection: str, k: int) -> Tensor:
         """First voxels of the windows of one of the network's selections."""

@@ -183,18 +183,32 @@ class NMSWNetwork(nn.Module):
         return candidate_windows(foreground_dhw, grid, self.config.candidate_threshold, at_least)
 
     def select(
-        self, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int, selection: str | None = None
+        self,
+        coarse: CoarsePrediction,
+        grid: WindowGrid,
+        num_patches: int,
+        selection: str | None = None,
+        stop_at: float | None = None,
     ) -> WindowChoice:
-        """The windows to spend `num_patches` patches on, without noise, by the settings' selection or by another."""
-        # All windows are those of the sliding window, whoever picks them.
-        selection = "top_k" if num_patches >= len(grid) else selection or self.config.selection
+        """The windows to spend `num_patches` patches on, without noise.
+
+        Args:
+            coarse: prediction of the global branch.
+            grid: windows of the volume.
+            num_patches: number of windows; from all of the grid's on, these are they.
+            selection: in the place of the settings'.
+            stop_at: of the selection "greedy_benefit": take fewer windows, none whose predicted benefit is not above.
+        """
+        selection = selection or self.config.selection
+        if num_patches >= len(grid) and stop_at is None:
+            selection = "top_k"
         if selection == "greedy_benefit":
             grid = self.placement_grid(grid)
         scores_N = self.scores(coarse.score_map_dhw, grid)
         candidates_N = self.candidates(coarse.logits_Cdhw, grid, at_least=1)
         if selection == "greedy_benefit":
             discount = self.config.coverage_discount
-            indices_K = greedy_benefit(coarse.score_map_dhw, candidates_N, num_patches, grid, discount)
+            indices_K = greedy_benefit(coarse.score_map_dhw, candidates_N, num_patches, grid, discount, stop_at)
         elif selection == "greedy_coverage":
             indices_K = greedy_coverage(scores_N, candidates_N, num_patches, grid)
         else:
