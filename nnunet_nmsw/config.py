@@ -90,6 +90,13 @@ class NMSWConfig:
     fusion_speed: float = 1.0
     """The weights of the fusion learn this squared times as fast as the networks' weights."""
 
+    distillation_weight: float = 0.0
+    """Weight of the loss by which the coarse prediction also learns from the local branch's, in the step's windows."""
+
+    windows_at_once: int | None = None
+    """Windows of a step whose activations the local branch keeps in memory at a time. The others' are computed again
+    for the gradient: a third more time for less memory. All at once where None."""
+
     seed: int | None = None
     """Seed of the training: weights, order of cases, augmentation, windows. Random where None, as in nnU-Net."""
 
@@ -118,6 +125,13 @@ class NMSWConfig:
             _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
         seed = self.seed
         _require(seed is None or (type(seed) is int and seed >= 0), "seed", seed, "an integer of at least 0, or null")
+        at_once = self.windows_at_once
+        _require(
+            at_once is None or (type(at_once) is int and at_once >= 1),
+            "windows_at_once",
+            at_once,
+            "an integer of at least 1, or null",
+        )
         _require(
             self.gradient_path != "none" or self.benefit_loss_weight > 0,
             "benefit_loss_weight",
@@ -144,6 +158,7 @@ class NMSWConfig:
             "entropy_weight",
             "benefit_loss_weight",
             "entropy_prior",
+            "distillation_weight",
             "local_loss_weight",
             "global_loss_weight",
             "fused_loss_weight",

@@ -333,3 +333,24 @@ def benefit_map(
         add_to_low_resolution_(benefit_dhw, benefit_DHW, start, factor)
         add_to_low_resolution_(voxels_dhw, torch.ones_like(benefit_DHW), start, factor)
     return BenefitMap(benefit_dhw / voxels_dhw.clamp_min(1) * math.prod(patch_size), voxels_dhw / math.prod(factor))
+
+
+def distillation_loss(
+    patch_logits_KCDHW: Tensor, starts_K3: Tensor, coarse_logits_Cdhw: Tensor, factor: Shape
+) -> Tensor:
+    """Cross-entropy of the coarse prediction with what the patches predict on average in each low-resolution voxel.
+
+    Args:
+        patch_logits_KCDHW: logits of the windows; they get no gradient.
+        starts_K3: first voxels of the windows.
+        coarse_logits_Cdhw: coarse logits of the volume.
+        factor: voxels of the volume per low-resolution voxel.
+
+    Returns:
+        Mean over the windows' voxels, scalar.
+    """
+    voxels_Cdhw = torch.zeros_like(coarse_logits_Cdhw, dtype=torch.float32)
+    with torch.no_grad():
+        for logits_CDHW, start in zip(patch_logits_KCDHW, starts_K3.tolist(), strict=True):
+            add_to_low_resolution_(voxels_Cdhw, logits_CDHW.float().softmax(0), start, factor)
+    return -(voxels_Cdhw * coarse_logits_Cdhw.float().log_softmax(0)).sum() / voxels_Cdhw.sum()

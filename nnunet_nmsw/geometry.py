@@ -155,24 +155,25 @@ def upsample_window(low_BCdhw: Tensor, start: Sequence[int], size: Sequence[int]
     return piece[(slice(None), slice(None), *cut)]
 
 
-def add_to_low_resolution_(low_dhw: Tensor, window_DHW: Tensor, start: Sequence[int], factor: Shape) -> None:
+def add_to_low_resolution_(low_Cdhw: Tensor, window_CDHW: Tensor, start: Sequence[int], factor: Shape) -> None:
     """Add every voxel of a window to the low-resolution voxel it lies in, in place.
 
     Args:
-        low_dhw: float32 map on the low-resolution grid.
-        window_DHW: values of the window's voxels, float32.
+        low_Cdhw: float32 map on the low-resolution grid; any leading axes.
+        window_CDHW: values of the window's voxels, float32; the same leading axes.
         start: first voxel of the window.
         factor: voxels of the volume per low-resolution voxel.
     """
-    sums, box = window_DHW, []
-    for axis in (2, 1, 0):
-        first, size = int(start[axis]), window_DHW.shape[axis]
+    sums, box = window_CDHW, []
+    for axis in range(3):
+        first, size = int(start[axis]), window_CDHW.shape[axis - 3]
         low_first, low_end = first // factor[axis], -(-(first + size) // factor[axis])
-        blocks = torch.arange(first, first + size, device=window_DHW.device) // factor[axis]
-        lies_in = (torch.arange(low_first, low_end, device=window_DHW.device)[:, None] == blocks).float()
-        sums = torch.tensordot(lies_in, sums, dims=([1], [2]))
+        blocks = torch.arange(first, first + size, device=window_CDHW.device) // factor[axis]
+        lies_in = (blocks[:, None] == torch.arange(low_first, low_end, device=window_CDHW.device)).float()
+        sums = (sums.movedim(axis - 3, -1) @ lies_in).movedim(-1, axis - 3)
         box.append(slice(low_first, low_end))
-    low_dhw[tuple(reversed(box))] += sums
+    d, h, w = box
+    low_Cdhw[..., d, h, w] += sums
 
 
 def crop(volume_BCDHW: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:

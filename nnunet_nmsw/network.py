@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.fusion import FusionWeights
@@ -236,7 +237,7 @@ class NMSWNetwork(nn.Module):
             patches_BCDHW = patches_BCDHW * weight_B.view(-1, 1, 1, 1, 1)
         return TrainingOutput(
             coarse,
-            self.local_branch(patches_BCDHW),
+            self._local_logits(patches_BCDHW),
             targets_B1DHW,
             starts,
             sample,
@@ -244,6 +245,17 @@ class NMSWNetwork(nn.Module):
             self.fusion_weights,
             self.benefit_scale,
         )
+
+    def _local_logits(self, patches_BCDHW: Tensor) -> Tensor | list[Tensor]:
+        """Logits of a training step's windows, with as few activations in memory as the settings say."""
+        at_once = self.config.windows_at_once
+        if at_once is None or at_once >= len(patches_BCDHW):
+            logits: Tensor | list[Tensor] = self.local_branch(patches_BCDHW)
+            return logits
+        parts = [checkpoint(self.local_branch, some, use_reentrant=False) for some in patches_BCDHW.split(at_once)]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return [torch.cat(scale) for scale in zip(*parts, strict=True)]
 
     def _total_stride(self) -> list[int]:
         """Product of the global branch's strides by axis; 32 where the network does not tell."""

@@ -12,6 +12,7 @@ from nnunet_nmsw.fusion import (
     FusionWeights,
     benefit_map,
     dice_and_cross_entropy,
+    distillation_loss,
     fuse,
     fuse_volume_,
     fused_loss,
@@ -239,3 +240,18 @@ def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_i
     assert (measured.benefit_dhw[:, :, 4:] < 0).all()
     assert measured.benefit_dhw[1:3, 1:3, 1:3].mean() > measured.benefit_dhw[:1, :, :4].mean()
     assert (measured.weight_dhw == 1).all()
+
+
+def test_distillation_pulls_the_coarse_prediction_to_the_mean_of_the_patches():
+    patches = torch.randn(2, CLASSES, 8, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    starts, factor = torch.tensor([[0, 0, 0], [0, 4, 8]]), (2, 2, 4)
+    coarse = torch.zeros(CLASSES, 4, 6, 4, requires_grad=True)
+    loss = distillation_loss(patches, starts, coarse, factor)
+    assert loss.item() == pytest.approx(math.log(CLASSES))
+    loss.backward()
+    assert patches.grad is None
+    first = patches[0].softmax(0).detach().view(CLASSES, 4, 2, 4, 2, 2, 4).mean((2, 4, 6))
+    # The first window alone covers its first two rows of low-resolution voxels, 16 voxels each of 1024 in all.
+    expected = (1 / CLASSES - first[:, :, :2]) * 16 / 1024
+    torch.testing.assert_close(coarse.grad[:, :, :2, :2], expected)
+    assert (coarse.grad[:, :, :2, 2:] == 0).all()

@@ -47,11 +47,35 @@ def test_a_step_trains_every_parameter(gradient_path, patch, shape):
 
 
 def test_loss_is_the_sum_of_its_parts():
-    network = build_network(entropy_weight=0.5, fused_loss_weight=2.0)
+    network = build_network(entropy_weight=0.5, fused_loss_weight=2.0, distillation_weight=0.3)
     total, loss, _ = training_step(network, (16, 16, 16))
     r = loss.report
     parts = r["loss_local"] + r["loss_global"] + 2 * r["loss_fused"] + 0.1 * r["benefit_loss"] - 0.5 * r["entropy"]
+    parts += 0.3 * r["loss_distillation"]
     torch.testing.assert_close(total.detach(), parts)
+
+
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_fewer_windows_at_once_give_the_same_gradients(deep_supervision):
+    gradients, saved = [], []
+    for at_once in (None, 1, 3):
+        network = build_network((8, 8, 8), deep_supervision=deep_supervision, windows_at_once=at_once)
+        patches = torch.randn(4, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = network._local_logits(patches)
+        saved.append(sum(sizes))
+        logits = logits if deep_supervision else [logits]
+        sum(scale.square().mean() for scale in logits).backward()
+        gradients.append([parameter.grad for parameter in network.local_branch.parameters()])
+    for others in gradients[1:]:
+        torch.testing.assert_close(gradients[0], others)
+    assert max(saved[1:]) < saved[0] / 10
 
 
 def test_no_tensor_of_a_step_grows_with_volume_times_classes_or_windows_times_patch():

@@ -12,7 +12,14 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from torch import Tensor, nn
 
 from nnunet_nmsw.config import NMSWConfig
-from nnunet_nmsw.fusion import BenefitMap, benefit_map, dice_and_cross_entropy, fused_loss, loss_sums
+from nnunet_nmsw.fusion import (
+    BenefitMap,
+    benefit_map,
+    dice_and_cross_entropy,
+    distillation_loss,
+    fused_loss,
+    loss_sums,
+)
 from nnunet_nmsw.network import TrainingOutput
 from nnunet_nmsw.precision import full_precision
 from nnunet_nmsw.views import TrainingVolume
@@ -94,6 +101,9 @@ class NMSWLoss(nn.Module):
                     fused.slope_S,
                 )
                 benefit_loss = self._benefit_loss(output, measured)
+            distillation = torch.zeros_like(fused.loss)
+            if config.distillation_weight:
+                distillation = distillation_loss(finest, output.starts, coarse_logits_Cdhw, config.downsampling_factor)
         self.report = {
             "loss_local": local.detach().float(),
             "loss_global": coarse.detach(),
@@ -102,6 +112,7 @@ class NMSWLoss(nn.Module):
             "foreground_share": (targets[:num_sampled] > 0).flatten(1).any(1).float().mean(),
             "benefit": benefit_K.mean(),
             "benefit_loss": benefit_loss.detach(),
+            "loss_distillation": distillation.detach(),
             "fusion_weights": torch.cat(list(output.fusion)).detach(),
         }
         return (
@@ -109,6 +120,7 @@ class NMSWLoss(nn.Module):
             + config.global_loss_weight * coarse
             + config.fused_loss_weight * fused.loss
             + config.benefit_loss_weight * benefit_loss
+            + config.distillation_weight * distillation
             + selection
             - config.entropy_weight * output.entropy
         )
