@@ -69,7 +69,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "benefit_fused": FUSED,
     "benefit_fused_class_weights": {**FUSED, "fusion": "class_weights"},
     "benefit_fused_1_3": {**FUSED, "sampled_windows": 1, "random_windows": 3},
-    "benefit_fused_entropy": {**FUSED, "entropy_prior": 1.0},
+    "benefit_fused_plus_entropy": {**FUSED, "score_map": "plus_entropy"},
+    "benefit_fused_times_entropy": {**FUSED, "score_map": "times_entropy"},
+    # branches that help each other, and which loss trains the local one
+    "benefit_fused_distillation": {**FUSED, "distillation_weight": 0.3},
+    "benefit_fused_local_3": {**FUSED, "local_loss_weight": 3.0},
 }
 SELECTION_ARMS = ("benefit_fused",)
 """Arms with whose networks all ways of picking windows are compared."""

@@ -26,6 +26,9 @@ from typing import Any
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 
+from nnunet_nmsw.trainers.loss import NMSWLoss
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW, training_volume
+
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerNMSW")
 
 
@@ -59,7 +62,8 @@ def main() -> None:
             f"{dataset}: stock {stock['step_s']:.3f} s a step, NMSW {nmsw['step_s']:.3f} s "
             f"(× {nmsw['step_s'] / stock['step_s']:.2f}); waiting for data {stock['waiting']:.0%} and "
             f"{nmsw['waiting']:.0%}; peak host memory {stock['host_gib']:.2f} and {nmsw['host_gib']:.2f} GiB; "
-            f"device {stock['device_gib']:.2f} and {nmsw['device_gib']:.2f} GiB",
+            f"device {stock['device_gib']:.2f} and {nmsw['device_gib']:.2f} GiB; global, fused and benefit loss, label "
+            f"counts: {nmsw['loss_s'] / nmsw['step_s']:.0%} of NMSW's step",
             flush=True,
         )
     if args.o:
@@ -97,15 +101,52 @@ def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps
         waiting += time.perf_counter() - asked
         trainer.train_step(batch)  # ends in the loss on the host, hence when the device is done
     seconds = time.perf_counter() - started
+    loss_seconds = 0.0
+    if isinstance(trainer, nnUNetTrainerNMSW):
+        loss_seconds = seconds_of_losses(trainer, [next(trainer.dataloader_train) for _ in range(steps)])
     for loader in (trainer.dataloader_train, trainer.dataloader_val):
         if hasattr(loader, "_finish"):
             loader._finish()
     return {
         "step_s": seconds / steps,
+        "loss_s": loss_seconds,
         "waiting": waiting / seconds,
         "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "device_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
     }
+
+
+def seconds_of_losses(trainer: nnUNetTrainerNMSW, batches: list[dict[str, Any]]) -> float:
+    """Seconds a step for the losses beside the local one, forward and back to the logits."""
+    loss = NMSWLoss(lambda logits, _: next(iter(logits)).sum() * 0, None, trainer.config)
+    seconds = 0.0
+    for batch in batches:
+        volume = training_volume(batch, trainer.augmentation).to(trainer.device)
+        with torch.no_grad():
+            output = trainer.network(volume)
+        logits, local = (
+            tensor.detach().requires_grad_()
+            for tensor in (
+                output.coarse.logits_Cdhw,
+                output.local[0] if isinstance(output.local, list) else output.local,
+            )
+        )
+        score_map = output.coarse.score_map_dhw.detach().requires_grad_()
+        output = output._replace(
+            coarse=output.coarse._replace(logits_Cdhw=logits, score_map_dhw=score_map), local=local
+        )
+        synchronize(trainer.device)
+        started = time.perf_counter()
+        loss(output, volume).backward()
+        synchronize(trainer.device)
+        seconds += time.perf_counter() - started
+    return seconds / len(batches)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ MAX_GLOBAL_COST_IN_PATCHES = 2.0
 
 GRADIENT_PATHS = ("none", "contribution", "contribution_logits", "input")
 FUSIONS = ("class_weights", "affine")
+SCORE_MAPS = ("free", "plus_entropy", "times_entropy")
 SELECTIONS = ("top_k", "greedy_coverage", "greedy_benefit")
 
 
@@ -61,8 +62,9 @@ class NMSWConfig:
     benefit_loss_weight: float = 0.1
     """Weight of the regression of the score map on the measured benefit of the windows, voxel by voxel."""
 
-    entropy_prior: float = 0.0
-    """The score map is the network's output plus this times the entropy of the coarse prediction in nats."""
+    score_map: str = "free"
+    """What the network's last output x makes of the score map, one of `SCORE_MAPS`: x itself, x + H, or (1 + x) H with
+    the entropy H of the coarse prediction in nats."""
 
     temperature: float = 2 / 3
     """Temperature of the relaxed Top-k; only the gradient path "input" uses the relaxation."""
@@ -114,6 +116,7 @@ class NMSWConfig:
         num_patches = parse_num_patches(self.num_patches, f'setting "num_patches" under "{PLANS_KEY}" in the plans')
         object.__setattr__(self, "num_patches", num_patches)
         _require(self.selection in SELECTIONS, "selection", self.selection, f"one of {', '.join(SELECTIONS)}")
+        _require(self.score_map in SCORE_MAPS, "score_map", self.score_map, f"one of {', '.join(SCORE_MAPS)}")
         _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {', '.join(FUSIONS)}")
         _require(
             self.gradient_path in GRADIENT_PATHS,
@@ -157,7 +160,6 @@ class NMSWConfig:
         for name in (
             "entropy_weight",
             "benefit_loss_weight",
-            "entropy_prior",
             "distillation_weight",
             "local_loss_weight",
             "global_loss_weight",

@@ -170,8 +170,10 @@ class NMSWNetwork(nn.Module):
         output = self.global_branch(F.pad(low_1Cdhw, padding))[0].float()
         output = output[(slice(None), *(slice(n) for n in shape))]
         logits_Cdhw, score_map_dhw = output[:-1], output[-1]
-        if self.config.entropy_prior:
-            score_map_dhw = score_map_dhw + self.config.entropy_prior * entropy(logits_Cdhw.detach())
+        if self.config.score_map == "plus_entropy":
+            score_map_dhw = score_map_dhw + entropy(logits_Cdhw.detach())
+        elif self.config.score_map == "times_entropy":
+            score_map_dhw = (1 + score_map_dhw) * entropy(logits_Cdhw.detach())
         return CoarsePrediction(logits_Cdhw, score_map_dhw)
 
     def scores(self, score_map_dhw: Tensor, grid: WindowGrid) -> Tensor:

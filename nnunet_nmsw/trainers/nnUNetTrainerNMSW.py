@@ -176,7 +176,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step on a whole volume and its random windows."""
-        volume = _training_volume(batch, self.augmentation)
+        volume = training_volume(batch, self.augmentation)
         result: dict[str, Any] = super().train_step({"data": volume, "target": volume})
         return {**result, **_to_numpy(self.loss.report)}
 
@@ -191,7 +191,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         """Loss and pseudo Dice of the fused prediction of one volume, with the windows that inference would take."""
         network = self._plain_network()
-        volume = _training_volume(batch, self.no_augmentation).to(self.device, non_blocking=True)
+        volume = training_volume(batch, self.no_augmentation).to(self.device, non_blocking=True)
         with mixed_precision(self.device):
             loss = self.loss(network(volume), volume)
             coarse = network.coarse(volume.low_resolution(self.config.downsampling_factor))
@@ -330,7 +330,8 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         return network
 
 
-def _training_volume(batch: dict[str, Any], augmentation: Augmentation) -> TrainingVolume:
+def training_volume(batch: dict[str, Any], augmentation: Augmentation) -> TrainingVolume:
+    """What `WholeVolumeLoader` delivers, as what the network takes."""
     return TrainingVolume(
         batch["data"], batch["target"], batch["random_starts"], batch["affine"], augmentation.of_views, batch["seed"]
     )
