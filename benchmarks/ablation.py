@@ -176,8 +176,25 @@ def cell(values: np.ndarray) -> str:
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
 
 
+def share_of_oracles_gain(runs: list[dict[str, Any]], method: str, k: str) -> np.ndarray:
+    """By seed, in per cent: what windows add to the global branch's Dice, of what the oracle's as many add."""
+    alone, oracle = dice(runs, "global branch", "0"), dice(runs, "oracle", k)
+    chosen = dice(runs, method, k)
+    return 100 * (chosen - alone) / (oracle - alone) if len(chosen) == len(alone) else alone[:0]
+
+
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def head(*cells: str) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [row(*cells), "|---" * len(cells) + "|"]
+
+
 def table(folder: Path, dataset_ids: list[int]) -> str:
-    """Markdown: arms with their own selection, then selections with the arms' networks."""
+    """Markdown of all results."""
     lines = [
         "Mean Dice of the foreground classes in per cent, mean ± standard deviation over seeds. Sampled with "
         "foreground: share of the windows drawn in the first and in the last epoch that hold foreground."
@@ -185,32 +202,56 @@ def table(folder: Path, dataset_ids: list[int]) -> str:
     for dataset_id in dataset_ids:
         for length in sorted((folder / DATASETS[dataset_id].name).glob("*_epochs")):
             runs = load_runs(length)
-            lines += [f"\n### {DATASETS[dataset_id].name}, {length.name.replace('_', ' ')}\n"]
-            lines += [
-                f"| arm | seeds | sliding window | global branch | {' | '.join(f'K = {k}' for k in KS)} "
-                "| all windows | oracle, K = 10 | share of its gain, K = 10 | sampled with foreground |",
-                "|---" * (len(KS) + 8) + "|",
-            ]
-            for arm, of_arm in runs.items():
-                selection = own_selection(arm)
-                cells = [cell(dice(of_arm, "sliding window", "all")), cell(dice(of_arm, "global branch", "0"))]
-                cells += [cell(dice(of_arm, selection, k)) for k in KS]
-                cells += [cell(dice(of_arm, "all windows", "all")), cell(dice(of_arm, "oracle", "10"))]
-                alone, oracle = dice(of_arm, "global branch", "0"), dice(of_arm, "oracle", "10")
-                share = (dice(of_arm, selection, "10") - alone) / (oracle - alone) if len(alone) else alone
-                cells.append(f"{100 * share.mean():.0f}%" if len(share) else "")
-                drawn = [run["training"]["foreground_share"] for run in of_arm if run["training"]]
-                first, last = (100 * np.mean([epochs[epoch] for epochs in drawn]) if drawn else 0 for epoch in (0, -1))
-                cells.append(f"{first:.0f}% → {last:.0f}%" if drawn else "")
-                lines.append(f"| {arm} | {len(of_arm)} | {' | '.join(cells)} |")
-            for arm, of_arm in runs.items():
-                if arm in SELECTION_ARMS:
-                    lines += [f"\nWays to pick windows with the networks of `{arm}`:\n"]
-                    lines += [f"| windows by | {' | '.join(f'K = {k}' for k in KS)} |", "|---" * (len(KS) + 1) + "|"]
-                    for selection, name in SELECTION_NAMES.items():
-                        cells = [cell(dice(of_arm, selection, k)) for k in KS]
-                        lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines += [f"\n### {DATASETS[dataset_id].name}, {length.name.replace('_', ' ')}\n", *arms_table(runs)]
+            for arm in SELECTION_ARMS:
+                if arm in runs:
+                    lines += [f"\nWays to pick windows with the networks of `{arm}`:\n", *selections_table(runs[arm])]
+                    lines += ["\nA number of windows by case, greedily as long as the next one's predicted benefit is "]
+                    lines += [f"above a threshold (in units of the score map), `{arm}`:\n", *automatic_table(runs[arm])]
     return "\n".join(lines) + "\n"
+
+
+def arms_table(runs: Runs) -> list[str]:
+    """Arms, each with its own way to pick windows."""
+    columns = ["arm", "seeds", "sliding window", "global branch", *(f"K = {k}" for k in KS), "all windows"]
+    columns += ["oracle, K = 10", "share of its gain, K = 10", "sampled with foreground"]
+    lines = head(*columns)
+    for arm, of_arm in runs.items():
+        selection = own_selection(arm)
+        drawn = [run["training"]["foreground_share"] for run in of_arm if run["training"]]
+        first, last = (100 * np.mean([epochs[epoch] for epochs in drawn]) if drawn else 0 for epoch in (0, -1))
+        lines += [
+            row(
+                f"`{arm}`",
+                str(len(of_arm)),
+                cell(dice(of_arm, "sliding window", "all")),
+                cell(dice(of_arm, "global branch", "0")),
+                *(cell(dice(of_arm, selection, k)) for k in KS),
+                cell(dice(of_arm, "all windows", "all")),
+                cell(dice(of_arm, "oracle", "10")),
+                cell(share_of_oracles_gain(of_arm, selection, "10")),
+                f"{first:.0f}% → {last:.0f}%" if drawn else "",
+            )
+        ]
+    return lines
+
+
+def selections_table(of_arm: list[dict[str, Any]]) -> list[str]:
+    """Ways to pick windows with the same networks."""
+    lines = head("windows by", *(f"K = {k}" for k in KS), "share of the oracle's gain, K = 10")
+    for selection, name in SELECTION_NAMES.items():
+        shares = cell(share_of_oracles_gain(of_arm, selection, "10"))
+        lines += [row(name, *(cell(dice(of_arm, selection, k)) for k in KS), shares)]
+    return lines
+
+
+def automatic_table(of_arm: list[dict[str, Any]]) -> list[str]:
+    """Dice and number of windows by threshold of the predicted benefit."""
+    lines = head("threshold", "windows a case", "mean Dice")
+    for threshold in of_arm[0]["automatic_windows"]:
+        windows = np.array([run["automatic_windows"][threshold] for run in of_arm])
+        lines += [row(threshold, cell(windows), cell(dice(of_arm, "automatic", threshold)))]
+    return lines
 
 
 def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
