@@ -5,7 +5,7 @@
 Each run trains one arm with one seed for a fixed number of steps and measures every way of choosing windows
 (`ablation_run.py`). What is there is kept: an interrupted grid goes on. Needs nnU-Net's folders and the preprocessed
 datasets of `DATASETS`. Arms are settings of NMSW on top of the defaults; one can be given on the spot as
-NAME='{"setting": value}'.
+NAME='{"setting": value}'. `--document` puts the results into docs/ablations.md and docs/ablations/.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from results import replace_between_markers
 
 from nnunet_nmsw.demo.small_plans import write_small_plans
 from nnunet_nmsw.trainers.progress import COLOURS
@@ -90,7 +92,11 @@ def main() -> None:
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-o", type=Path, required=True, help="folder of the results")
     parser.add_argument("--evaluate", action="store_true", help="measure again what is trained, and train nothing")
+    parser.add_argument("--document", action="store_true", help="train nothing; put what is there into the docs")
     args = parser.parse_args()
+    if args.document:
+        document(args.o, args.d)
+        return
     arms = dict(map(parse_arm, args.arms))
     runs = [(d, name, seed) for seed in args.seeds for d in args.d for name in arms]
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -99,6 +105,18 @@ def main() -> None:
     (args.o / "table.md").write_text(table(args.o, args.d))
     plot(args.o, args.d, args.o / "dice_by_patches.svg")
     print((args.o / "table.md").read_text())
+
+
+def document(folder: Path, dataset_ids: list[int]) -> None:
+    """Put the tables between the markers of docs/ablations.md, and plot and JSON files into docs/ablations/."""
+    docs = HERE.parent / "docs"
+    for dataset_id in dataset_ids:
+        for file in sorted(folder.glob(f"{DATASETS[dataset_id].name}/*_epochs/*.json")):
+            copy = docs / "ablations" / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+    plot(folder, dataset_ids, docs / "ablations" / "dice_by_patches.svg")
+    replace_between_markers(docs / "ablations.md", "results", table(folder, dataset_ids))
 
 
 def parse_arm(text: str) -> tuple[str, dict[str, Any]]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import build_network
 
-from nnunet_nmsw.config import SELECTIONS, NMSWConfig
+from nnunet_nmsw.config import SCORE_MAPS, SELECTIONS, NMSWConfig
 from nnunet_nmsw.geometry import downsample
 from nnunet_nmsw.trainers.loss import NMSWLoss
 from nnunet_nmsw.views import TrainingVolume
@@ -116,6 +116,14 @@ def test_the_global_branch_takes_any_shape(tiny_network):
         grid = tiny_network.grid(shape)
         assert coarse.logits_Cdhw.shape == (3, *grid.low_shape)
         assert coarse.score_map_dhw.shape == grid.low_shape
+
+
+def test_the_score_map_is_made_of_the_networks_output_and_the_entropy():
+    low = torch.randn(1, 1, 8, 8, 8)
+    free, plus, times = (build_network(score_map=form).coarse(low) for form in SCORE_MAPS)
+    entropy_dhw = torch.distributions.Categorical(logits=free.logits_Cdhw.movedim(0, -1)).entropy()
+    torch.testing.assert_close(plus.score_map_dhw, free.score_map_dhw + entropy_dhw)
+    torch.testing.assert_close(times.score_map_dhw, (1 + free.score_map_dhw) * entropy_dhw)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
