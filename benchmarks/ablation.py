@@ -73,6 +73,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "benefit_fused_1_3": {**FUSED, "sampled_windows": 1, "random_windows": 3},
     "benefit_fused_plus_entropy": {**FUSED, "score_map": "plus_entropy"},
     "benefit_fused_times_entropy": {**FUSED, "score_map": "times_entropy"},
+    "benefit_fused_dice": {**FUSED, "benefit": "dice"},
+    "benefit_fused_times_entropy_dice": {**FUSED, "score_map": "times_entropy", "benefit": "dice"},
     # branches that help each other, and which loss trains the local one
     "benefit_fused_distillation": {**FUSED, "distillation_weight": 0.3},
     "benefit_fused_local_3": {**FUSED, "local_loss_weight": 3.0},

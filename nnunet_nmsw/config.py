@@ -17,6 +17,7 @@ MAX_GLOBAL_COST_IN_PATCHES = 2.0
 
 GRADIENT_PATHS = ("none", "contribution", "contribution_logits", "input")
 FUSIONS = ("class_weights", "affine")
+BENEFITS = ("loss", "dice")
 SCORE_MAPS = ("free", "plus_entropy", "times_entropy")
 SELECTIONS = ("top_k", "greedy_coverage", "greedy_benefit")
 
@@ -61,6 +62,10 @@ class NMSWConfig:
 
     benefit_loss_weight: float = 0.1
     """Weight of the regression of the score map on the measured benefit of the windows, voxel by voxel."""
+
+    benefit: str = "loss"
+    """What a window's benefit is in this regression, one of `BENEFITS`: by how much it lowers the loss of the fused
+    prediction or raises the Dice of its labels."""
 
     score_map: str = "free"
     """What the network's last output x makes of the score map, one of `SCORE_MAPS`: x itself, x + H, or (1 + x) H with
@@ -116,6 +121,7 @@ class NMSWConfig:
         num_patches = parse_num_patches(self.num_patches, f'setting "num_patches" under "{PLANS_KEY}" in the plans')
         object.__setattr__(self, "num_patches", num_patches)
         _require(self.selection in SELECTIONS, "selection", self.selection, f"one of {', '.join(SELECTIONS)}")
+        _require(self.benefit in BENEFITS, "benefit", self.benefit, f"one of {', '.join(BENEFITS)}")
         _require(self.score_map in SCORE_MAPS, "score_map", self.score_map, f"one of {', '.join(SCORE_MAPS)}")
         _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {', '.join(FUSIONS)}")
         _require(

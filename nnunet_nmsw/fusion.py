@@ -252,7 +252,7 @@ def fused_loss(
 
     with_window, without_window = [], []
     for window, start in enumerate(starts_K3.tolist()):
-        counts_CDHW = F.one_hot(labels_KDHW[window].long(), num_classes).movedim(-1, 0) * shares_KDHW[window]
+        counts_CDHW = one_hot(labels_KDHW[window], num_classes) * shares_KDHW[window]
         coarse_CDHW = upsample_window(coarse_logits_Cdhw[None].float(), start, patch_size, factor)[0]
         fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, weights)
         if logits_weight_K is not None:
@@ -286,6 +286,37 @@ class BenefitMap(NamedTuple):
 
 
 @torch.no_grad()
+def dice_slope(coarse_logits_Cdhw: Tensor, counts_Cdhw: Tensor) -> Tensor:
+    """Slope of minus the mean Dice of the coarse prediction's labels with respect to the sums of `loss_sums`.
+
+    The mean is that of the foreground classes which the volume has.
+
+    Args:
+        coarse_logits_Cdhw: coarse logits of the volume.
+        counts_Cdhw: voxels of each label in each low-resolution voxel.
+
+    Returns:
+        float32 vector S.
+    """
+    predicted_Cdhw = one_hot(coarse_logits_Cdhw.argmax(0), len(coarse_logits_Cdhw))
+    intersection_C = (predicted_Cdhw * counts_Cdhw).flatten(1).sum(1)
+    target_C = counts_Cdhw.flatten(1).sum(1)
+    total_C = (predicted_Cdhw * counts_Cdhw.sum(0)).flatten(1).sum(1) + target_C
+    share_C = (target_C > 0).float()
+    share_C[0] = 0
+    share_C /= share_C.sum().clamp_min(1)
+    slope_intersection_C = -2 * share_C / total_C.clamp_min(1)
+    slope_prediction_C = 2 * share_C * intersection_C / total_C.clamp_min(1).square()
+    nothing_C = torch.zeros_like(share_C)
+    return torch.cat([slope_intersection_C, slope_prediction_C, nothing_C, nothing_C[:2]])
+
+
+def one_hot(labels_DHW: Tensor, num_classes: int) -> Tensor:
+    """float32, shape C, D, H, W."""
+    return F.one_hot(labels_DHW.long(), num_classes).movedim(-1, 0).float()
+
+
+@torch.no_grad()
 def benefit_map(
     patch_logits_KCDHW: Tensor,
     starts_K3: Tensor,
@@ -294,6 +325,7 @@ def benefit_map(
     weights: FusionWeights,
     factor: Shape,
     slope_S: Tensor,
+    of_labels: bool = False,
 ) -> BenefitMap:
     """Where windows lower the loss, each on its own against the coarse prediction; their mean where they overlap.
 
@@ -307,7 +339,8 @@ def benefit_map(
         labels_KDHW: integer labels of the windows.
         weights: of the fusion.
         factor: voxels of the volume per low-resolution voxel.
-        slope_S: of `fused_loss`.
+        slope_S: of `fused_loss`, or `dice_slope`.
+        of_labels: compare predicted labels instead of probabilities.
     """
     patch_size = patch_logits_KCDHW.shape[2:]
     slope_intersection_C, slope_prediction_C, _ = slope_S[:-2].view(3, -1)
@@ -315,7 +348,7 @@ def benefit_map(
 
     def part_of_loss(logits_CDHW: Tensor, labels_DHW: Tensor) -> Tensor:
         log_p_CDHW = logits_CDHW.float().log_softmax(0)
-        p_CDHW = log_p_CDHW.exp()
+        p_CDHW = one_hot(logits_CDHW.argmax(0), len(logits_CDHW)) if of_labels else log_p_CDHW.exp()
         p_label_DHW = p_CDHW.gather(0, labels_DHW[None])[0]
         return (
             torch.tensordot(slope_prediction_C, p_CDHW, 1)

@@ -12,6 +12,7 @@ from nnunet_nmsw.fusion import (
     FusionWeights,
     benefit_map,
     dice_and_cross_entropy,
+    dice_slope,
     distillation_loss,
     fuse,
     fuse_volume_,
@@ -19,6 +20,7 @@ from nnunet_nmsw.fusion import (
     fused_segmentation,
     gaussian_weights,
     loss_sums,
+    one_hot,
     window_shares,
 )
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, label_counts, upsample_window, window_slices
@@ -221,6 +223,28 @@ def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
         assert voxels.sum() == math.prod(grid.patch_size)
         benefit = (alone.benefit_dhw * voxels).sum() / math.prod(grid.patch_size)
         torch.testing.assert_close(benefit, loss.benefit_K[window], rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(overlapping=False))
+def test_the_benefit_of_labels_is_first_order_in_the_dice(problem):
+    """Changing the labels of one low-resolution voxel's worth by a little changes Dice by slope times change."""
+    grid, factor, coarse = problem["grid"], problem["grid"].downsampling_factor, problem["coarse"]
+    counts = label_counts(problem["labels"], CLASSES, factor).double()
+    predicted = one_hot(coarse.argmax(0), CLASSES).double()
+    change = 1e-6 * (one_hot(torch.randint(CLASSES, grid.low_shape), CLASSES).double() - predicted)
+
+    def dice_and_sums(share):
+        intersection = (share * counts).flatten(1).sum(1)
+        prediction, target = (share * counts.sum(0)).flatten(1).sum(1), counts.flatten(1).sum(1)
+        present = (target > 0) & (torch.arange(CLASSES) > 0)
+        dice = 2 * intersection[present] / (prediction + target)[present]
+        return (dice.mean() if len(dice) else torch.tensor(0.0)), torch.cat([intersection, prediction])
+
+    (before, sums), (after, changed_sums) = dice_and_sums(predicted), dice_and_sums(predicted + change)
+    slope = dice_slope(coarse, counts.float()).double()
+    gain = -(slope[: 2 * CLASSES] @ (changed_sums - sums))
+    assert (after - before).item() == pytest.approx(gain.item(), rel=1e-3, abs=1e-11)
 
 
 def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_it_is_wrong():

@@ -16,6 +16,7 @@ from nnunet_nmsw.fusion import (
     BenefitMap,
     benefit_map,
     dice_and_cross_entropy,
+    dice_slope,
     distillation_loss,
     fused_loss,
     loss_sums,
@@ -91,6 +92,7 @@ class NMSWLoss(nn.Module):
                 mean_of_others_K = (benefit_K.sum() - benefit_K) / (num_sampled - 1)
                 selection = mean_of_others_K @ (weight_K - 1)
             if config.benefit_loss_weight:
+                of_labels = config.benefit == "dice"
                 measured = benefit_map(
                     finest,
                     output.starts,
@@ -98,7 +100,8 @@ class NMSWLoss(nn.Module):
                     targets[:, 0],
                     output.fusion,
                     config.downsampling_factor,
-                    fused.slope_S,
+                    dice_slope(coarse_logits_Cdhw, counts_Cdhw) if of_labels else fused.slope_S,
+                    of_labels,
                 )
                 benefit_loss = self._benefit_loss(output, measured)
             distillation = torch.zeros_like(fused.loss)
