@@ -71,6 +71,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "benefit_fused": FUSED,
     "benefit_fused_class_weights": {**FUSED, "fusion": "class_weights"},
     "benefit_fused_1_3": {**FUSED, "sampled_windows": 1, "random_windows": 3},
+    "benefit_fused_gated": {**FUSED, "score_map": "gated"},
     "benefit_fused_plus_entropy": {**FUSED, "score_map": "plus_entropy"},
     "benefit_fused_times_entropy": {**FUSED, "score_map": "times_entropy"},
     "benefit_fused_dice": {**FUSED, "benefit": "dice"},

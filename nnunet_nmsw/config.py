@@ -18,7 +18,7 @@ MAX_GLOBAL_COST_IN_PATCHES = 2.0
 GRADIENT_PATHS = ("none", "contribution", "contribution_logits", "input")
 FUSIONS = ("class_weights", "affine")
 BENEFITS = ("loss", "dice")
-SCORE_MAPS = ("free", "plus_entropy", "times_entropy")
+SCORE_MAPS = ("free", "gated", "plus_entropy", "times_entropy")
 SELECTIONS = ("top_k", "greedy_coverage", "greedy_benefit")
 
 
@@ -68,8 +68,8 @@ class NMSWConfig:
     prediction or raises the Dice of its labels."""
 
     score_map: str = "free"
-    """What the network's last output x makes of the score map, one of `SCORE_MAPS`: x itself, x + H, or (1 + x) H with
-    the entropy H of the coarse prediction in nats."""
+    """What the network's last output x makes of the score map, one of `SCORE_MAPS`: x itself, x H / (H + 0.1), x + H, or
+    (1 + x) H with the entropy H of the coarse prediction in nats."""
 
     temperature: float = 2 / 3
     """Temperature of the relaxed Top-k; only the gradient path "input" uses the relaxation."""

@@ -170,10 +170,8 @@ class NMSWNetwork(nn.Module):
         output = self.global_branch(F.pad(low_1Cdhw, padding))[0].float()
         output = output[(slice(None), *(slice(n) for n in shape))]
         logits_Cdhw, score_map_dhw = output[:-1], output[-1]
-        if self.config.score_map == "plus_entropy":
-            score_map_dhw = score_map_dhw + entropy(logits_Cdhw.detach())
-        elif self.config.score_map == "times_entropy":
-            score_map_dhw = (1 + score_map_dhw) * entropy(logits_Cdhw.detach())
+        if self.config.score_map != "free":
+            score_map_dhw = score_map(score_map_dhw, entropy(logits_Cdhw.detach()), self.config.score_map)
         return CoarsePrediction(logits_Cdhw, score_map_dhw)
 
     def scores(self, score_map_dhw: Tensor, grid: WindowGrid) -> Tensor:
@@ -266,6 +264,20 @@ class NMSWNetwork(nn.Module):
         if strides is None:
             return [32, 32, 32]
         return [math.prod(axis_strides) for axis_strides in zip(*strides, strict=True)]
+
+
+GATE_ENTROPY = 0.1
+"""In nats. Where the coarse prediction's entropy is well below (0.1: 98% for one of two classes), a patch is worth 0."""
+
+
+def score_map(output_dhw: Tensor, entropy_dhw: Tensor, form: str) -> Tensor:
+    """The score map of the network's last output and the coarse prediction's entropy, by the setting `score_map`."""
+    if form == "gated":
+        return output_dhw * entropy_dhw / (entropy_dhw + GATE_ENTROPY)
+    if form == "plus_entropy":
+        return output_dhw + entropy_dhw
+    assert form == "times_entropy"
+    return (1 + output_dhw) * entropy_dhw
 
 
 def entropy(logits_Cdhw: Tensor) -> Tensor:

@@ -120,8 +120,10 @@ def test_the_global_branch_takes_any_shape(tiny_network):
 
 def test_the_score_map_is_made_of_the_networks_output_and_the_entropy():
     low = torch.randn(1, 1, 8, 8, 8)
-    free, plus, times = (build_network(score_map=form).coarse(low) for form in SCORE_MAPS)
+    free, gated, plus, times = (build_network(score_map=form).coarse(low) for form in SCORE_MAPS)
     entropy_dhw = torch.distributions.Categorical(logits=free.logits_Cdhw.movedim(0, -1)).entropy()
+    gate_dhw = entropy_dhw / (entropy_dhw + 0.1)
+    torch.testing.assert_close(gated.score_map_dhw, free.score_map_dhw * gate_dhw)
     torch.testing.assert_close(plus.score_map_dhw, free.score_map_dhw + entropy_dhw)
     torch.testing.assert_close(times.score_map_dhw, (1 + free.score_map_dhw) * entropy_dhw)
 
