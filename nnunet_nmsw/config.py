@@ -68,7 +68,7 @@ class NMSWConfig:
     prediction or raises the Dice of its labels."""
 
     score_map: str = "free"
-    """What the network's last output x makes of the score map, one of `SCORE_MAPS`: x itself, x H / (H + 0.1), x + H, or
+    """What the last output x of the network makes of the score map, one of `SCORE_MAPS`: x, x H / (H + 0.1), x + H, or
     (1 + x) H with the entropy H of the coarse prediction in nats."""
 
     temperature: float = 2 / 3

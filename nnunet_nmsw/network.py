@@ -267,7 +267,7 @@ class NMSWNetwork(nn.Module):
 
 
 GATE_ENTROPY = 0.1
-"""In nats. Where the coarse prediction's entropy is well below (0.1: 98% for one of two classes), a patch is worth 0."""
+"""In nats. Well below this entropy of the coarse prediction (98% for one of two classes), a patch is worth nothing."""
 
 
 def score_map(output_dhw: Tensor, entropy_dhw: Tensor, form: str) -> Tensor:
