@@ -52,6 +52,7 @@ PAPER = {
     "benefit_loss_weight": 0.0,
     "fusion": "class_weights",
     "fuse_random_windows": False,
+    "score_map": "free",
     "selection": "top_k",
 }
 """What every arm starts from: the paper's method but for its loss, which needs no canvas, and its window candidates."""
@@ -80,7 +81,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "benefit_fused_distillation": {**FUSED, "distillation_weight": 0.3},
     "benefit_fused_local_3": {**FUSED, "local_loss_weight": 3.0},
 }
-SELECTION_ARMS = ("benefit_fused",)
+SELECTION_ARMS = ("benefit_fused_gated",)
 """Arms with whose networks all ways of picking windows are compared."""
 
 

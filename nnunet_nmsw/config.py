@@ -67,7 +67,7 @@ class NMSWConfig:
     """What a window's benefit is in this regression, one of `BENEFITS`: by how much it lowers the loss of the fused
     prediction or raises the Dice of its labels."""
 
-    score_map: str = "free"
+    score_map: str = "gated"
     """What the last output x of the network makes of the score map, one of `SCORE_MAPS`: x, x H / (H + 0.1), x + H, or
     (1 + x) H with the entropy H of the coarse prediction in nats."""
 
