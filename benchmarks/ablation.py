@@ -228,15 +228,17 @@ def table(folder: Path, dataset_ids: list[int]) -> str:
             for arm in SELECTION_ARMS:
                 if arm in runs:
                     lines += [f"\nWays to pick windows with the networks of `{arm}`:\n", *selections_table(runs[arm])]
-                    lines += ["\nA number of windows by case, greedily as long as the next one's predicted benefit is "]
-                    lines += [f"above a threshold (in units of the score map), `{arm}`:\n", *automatic_table(runs[arm])]
+                    lines += [
+                        f"\nAs many windows as have a predicted benefit above a threshold, greedily, `{arm}`:\n",
+                        *automatic_table(runs[arm]),
+                    ]
     return "\n".join(lines) + "\n"
 
 
 def arms_table(runs: Runs) -> list[str]:
     """Arms, each with its own way to pick windows."""
     columns = ["arm", "seeds", "sliding window", "global branch", *(f"K = {k}" for k in KS), "all windows"]
-    columns += ["oracle, K = 10", "share of its gain, K = 10", "sampled with foreground"]
+    columns += ["oracle, K = 10", "share of its gain, K = 10, %", "sampled with foreground"]
     lines = head(*columns)
     for arm, of_arm in runs.items():
         selection = own_selection(arm)
@@ -260,7 +262,7 @@ def arms_table(runs: Runs) -> list[str]:
 
 def selections_table(of_arm: list[dict[str, Any]]) -> list[str]:
     """Ways to pick windows with the same networks."""
-    lines = head("windows by", *(f"K = {k}" for k in KS), "share of the oracle's gain, K = 10")
+    lines = head("windows by", *(f"K = {k}" for k in KS), "share of the oracle's gain, K = 10, %")
     for selection, name in SELECTION_NAMES.items():
         shares = cell(share_of_oracles_gain(of_arm, selection, "10"))
         lines += [row(name, *(cell(dice(of_arm, selection, k)) for k in KS), shares)]
