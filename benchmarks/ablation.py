@@ -278,29 +278,43 @@ def automatic_table(of_arm: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+DEFAULT_ARM = SELECTION_ARMS[0]
+CURVES = (
+    ("default, oracle", DEFAULT_ARM, "oracle"),
+    ("default", DEFAULT_ARM, "greedy_benefit"),
+    ("default, entropy (top-k)", DEFAULT_ARM, "entropy"),
+    ("default, random", DEFAULT_ARM, "random"),
+    ("benefit_fused", "benefit_fused", "greedy_benefit"),
+    ("contribution", "contribution", "top_k"),
+    ("input (the paper's)", "input", "top_k"),
+)
+"""Label, arm and way to pick windows of the lines in the plot."""
+
+
 def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
-    """Dice against K by arm with its own selection, and the stock sliding window, a panel a dataset."""
-    figure = Figure(figsize=(6.5 * len(dataset_ids), 4.8), layout="constrained")
+    """Dice against K of the most telling arms, and the stock sliding window, a panel a dataset."""
+    figure = Figure(figsize=(5.5 * len(dataset_ids), 4.6), layout="constrained")
     axes = figure.subplots(1, len(dataset_ids), squeeze=False)[0]
+    counts = [k for k in KS if not k.endswith("%")]
+    lines: dict[str, Any] = {}
     for axis, dataset_id in zip(axes, dataset_ids, strict=True):
         for length in sorted((folder / DATASETS[dataset_id].name).glob("*_epochs")):
-            for index, (arm, runs) in enumerate(load_runs(length).items()):
-                colour, marker = COLOURS[index % len(COLOURS)], "osD^vPX*"[index % 8]
-                if arm == STOCK:
-                    level = dice(runs, "sliding window", "all").mean()
-                    axis.axhline(level, color="black", linestyle="--", label="stock sliding window")
+            runs = load_runs(length)
+            if STOCK in runs:
+                level = dice(runs[STOCK], "sliding window", "all").mean()
+                lines["stock sliding window"] = axis.axhline(level, color="black", linestyle="--")
+            for index, (label, arm, method) in enumerate(CURVES):
+                if arm not in runs or not len(dice(runs[arm], method, "10")):
                     continue
-                counts = [k for k in KS if not k.endswith("%")]
-                values = [dice(runs, own_selection(arm), k) for k in counts]
+                values = [dice(runs[arm], method, k) for k in counts]
                 means = [value.mean() for value in values]
                 spread = [value.std(ddof=1) if len(value) > 1 else 0 for value in values]
-                axis.errorbar(
-                    [int(k) for k in counts], means, spread, label=arm, color=colour, marker=marker, capsize=3
-                )
+                style = {"color": COLOURS[index % len(COLOURS)], "marker": "osD^vPX*"[index % 8], "capsize": 3}
+                lines[label] = axis.errorbar([int(k) for k in counts], means, spread, **style)
         axis.set(title=DATASETS[dataset_id].name, xlabel="patches a case (K)", ylabel="mean Dice, %", xscale="log")
-        axis.set_xticks([int(k) for k in KS if not k.endswith("%")], [k for k in KS if not k.endswith("%")])
+        axis.set_xticks([int(k) for k in counts], counts)
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8)
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file)
 
 
