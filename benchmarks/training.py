@@ -5,7 +5,8 @@
 Each measurement is a process of its own: it builds the trainer, takes warm-up steps, then times the rest; trainers
 take turns, so that drift of the machine hits all alike. Both train the same number of local patches a step where the
 plans' batch size is NMSW's number of windows, as in the plans of `nnunet_nmsw.demo.small_plans`. Needs planned and
-preprocessed datasets. Nothing is written into nnU-Net's folders.
+preprocessed datasets. Nothing is written into nnU-Net's folders. Memory is that of the training
+process; workers that load data are not in it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 
+from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.loss import NMSWLoss
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW, training_volume
 
@@ -101,9 +103,9 @@ def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps
         waiting += time.perf_counter() - asked
         trainer.train_step(batch)  # ends in the loss on the host, hence when the device is done
     seconds = time.perf_counter() - started
-    loss_seconds = 0.0
-    if isinstance(trainer, nnUNetTrainerNMSW):
-        loss_seconds = seconds_of_losses(trainer, [next(trainer.dataloader_train) for _ in range(steps)])
+    host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    device_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    loss_seconds = seconds_of_losses(trainer, steps) if isinstance(trainer, nnUNetTrainerNMSW) else 0.0
     for loader in (trainer.dataloader_train, trainer.dataloader_val):
         if hasattr(loader, "_finish"):
             loader._finish()
@@ -111,18 +113,18 @@ def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps
         "step_s": seconds / steps,
         "loss_s": loss_seconds,
         "waiting": waiting / seconds,
-        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "device_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
+        "host_gib": host_gib,
+        "device_gib": device_gib,
     }
 
 
-def seconds_of_losses(trainer: nnUNetTrainerNMSW, batches: list[dict[str, Any]]) -> float:
+def seconds_of_losses(trainer: nnUNetTrainerNMSW, steps: int) -> float:
     """Seconds a step for the losses beside the local one, forward and back to the logits."""
     loss = NMSWLoss(lambda logits, _: next(iter(logits)).sum() * 0, None, trainer.config)
     seconds = 0.0
-    for batch in batches:
-        volume = training_volume(batch, trainer.augmentation).to(trainer.device)
-        with torch.no_grad():
+    for _ in range(steps):
+        volume = training_volume(next(trainer.dataloader_train), trainer.augmentation).to(trainer.device)
+        with torch.no_grad(), mixed_precision(trainer.device):
             output = trainer.network(volume)
         logits, local = (
             tensor.detach().requires_grad_()
@@ -140,7 +142,7 @@ def seconds_of_losses(trainer: nnUNetTrainerNMSW, batches: list[dict[str, Any]])
         loss(output, volume).backward()
         synchronize(trainer.device)
         seconds += time.perf_counter() - started
-    return seconds / len(batches)
+    return seconds / steps
 
 
 def synchronize(device: torch.device) -> None:

@@ -75,7 +75,7 @@ class NMSWConfig:
     """Temperature of the relaxed Top-k; only the gradient path "input" uses the relaxation."""
 
     entropy_weight: float = 0.01
-    """Weight of the entropy bonus on the window distribution."""
+    """Weight of the entropy bonus on the window distribution; of all gradient paths but "none"."""
 
     score_scale: float = 3.0
     """Window scores are this times the mean of the score map over the window."""
@@ -141,12 +141,6 @@ class NMSWConfig:
             at_once,
             "an integer of at least 1, or null",
         )
-        _require(
-            self.gradient_path != "none" or self.benefit_loss_weight > 0,
-            "benefit_loss_weight",
-            self.benefit_loss_weight,
-            'a number above 0 where "gradient_path" is "none", or nothing would train the scores',
-        )
         for name in ("sampled_windows", "random_windows"):
             value = getattr(self, name)
             minimum = 1 if name == "sampled_windows" else 0
@@ -173,6 +167,12 @@ class NMSWConfig:
         ):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
+        _require(
+            self.gradient_path != "none" or self.benefit_loss_weight > 0,
+            "benefit_loss_weight",
+            self.benefit_loss_weight,
+            'a number above 0 where "gradient_path" is "none", or nothing would train the scores',
+        )
         _require(_is_number(self.initial_class_weight), "initial_class_weight", self.initial_class_weight, "a number")
 
     @classmethod

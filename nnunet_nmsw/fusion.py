@@ -244,11 +244,15 @@ def fused_loss(
     num_classes, patch_size = coarse_logits_Cdhw.shape[0], patch_logits_KCDHW.shape[2:]
     shares_KDHW = window_shares(starts_K3, patch_size, coarse_logits_Cdhw.device)
     with torch.no_grad():
-        rest_Cdhw = counts_Cdhw.clone()
+        rest_Cdhw, left_dhw = counts_Cdhw.clone(), counts_Cdhw.sum(0)
         for window, start in enumerate(starts_K3.tolist()):
             subtract_label_counts_(rest_Cdhw, labels_KDHW[window], shares_KDHW[window], start, factor)
-        # Not below 0: by rounding, or where the counts are interpolated.
-        rest_S = loss_sums(coarse_logits_Cdhw.detach(), rest_Cdhw.clamp_min(0))
+            add_to_low_resolution_(left_dhw, -shares_KDHW[window], start, factor)
+        # The counts of a rotated volume are interpolated, those of its windows are not: what windows do not cover keeps
+        # its number of voxels, and nothing counts twice.
+        rest_Cdhw.clamp_min_(0)
+        rest_Cdhw *= left_dhw.clamp_min(0) / rest_Cdhw.sum(0).clamp_min(1e-6)
+        rest_S = loss_sums(coarse_logits_Cdhw.detach(), rest_Cdhw)
 
     with_window, without_window = [], []
     for window, start in enumerate(starts_K3.tolist()):

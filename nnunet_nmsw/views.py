@@ -151,10 +151,11 @@ class TrainingVolume:
         return view["image"], view["segmentation"]
 
 
-def seed_everything(seed: int) -> None:
-    """Seed all generators that nnU-Net draws from."""
+def seed_everything(*seeds: int) -> None:
+    """Seed all generators that nnU-Net draws from, by one number or several: seed, rank, epoch, and so on."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
@@ -184,8 +185,9 @@ def sample_affine(
     size: Sequence[int],
     centre: np.ndarray | None = None,
     nearest: bool = False,
+    outside: float = 0.0,
 ) -> Tensor:
-    """A window of a rotated and scaled volume, linearly interpolated; zero outside of the volume.
+    """A window of a rotated and scaled volume, linearly interpolated.
 
     The value at position x of the rotated volume is that of the volume at A (x - c) + c.
 
@@ -196,6 +198,7 @@ def sample_affine(
         size: voxels of the window by axis.
         centre: c, in voxels; the volume's centre where None.
         nearest: take the nearest voxel's value instead.
+        outside: the value outside of the volume.
 
     Returns:
         float32 of shape 1, C, `size`. Only what the window looks at is read and converted.
@@ -207,7 +210,7 @@ def sample_affine(
     reached = (corners - centre) @ affine_33.T + centre
     first = np.clip(np.floor(reached.min(0)).astype(int), 0, shape - 1)
     end = np.clip(np.ceil(reached.max(0)).astype(int) + 1, first + 1, shape)
-    piece_1CDHW = crop(volume_1CDHW, first.tolist(), (end - first).tolist()).float()
+    piece_1CDHW = crop(volume_1CDHW, first.tolist(), (end - first).tolist()).float() - outside
     # grid_sample's positions: -1 and 1 are the outer edges of the first and the last voxel, axes in reverse order.
     scale = 2 / (end - first)
     linear = torch.as_tensor(affine_33 * scale[:, None], dtype=torch.float32, device=device)
@@ -217,13 +220,14 @@ def sample_affine(
         steps = torch.arange(n, device=device, dtype=torch.float32)
         along = steps[:, None] * linear[:, axis]
         position_DHW3 = position_DHW3 + along.view([n if a == axis else 1 for a in range(3)] + [3])
-    return F.grid_sample(
+    sampled_1CDHW = F.grid_sample(
         piece_1CDHW,
         position_DHW3.flip(-1)[None],
         mode="nearest" if nearest else "bilinear",
         padding_mode="zeros",
         align_corners=False,
     )
+    return sampled_1CDHW + outside
 
 
 def sample_labels_affine(
@@ -234,5 +238,5 @@ def sample_labels_affine(
     centre: np.ndarray | None = None,
 ) -> Tensor:
     """A window of a rotated and scaled label map, the nearest voxel's label; -1 outside. See `sample_affine`."""
-    shifted = sample_affine(labels_11DHW - OUTSIDE, affine_33, start, size, centre, nearest=True)
-    return shifted.round().to(labels_11DHW.dtype) + OUTSIDE
+    sampled = sample_affine(labels_11DHW, affine_33, start, size, centre, nearest=True, outside=OUTSIDE)
+    return sampled.round().to(labels_11DHW.dtype)

@@ -14,7 +14,7 @@ def train(seed: int, steps: int = 4) -> list[torch.Tensor]:
     network = build_network(PATCH, downsampling_factor=[2, 2, 2])
     loss, optimizer = plain_loss(network.config), torch.optim.SGD(network.parameters(), 0.01)
     augmentation = nnunet_augmentation()
-    batches = WholeVolumeLoader(Cases(), PATCH, 2, 1, augmentation, True, seed)
+    batches = WholeVolumeLoader(Cases(), PATCH, 2, 1, augmentation, True)
     losses = []
     for batch, _ in zip(batches, range(steps), strict=False):
         volume = as_volume(batch, augmentation)
@@ -35,7 +35,7 @@ def test_the_same_seed_gives_the_same_training():
 def test_the_same_seed_gives_the_same_batches_from_workers():
     drawn = []
     for _ in range(2):
-        batches = WholeVolumeLoader(Cases(), PATCH, 2, 1, nnunet_augmentation(), True, 5)
+        batches = WholeVolumeLoader(Cases(), PATCH, 2, 1, nnunet_augmentation(), True, (5,))
         workers = MultiThreadedAugmenter(batches, None, 2, 2, [0, 1])
         drawn.append([next(workers)["seed"] for _ in range(6)])
         workers._finish()

@@ -27,12 +27,21 @@ def test_a_patch_goes_through_the_local_branch(tiny_network):
     assert torch.equal(tiny_network(patch), tiny_network.local_branch(patch))
 
 
-@pytest.mark.parametrize("gradient_path", ["contribution", "input"])
+PATHS = (
+    {"gradient_path": "none"},
+    {"gradient_path": "contribution", "benefit_loss_weight": 0.0},
+    {"gradient_path": "contribution", "gradient_baseline": True, "benefit_loss_weight": 0.0},
+    {"gradient_path": "contribution_logits", "benefit_loss_weight": 0.0},
+    {"gradient_path": "input", "benefit_loss_weight": 0.0},
+)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(map(str, path.values())))
 @pytest.mark.parametrize(
     ("patch", "shape"), [((8, 8, 8), (16, 20, 24)), ((4, 8, 8), (4, 9, 31)), ((8, 8, 8), (8, 8, 8))]
 )
-def test_a_step_trains_every_parameter(gradient_path, patch, shape):
-    network = build_network(patch, gradient_path=gradient_path, downsampling_factor=[1, 2, 2])
+def test_a_step_trains_every_parameter(path, patch, shape):
+    network = build_network(patch, **path, entropy_weight=0.0, downsampling_factor=[1, 2, 2])
     total, loss, output = training_step(network, shape)
     total.backward()
     for name, parameter in network.named_parameters():
@@ -47,12 +56,31 @@ def test_a_step_trains_every_parameter(gradient_path, patch, shape):
 
 
 def test_loss_is_the_sum_of_its_parts():
-    network = build_network(entropy_weight=0.5, fused_loss_weight=2.0, distillation_weight=0.3)
+    weights = {"entropy_weight": 0.5, "fused_loss_weight": 2.0, "distillation_weight": 0.3}
+    network = build_network(**weights, gradient_path="contribution")
     total, loss, _ = training_step(network, (16, 16, 16))
     r = loss.report
     parts = r["loss_local"] + r["loss_global"] + 2 * r["loss_fused"] + 0.1 * r["benefit_loss"] - 0.5 * r["entropy"]
     parts += 0.3 * r["loss_distillation"]
     torch.testing.assert_close(total.detach(), parts)
+
+
+def test_a_step_that_overflows_leaves_the_scale_of_benefits_alone():
+    network = build_network()
+    training_step(network, (16, 16, 16))
+    before = network.benefit_scale.clone()
+    assert before > 0
+    for weight in (torch.inf, torch.nan):
+        with torch.no_grad():
+            bias = network.local_branch.decoder.seg_layers[-1].bias
+            kept = bias.clone()
+            bias.fill_(weight)
+        training_step(network, (16, 16, 16))
+        assert network.benefit_scale == before
+        with torch.no_grad():
+            bias.copy_(kept)
+    total, _, _ = training_step(network, (16, 16, 16))
+    assert total.isfinite()
 
 
 @pytest.mark.parametrize("deep_supervision", [False, True])

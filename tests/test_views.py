@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import nnunet_augmentation
 
+from nnunet_nmsw.fusion import FusionWeights, fused_loss
 from nnunet_nmsw.geometry import crop_windows, downsample, label_counts
 from nnunet_nmsw.views import TrainingVolume, sample_affine, seed_everything
 
@@ -84,6 +85,48 @@ def test_every_view_draws_the_same_and_leaves_the_generators_alone():
         assert labels.min() >= 0
         assert torch.equal(torch.get_rng_state(), state[0])
         assert np.random.get_state()[1].tolist() == state[1]  # noqa: NPY002
+
+
+def test_draws_do_not_depend_on_the_size_of_the_view():
+    """Noise draws as many numbers as the view has voxels; what the next transform draws is the same for all views."""
+
+    def noise(image, segmentation):
+        return {"image": image + 0 * torch.randn_like(image), "segmentation": segmentation}
+
+    def shift(image, segmentation):
+        return {"image": image + torch.rand(1) + np.random.rand(), "segmentation": segmentation}  # noqa: NPY002
+
+    training = TrainingVolume(torch.zeros(1, 1, *SHAPE), blocks(), torch.zeros(0, 3), None, [noise, shift], 3)
+    start = torch.tensor([[0, 0, 0]])
+    values = [training.windows(start, size)[0].unique() for size in (PATCH, (4, 5, 6))]
+    values.append(training.low_resolution((2, 2, 2)).unique())
+    assert len(values[0]) == 1
+    assert all(torch.equal(value, values[0]) for value in values)
+
+
+@pytest.mark.parametrize("factor", [(2, 2, 2), (3, 3, 3)])
+def test_no_voxel_of_a_rotated_volume_counts_twice_in_the_fused_loss(factor):
+    """Windows that tile the volume leave nothing to the interpolated counts."""
+    affine = create_affine_matrix_3d([0.3, -0.2, 0.4], [1.1] * 3)
+    shape, patch = (24, 24, 24), (12, 12, 12)
+    labels = torch.zeros(1, 1, *shape, dtype=torch.int8)
+    labels[:, :, 4:7, 4:7, 4:7] = 1
+    training = TrainingVolume(torch.zeros(1, 1, *shape), labels, torch.zeros(0, 3), affine)
+    starts = torch.cartesian_prod(*[torch.tensor([0, 12])] * 3)
+    _, targets = training.windows(starts, patch)
+    targets = targets[:, 0].clamp_min(0)
+    whole = torch.zeros(shape, dtype=torch.long)
+    for (d, h, w), target in zip(starts.tolist(), targets, strict=True):
+        whole[d : d + 12, h : h + 12, w : w + 12] = target
+    logits = torch.randn(8, 2, *patch, generator=torch.Generator().manual_seed(0))
+    coarse, weights = torch.randn(2, *(24 // f for f in factor)), FusionWeights.convex(torch.full((2,), 0.5))
+    interpolated, counted = training.label_counts(2, factor), label_counts(whole, 2, factor)
+    assert not torch.allclose(interpolated, counted)
+    losses = [
+        fused_loss(logits, starts, coarse, targets, counts, weights, factor) for counts in (interpolated, counted)
+    ]
+    torch.testing.assert_close(losses[0].loss, losses[1].loss)
+    torch.testing.assert_close(losses[0].slope_S, losses[1].slope_S)
 
 
 def test_what_lies_outside_of_the_image_stays_masked():

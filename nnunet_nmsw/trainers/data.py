@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
@@ -24,6 +25,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nnunet_nmsw.views import OUTSIDE, seed_everything
+
+MOST_DRAWS = 20
+"""How often a foreground voxel is drawn until one lies inside of the rotated volume."""
 
 
 class Augmentation(NamedTuple):
@@ -58,7 +62,7 @@ class Augmentation(NamedTuple):
             elif isinstance(part, MirrorTransform):
                 mirror = part
             elif not isinstance(part, Convert3DTo2DTransform | Convert2DTo3DTransform):
-                of_views.append(without_benchmark(part))
+                of_views.append(with_blur_of_views(part))
         return cls(spatial, mirror, of_views)
 
     def draw_affine(self) -> np.ndarray | None:
@@ -94,11 +98,12 @@ class WholeVolumeLoader(DataLoader):
         dataset: nnU-Net's preprocessed cases.
         patch_size: voxels of a window by axis.
         num_random_windows: R.
-        foreground_windows: how many of these hold foreground for sure (nnU-Net's oversampling: a class drawn at
-            random, and the window centred on one of its voxels).
+        foreground_windows: how many of these hold foreground (nnU-Net's oversampling: a class drawn at random, and the
+            window centred on one of its voxels), unless a rotation turns what is drawn out of the volume many times.
         augmentation: what to draw from.
         at_random: draw cases at random; otherwise go round them in order.
-        seed: of everything that is drawn, different for every worker; None leaves it to batchgenerators.
+        seed: of everything that a worker process draws, together with the worker's number; None leaves it to
+            batchgenerators, or to who seeds the process that the loader runs in.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class WholeVolumeLoader(DataLoader):
         foreground_windows: int,
         augmentation: Augmentation,
         at_random: bool,
-        seed: int | None = None,
+        seed: Sequence[int] | None = None,
     ) -> None:
         super().__init__(dataset, 1, 1, None, True, False, True, None)
         self.indices = list(dataset.identifiers)
@@ -131,7 +136,7 @@ class WholeVolumeLoader(DataLoader):
     def generate_train_batch(self) -> dict[str, Any]:
         """Load, mirror and pad a volume, and draw the rest."""
         if self.seed is not None:
-            seed_everything(self.seed + 1000 * (1 + self.thread_id))
+            seed_everything(*self.seed, self.thread_id)
             self.seed = None
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
@@ -168,7 +173,7 @@ class WholeVolumeLoader(DataLoader):
         voxels_by_class: list[np.ndarray],
         position: Callable[[np.ndarray], np.ndarray],
     ) -> Tensor:
-        """First voxels of the random windows in the augmented volume, the ones sure to hold foreground last.
+        """First voxels of the random windows in the augmented volume, the ones centred on foreground last.
 
         Args:
             volume_shape: of the augmented volume.
@@ -179,9 +184,12 @@ class WholeVolumeLoader(DataLoader):
         starts = np.random.randint(0, last_start + 1, (self.num_random_windows, 3))  # noqa: NPY002
         if voxels_by_class:
             for window in range(self.num_random_windows - self.foreground_windows, self.num_random_windows):
-                voxels = voxels_by_class[np.random.randint(len(voxels_by_class))]  # noqa: NPY002
-                centre = position(voxels[np.random.randint(len(voxels))])  # noqa: NPY002
-                starts[window] = np.clip(centre.round() - np.array(self.patch_size) // 2, 0, last_start)
+                for _ in range(MOST_DRAWS):
+                    voxels = voxels_by_class[np.random.randint(len(voxels_by_class))]  # noqa: NPY002
+                    centre = position(voxels[np.random.randint(len(voxels))]).round()  # noqa: NPY002
+                    if (centre >= 0).all() and (centre < volume_shape).all():
+                        break
+                starts[window] = np.clip(centre - np.array(self.patch_size) // 2, 0, last_start)
         return torch.from_numpy(starts)
 
 
@@ -194,10 +202,32 @@ def in_augmented_volume(voxel: np.ndarray, shape: np.ndarray, affine_33: np.ndar
     return moved
 
 
-def without_benchmark(transform: BasicTransform) -> BasicTransform:
-    """Keep blur transforms from timing their two implementations for every new shape: here each volume is one."""
+class BlurOfViews(GaussianBlurTransform):
+    """nnU-Net's blur with its parameters, on the device of the image and for axes of any length.
+
+    The original builds its kernel on the host, reflects more voxels than a thin view has, and times two implementations
+    for every new shape, which here is every volume.
+    """
+
+    def _benchmark_wrapper(self, img: Tensor, sigma: float, dim_to_blur: int) -> Tensor:
+        half = max(1, round(3 * sigma))
+        offsets = torch.arange(-half, half + 1, device=img.device, dtype=img.dtype)
+        kernel = (-0.5 * (offsets / sigma).square()).softmax(0)
+        lines = img.movedim(dim_to_blur + 1, -1)
+        padded = F.pad(lines.reshape(-1, 1, lines.shape[-1]), (half, half), mode="replicate")
+        return F.conv1d(padded, kernel[None, None]).view(lines.shape).movedim(-1, dim_to_blur + 1)
+
+
+def with_blur_of_views(transform: BasicTransform) -> BasicTransform:
+    """The transform, or `BlurOfViews` in the place of a blur."""
     if isinstance(transform, RandomTransform):
-        without_benchmark(transform.transform)
+        transform.transform = with_blur_of_views(transform.transform)
     elif isinstance(transform, GaussianBlurTransform):
-        transform.benchmark = False
+        return BlurOfViews(
+            transform.blur_sigma,
+            transform.synchronize_channels,
+            transform.synchronize_axes,
+            transform.p_per_channel,
+            benchmark=True,
+        )
     return transform

@@ -118,14 +118,15 @@ class NMSWLoss(nn.Module):
             "loss_distillation": distillation.detach(),
             "fusion_weights": torch.cat(list(output.fusion)).detach(),
         }
+        # The draw trains nothing where there is no gradient path, and the entropy of the windows has no gradient.
+        entropy_weight = 0.0 if config.gradient_path == "none" else config.entropy_weight
         return (
             config.local_loss_weight * local
             + config.global_loss_weight * coarse
-            + config.fused_loss_weight * fused.loss
+            + config.fused_loss_weight * (fused.loss + selection)
             + config.benefit_loss_weight * benefit_loss
             + config.distillation_weight * distillation
-            + selection
-            - config.entropy_weight * output.entropy
+            - entropy_weight * output.entropy
         )
 
     def _benefit_loss(self, output: TrainingOutput, measured: BenefitMap) -> Tensor:
@@ -134,8 +135,10 @@ class NMSWLoss(nn.Module):
         mean_square = (weight_dhw * measured.benefit_dhw.square()).sum() / weight_dhw.sum()
         score_map_dhw = output.coarse.score_map_dhw
         if score_map_dhw.requires_grad:
-            memory = SCALE_MEMORY if scale > 0 else 0.0
-            scale.copy_((memory * scale.square() + (1 - memory) * mean_square).sqrt())
+            mean = SCALE_MEMORY * scale.square() + (1 - SCALE_MEMORY) * mean_square
+            mean = torch.where(scale > 0, mean, mean_square)
+            # In half precision a step's logits may overflow. nnU-Net skips such a step; the scale has to, too.
+            scale.copy_(torch.where(mean_square.isfinite(), mean.sqrt(), scale))
         target_dhw = (measured.benefit_dhw / scale.clamp_min(1e-12)).clamp(-LARGEST_BENEFIT, LARGEST_BENEFIT)
         return (weight_dhw * (score_map_dhw - target_dhw).square()).sum() / weight_dhw.sum()
 

@@ -44,6 +44,7 @@ LOGGED = (
     "foreground_share",
     "benefit",
     "benefit_loss",
+    "loss_distillation",
     "fusion_weights",
 )
 """What `NMSWLoss.report` holds, logged once an epoch under these names with the prefix `nmsw_`."""
@@ -137,6 +138,10 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         random_windows = self.config.random_windows
         foreground_windows = random_windows - round(random_windows * (1 - self.oversample_foreground_percent))
         processes = get_allowed_n_proc_DA()
+        # A training that goes on draws other data than when it started, and every rank its own.
+        seeds = None if self.config.seed is None else (self.config.seed, self.local_rank, self.current_epoch)
+        if seeds is not None:
+            seed_everything(*seeds)
 
         def loader(dataset: Any, augmentation: Augmentation, training: bool) -> Any:
             volumes = WholeVolumeLoader(
@@ -146,12 +151,12 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
                 foreground_windows,
                 augmentation,
                 training,
-                self.config.seed,
+                None if seeds is None or processes == 0 else (*seeds, int(training)),
             )
             if processes == 0:
                 return SingleThreadedAugmenter(volumes, None)
             workers = processes if training else 1
-            if self.config.seed is not None:
+            if seeds is not None:
                 # The batches of its workers come in turns, where the other augmenter takes what is ready first.
                 augmenter = MultiThreadedAugmenter(
                     volumes, None, workers, 2, list(range(workers)), self.device.type == "cuda", wait_time=0.002
