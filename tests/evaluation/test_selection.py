@@ -8,6 +8,7 @@ from tiny import build_network
 from torch import nn
 from torch.nn import functional
 
+from nnunet_nmsw.config import SELECTIONS
 from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
 from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.prediction import PatchStore, count_macs
@@ -32,6 +33,9 @@ def test_the_primary_method_is_the_models_own_k_or_the_smallest_percentage():
     assert primary_method(methods, "20%").num_patches == "20%"
     assert primary_method(methods, "7%").num_patches == "10%"
     assert primary_method(build_methods(False, [5], [False]), "7%").num_patches == 5
+    assert primary_method(methods, "10%", "top_k").selection == "top_k"
+    for selection in SELECTIONS:
+        assert primary_method(build_methods(True, ["all"], [False]), "10%", selection).num_patches == "all"
 
 
 def coarse_of(labels_dhw: torch.Tensor, confidence: float = 5.0) -> CoarsePrediction:
