@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ablation_run import NUM_PATCHES
 from matplotlib.figure import Figure
 from results import replace_between_markers
 
@@ -159,7 +160,7 @@ def train_and_evaluate(
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-KS = ("2", "5", "10", "30", "5%", "10%")
+KS = tuple(map(str, NUM_PATCHES))
 SELECTION_NAMES = {
     "greedy_benefit": "predicted benefit, greedy (default)",
     "top_k": "predicted benefit, top-k",

@@ -29,6 +29,7 @@ from nnunet_nmsw.evaluation.selectors import entropy_windows, random_windows
 from nnunet_nmsw.fusion import FusionWeights, fused_segmentation
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, downsample, upsample_window
 from nnunet_nmsw.network import NMSWNetwork, entropy
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import confusion_matrix
 from nnunet_nmsw.views import seed_everything
 
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
@@ -228,8 +229,7 @@ class Case:
 
 def dice_by_class(prediction_DHW: Tensor, labels_DHW: Tensor, num_classes: int) -> np.ndarray:
     """Dice of the foreground classes; NaN for one that neither has, as in nnU-Net."""
-    pairs = labels_DHW.long() * num_classes + prediction_DHW
-    confusion = torch.bincount(pairs.flatten(), minlength=num_classes**2).view(num_classes, num_classes).double()
+    confusion = confusion_matrix(labels_DHW, prediction_DHW, num_classes).double()
     total = confusion.sum(0) + confusion.sum(1)
     return (2 * confusion.diag() / total)[1:].cpu().numpy()
 

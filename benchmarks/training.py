@@ -28,7 +28,7 @@ import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_nmsw.precision import mixed_precision
-from nnunet_nmsw.trainers.loss import NMSWLoss
+from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW, training_volume
 
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerNMSW")
@@ -130,7 +130,7 @@ def seconds_of_losses(trainer: nnUNetTrainerNMSW, steps: int) -> float:
             tensor.detach().requires_grad_()
             for tensor in (
                 output.coarse.logits_Cdhw,
-                output.local[0] if isinstance(output.local, list) else output.local,
+                finest_scale(output.local),
             )
         )
         score_map = output.coarse.score_map_dhw.detach().requires_grad_()

@@ -24,7 +24,6 @@ from torch import Tensor
 from nnunet_nmsw.geometry import (
     Shape,
     add_to_low_resolution_,
-    subtract_label_counts_,
     upsample_window,
     window_slices,
 )
@@ -243,17 +242,7 @@ def fused_loss(
     """
     num_classes, patch_size = coarse_logits_Cdhw.shape[0], patch_logits_KCDHW.shape[2:]
     shares_KDHW = window_shares(starts_K3, patch_size, coarse_logits_Cdhw.device)
-    with torch.no_grad():
-        rest_Cdhw, left_dhw = counts_Cdhw.clone(), counts_Cdhw.sum(0)
-        for window, start in enumerate(starts_K3.tolist()):
-            subtract_label_counts_(rest_Cdhw, labels_KDHW[window], shares_KDHW[window], start, factor)
-            add_to_low_resolution_(left_dhw, -shares_KDHW[window], start, factor)
-        # The counts of a rotated volume are interpolated, those of its windows are not: what windows do not cover keeps
-        # its number of voxels, and nothing counts twice.
-        rest_Cdhw.clamp_min_(0)
-        rest_Cdhw *= left_dhw.clamp_min(0) / rest_Cdhw.sum(0).clamp_min(1e-6)
-        rest_S = loss_sums(coarse_logits_Cdhw.detach(), rest_Cdhw)
-
+    rest_Cdhw = counts_Cdhw.clone()
     with_window, without_window = [], []
     for window, start in enumerate(starts_K3.tolist()):
         counts_CDHW = one_hot(labels_KDHW[window], num_classes) * shares_KDHW[window]
@@ -264,6 +253,15 @@ def fused_loss(
         with_window.append(loss_sums(fused_CDHW, counts_CDHW))
         with torch.no_grad():
             without_window.append(loss_sums(coarse_CDHW, counts_CDHW))
+            add_to_low_resolution_(rest_Cdhw, -counts_CDHW, start, factor)
+
+    with torch.no_grad():
+        # The counts of a rotated volume are interpolated, those of its windows are not: what windows do not cover keeps
+        # its number of voxels, and nothing counts twice.
+        left_dhw = rest_Cdhw.sum(0).clamp_min(0)
+        rest_Cdhw.clamp_min_(0)
+        rest_Cdhw *= left_dhw / rest_Cdhw.sum(0).clamp_min(1e-6)
+        rest_S = loss_sums(coarse_logits_Cdhw.detach(), rest_Cdhw)
 
     difference_KS = torch.stack(with_window) - torch.stack(without_window)
     if window_weight_K is None:

@@ -205,39 +205,11 @@ def label_counts(labels_DHW: Tensor, num_labels: int, factor: Shape) -> Tensor:
     Returns:
         float32, shape `num_labels`, d, h, w.
     """
-    return _label_counts(labels_DHW, None, (0, 0, 0), num_labels, factor)
-
-
-def subtract_label_counts_(
-    counts_Cdhw: Tensor, labels_DHW: Tensor, weight_DHW: Tensor, start: Sequence[int], factor: Shape
-) -> None:
-    """Take the voxels of a window out of label counts, in place.
-
-    Args:
-        counts_Cdhw: label counts of the volume.
-        labels_DHW: integer labels of the window.
-        weight_DHW: how much each voxel counts.
-        start: first voxel of the window.
-        factor: voxels of the volume per low-resolution voxel.
-    """
-    counts = _label_counts(labels_DHW, weight_DHW, start, len(counts_Cdhw), factor)
-    box = [slice(int(a) // f, int(a) // f + n) for a, f, n in zip(start, factor, counts.shape[1:], strict=True)]
-    counts_Cdhw[(slice(None), *box)] -= counts
-
-
-def _label_counts(
-    labels_DHW: Tensor, weight_DHW: Tensor | None, start: Sequence[int], num_labels: int, factor: Shape
-) -> Tensor:
-    """Label counts in the low-resolution voxels that a window touches."""
+    shape = low_shape(labels_DHW.shape, factor)
     index, stride = labels_DHW.long(), num_labels
-    shape: list[int] = []
     for axis in (2, 1, 0):
-        voxels = torch.arange(labels_DHW.shape[axis], device=labels_DHW.device) + int(start[axis])
-        block = voxels // factor[axis] - int(start[axis]) // factor[axis]
-        index = index + block.view([-1 if a == axis else 1 for a in range(3)]) * stride
-        first, end = int(start[axis]), int(start[axis]) + labels_DHW.shape[axis]
-        shape.insert(0, -(-end // factor[axis]) - first // factor[axis])
-        stride *= shape[0]
-    weight = None if weight_DHW is None else weight_DHW.reshape(-1)
-    counts = torch.bincount(index.reshape(-1), weight, minlength=stride).view(*shape, num_labels)
+        block = torch.arange(labels_DHW.shape[axis], device=labels_DHW.device) // factor[axis] * stride
+        index = index + block.view([-1 if a == axis else 1 for a in range(3)])
+        stride *= shape[axis]
+    counts = torch.bincount(index.reshape(-1), minlength=stride).view(*shape, num_labels)
     return counts.permute(3, 0, 1, 2).float()

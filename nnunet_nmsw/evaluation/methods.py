@@ -114,8 +114,9 @@ def reference_method(methods: Sequence[Method]) -> Method:
 def primary_method(methods: Sequence[Method], num_patches: int | str, selection: str = "greedy_benefit") -> Method:
     """The method that the report is about: NMSW as the model is set, else at the smallest percentage asked for."""
     # Of all windows alone there is but the default's selection, whatever the model is set to.
-    by_selection = [[m for m in methods if m.selection == name] for name in (selection, "greedy_benefit")]
-    candidates = by_selection[0] or by_selection[1]
+    candidates = [m for m in methods if m.selection == selection] or [
+        m for m in methods if m.selection == "greedy_benefit"
+    ]
     own = [m for m in candidates if m.num_patches == num_patches]
     percentages = [m for m in candidates if str(m.num_patches).endswith("%")]
     return (own or sorted(percentages, key=lambda m: float(str(m.num_patches)[:-1])) or candidates)[0]

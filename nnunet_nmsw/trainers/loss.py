@@ -5,7 +5,7 @@ Tensor suffixes: C classes, D H W axes of the volume, d h w axes of the low-reso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
@@ -62,7 +62,7 @@ class NMSWLoss(nn.Module):
     def forward(self, output: TrainingOutput, volume: TrainingVolume) -> Tensor:
         """The loss of one volume."""
         config, coarse_logits_Cdhw = self.config, output.coarse.logits_Cdhw
-        finest = output.local[0] if isinstance(output.local, list | tuple) else output.local
+        finest = finest_scale(output.local)
         num_sampled, targets = len(output.sample.indices_K), output.targets
         local = self.local_loss(output.local, self._local_targets(targets))
 
@@ -148,3 +148,8 @@ class NMSWLoss(nn.Module):
         # The transform takes one sample with channels; here the batch stands in for them.
         scales: list[Tensor] = self.downsample_targets(segmentation=targets[:, 0])["segmentation"]
         return [scale[:, None] for scale in scales]
+
+
+def finest_scale(logits: Tensor | Sequence[Tensor]) -> Tensor:
+    """Logits at full resolution, with deep supervision or without."""
+    return logits if isinstance(logits, Tensor) else logits[0]

@@ -32,7 +32,7 @@ from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.network import NMSWNetwork
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
-from nnunet_nmsw.trainers.loss import NMSWLoss
+from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
 from nnunet_nmsw.trainers.progress import SampledCase, plot_progress, plot_sampling
 from nnunet_nmsw.views import TrainingVolume, seed_everything
 
@@ -129,10 +129,10 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             )
         )
         self.no_augmentation = Augmentation.of(self.get_validation_transforms(deep_supervision_scales=None))
-        dataset_training, dataset_validation = self.get_tr_and_val_datasets()
+        dataset_training, self.dataset_validation = self.get_tr_and_val_datasets()
         # Each validation case once an epoch, up to nnU-Net's number of validation steps.
         self.num_val_iterations_per_epoch: int = min(
-            self.num_val_iterations_per_epoch, len(dataset_validation.identifiers)
+            self.num_val_iterations_per_epoch, len(self.dataset_validation.identifiers)
         )
 
         random_windows = self.config.random_windows
@@ -176,7 +176,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
 
         return (
             loader(dataset_training, self.augmentation, True),
-            loader(dataset_validation, self.no_augmentation, False),
+            loader(self.dataset_validation, self.no_augmentation, False),
         )
 
     def train_step(self, batch: dict) -> dict:
@@ -198,13 +198,13 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         network = self._plain_network()
         volume = training_volume(batch, self.no_augmentation).to(self.device, non_blocking=True)
         with mixed_precision(self.device):
-            loss = self.loss(network(volume), volume)
-            coarse = network.coarse(volume.low_resolution(self.config.downsampling_factor))
+            output = network(volume)
+            loss, coarse = self.loss(output, volume), output.coarse
             grid = network.grid(volume.shape)
             num_patches = resolve_num_patches(self.config.num_patches, len(grid))
             starts = network.select(coarse, grid, num_patches).starts_K3
             batches = [volume.windows(some, network.patch_size)[0] for some in starts.split(self.batch_size)]
-            logits = [_finest(network(patches)) for patches in batches]
+            logits = [finest_scale(network(patches)) for patches in batches]
         labels_DHW = fused_segmentation(
             torch.cat(logits),
             starts,
@@ -213,10 +213,8 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             grid.volume_shape,
             self.config.downsampling_factor,
         )
-        num_classes = len(coarse.logits_Cdhw)
-        pairs = volume.labels_11DHW[0, 0].long().clamp_min(0) * num_classes + labels_DHW
-        # Voxels by reference class (rows) and predicted class (columns); the background is of no interest.
-        confusion = torch.bincount(pairs.flatten(), minlength=num_classes**2).view(num_classes, num_classes)
+        confusion = confusion_matrix(volume.labels_11DHW[0, 0].clamp_min(0), labels_DHW, len(coarse.logits_Cdhw))
+        # The background is of no interest.
         tp, predicted, references = (
             v[1:].cpu().numpy() for v in (confusion.diag(), confusion.sum(0), confusion.sum(1))
         )
@@ -252,9 +250,9 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         network = self._plain_network()
         training = network.training
         network.eval()
-        (_, dataset), cases = self.get_tr_and_val_datasets(), []
-        for key in dataset.identifiers[:2]:
-            data, segmentation, _, _ = dataset.load_case(key)
+        cases = []
+        for key in self.dataset_validation.identifiers[:2]:
+            data, segmentation, _, _ = self.dataset_validation.load_case(key)
             image_CDHW = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
             labels_1DHW = torch.from_numpy(np.asarray(segmentation[:1], dtype=np.int16))
             image_CDHW = pad_nd_image(image_CDHW, network.patch_size, "constant", {"value": 0})
@@ -342,8 +340,10 @@ def training_volume(batch: dict[str, Any], augmentation: Augmentation) -> Traini
     )
 
 
-def _finest(logits: Any) -> torch.Tensor:
-    return logits[0] if isinstance(logits, list | tuple) else logits
+def confusion_matrix(labels_DHW: torch.Tensor, prediction_DHW: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Voxels by class of the reference (rows) and predicted class (columns), int64."""
+    pairs = labels_DHW.long() * num_classes + prediction_DHW
+    return torch.bincount(pairs.flatten(), minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def _to_numpy(report: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
