@@ -28,8 +28,8 @@ from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.selectors import entropy_windows, random_windows
 from nnunet_nmsw.fusion import FusionWeights, fused_segmentation
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, downsample, upsample_window
-from nnunet_nmsw.network import NMSWNetwork, entropy
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW import confusion_matrix
+from nnunet_nmsw.labels import LabelEncoding
+from nnunet_nmsw.network import NMSWNetwork
 from nnunet_nmsw.views import seed_everything
 
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
@@ -112,7 +112,7 @@ def evaluate(trainer: nnUNetTrainer) -> dict[str, Any]:
             predictions = iter([("sliding window", "all", case.sliding_window())])
         sizes.append(len(case.grid))
         for method, k, prediction_DHW in predictions:
-            scores = dice_by_class(prediction_DHW, case.labels_DHW, case.num_classes)
+            scores = dice_by_class(prediction_DHW, case.labels_DHW, case.encoding)
             dice.setdefault(method, {}).setdefault(str(k), []).append(scores)
         for stop_at, windows in case.automatic.items():
             taken.setdefault(str(stop_at), []).append(windows)
@@ -155,6 +155,7 @@ class Case:
         d, h, w = labels_DHW.shape
         self.grid: WindowGrid = network.grid((d, h, w))
         self.num_classes = len(network.fusion_weights.bias_C)
+        self.encoding = LabelEncoding(self.num_classes)
         self.volume_1CDHW = volume_CDHW[None].to(device)
         self.logits: dict[tuple[int, ...], Tensor] = {}
         self.automatic: dict[float, int] = {}
@@ -204,14 +205,14 @@ class Case:
 
     def entropy_greedy(self, k: int) -> Tensor:
         """First voxels of windows placed as "greedy_benefit" does, with entropy in the place of predicted benefit."""
-        in_place = self.coarse._replace(score_map_dhw=entropy(self.coarse.logits_Cdhw))
+        in_place = self.coarse._replace(score_map_dhw=self.network.entropy(self.coarse.logits_Cdhw))
         return self.network.select(in_place, self.grid, k, "greedy_benefit").starts_K3
 
     def fused(self, starts_K3: Tensor) -> Tensor:
         """Labels of the fused prediction with some windows."""
         if len(starts_K3) == 0:
             low_1Cdhw, factor = self.coarse.logits_Cdhw[None], self.grid.downsampling_factor
-            return upsample_window(low_1Cdhw, (0, 0, 0), self.grid.volume_shape, factor)[0].argmax(0)
+            return upsample_window(low_1Cdhw, (0, 0, 0), self.grid.volume_shape, factor, self.encoding)[0].argmax(0)
         return self._segmentation(starts_K3, self.coarse.logits_Cdhw, self.network.fusion_weights)
 
     def sliding_window(self) -> Tensor:
@@ -224,14 +225,15 @@ class Case:
     def _segmentation(self, starts_K3: Tensor, coarse_Cdhw: Tensor, weights: FusionWeights) -> Tensor:
         factor = self.grid.downsampling_factor
         patches = self.patches(starts_K3)
-        return fused_segmentation(patches, starts_K3, coarse_Cdhw, weights, self.grid.volume_shape, factor)
+        return fused_segmentation(
+            patches, starts_K3, coarse_Cdhw, weights, self.grid.volume_shape, factor, self.encoding
+        )
 
 
-def dice_by_class(prediction_DHW: Tensor, labels_DHW: Tensor, num_classes: int) -> np.ndarray:
+def dice_by_class(prediction_DHW: Tensor, labels_DHW: Tensor, encoding: LabelEncoding) -> np.ndarray:
     """Dice of the foreground classes; NaN for one that neither has, as in nnU-Net."""
-    confusion = confusion_matrix(labels_DHW, prediction_DHW, num_classes).double()
-    total = confusion.sum(0) + confusion.sum(1)
-    return (2 * confusion.diag() / total)[1:].cpu().numpy()
+    hit_C, wrong_C, missed_C = (count.double() for count in encoding.hits(labels_DHW, prediction_DHW))
+    return (2 * hit_C / (2 * hit_C + wrong_C + missed_C)).numpy()
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from nnunet_nmsw.fusion import FusionWeights, fused_loss
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, label_counts
+from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.topk import WindowSample, sample_windows
 
 CLASSES, K = 2, 2
 PATHS = ("contribution", "tangent", "input")
+
+ENCODING = LabelEncoding(CLASSES)
 
 
 class Toy:
@@ -66,7 +69,15 @@ class Toy:
         logits = self.local(patches)
         factor = self.grid.downsampling_factor
         return fused_loss(
-            logits, starts, self.coarse, self.targets(starts), self.counts, self.weights, factor, window_weight
+            logits,
+            starts,
+            self.coarse,
+            self.targets(starts),
+            self.counts,
+            self.weights,
+            factor,
+            ENCODING,
+            window_weight,
         ).loss
 
     def targets(self, starts: Tensor) -> Tensor:
@@ -79,7 +90,7 @@ class Toy:
         logits = self.local(crop_windows(self.volume, starts, self.grid.patch_size))
         factor = self.grid.downsampling_factor
         return fused_loss(
-            logits, starts, self.coarse, self.targets(starts), self.counts, self.weights, factor, None, weight
+            logits, starts, self.coarse, self.targets(starts), self.counts, self.weights, factor, ENCODING, None, weight
         ).loss
 
 

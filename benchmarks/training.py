@@ -120,7 +120,7 @@ def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps
 
 def seconds_of_losses(trainer: nnUNetTrainerNMSW, steps: int) -> float:
     """Seconds a step for the losses beside the local one, forward and back to the logits."""
-    loss = NMSWLoss(lambda logits, _: next(iter(logits)).sum() * 0, None, trainer.config)
+    loss = NMSWLoss(lambda logits, _: next(iter(logits)).sum() * 0, None, trainer.config, trainer.loss.encoding)
     seconds = 0.0
     for _ in range(steps):
         volume = training_volume(next(trainer.dataloader_train), trainer.augmentation).to(trainer.device)

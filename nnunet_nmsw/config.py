@@ -104,6 +104,9 @@ class NMSWConfig:
     """Windows of a step whose activations the local branch keeps in memory at a time. The others' are computed again
     for the gradient: a third more time for less memory. All at once where None."""
 
+    regions: bool = False
+    """The channels of the logits are overlapping regions with a sigmoid each. Set by the trainer from dataset.json."""
+
     seed: int | None = None
     """Seed of the training: weights, order of cases, augmentation, windows. Random where None, as in nnU-Net."""
 
@@ -130,7 +133,7 @@ class NMSWConfig:
             self.gradient_path,
             f"one of {', '.join(GRADIENT_PATHS)}",
         )
-        for name in ("gradient_baseline", "fuse_random_windows"):
+        for name in ("gradient_baseline", "fuse_random_windows", "regions"):
             _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
         seed = self.seed
         _require(seed is None or (type(seed) is int and seed >= 0), "seed", seed, "an integer of at least 0, or null")

@@ -2,9 +2,12 @@
 
 Tensor suffixes:
 
-    C  classes                 D H W  axes of the volume, or of a patch
+    C  channels of the logits  D H W  axes of the volume, or of a patch
+    L  labels
     K  chosen windows          d h w  axes of the low-resolution view
     V  voxels, any shape       S      loss sums, 3·C + 2 of them: see `loss_sums`
+
+A channel stands for a label or, in region-based training, for a region: see `LabelEncoding`.
 
 Inside windows, the fused logits of class c are a_c · patch + b_c · coarse + d_c, overlapping patches averaged with
 nnU-Net's Gaussian; elsewhere they are the upsampled coarse logits.
@@ -17,7 +20,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from nnunet_nmsw.geometry import (
     upsample_window,
     window_slices,
 )
+from nnunet_nmsw.labels import LabelEncoding
 
 DICE_SMOOTH = 1e-5
 """nnU-Net's smoothing of the soft Dice."""
@@ -110,11 +113,12 @@ def fused_segmentation(
     weights: FusionWeights,
     volume_shape: Shape,
     factor: Shape,
+    encoding: LabelEncoding,
 ) -> Tensor:
     """Labels of the fused prediction of a volume, one class at a time: no volume × classes is built.
 
     Returns:
-        int64 class indices of shape `volume_shape`.
+        int64 labels of shape `volume_shape`.
     """
     patch_size, device = patch_logits_KCDHW.shape[2:], coarse_logits_Cdhw.device
     gaussian_DHW, total_DHW = gaussian_weights(patch_size, device), torch.zeros(volume_shape, device=device)
@@ -131,6 +135,9 @@ def fused_segmentation(
         logits_DHW = fuse_volume_(
             patches_DHW[None], coarse_dhw[None], covered_DHW, weights.of_class(label), (0, 0, 0), factor
         )[0]
+        if encoding.has_regions:
+            labels_DHW[logits_DHW > 0] = encoding.regions_class_order[label]
+            continue
         better_DHW = logits_DHW > best_DHW
         best_DHW = torch.where(better_DHW, logits_DHW, best_DHW)
         labels_DHW[better_DHW] = label
@@ -159,39 +166,40 @@ def window_shares(starts_K3: Tensor, patch_size: Sequence[int], device: torch.de
     return torch.stack(shares)
 
 
-def loss_sums(logits_CV: Tensor, counts_CV: Tensor) -> Tensor:
-    """The sums over voxels of which nnU-Net's Dice and cross-entropy loss is made.
+def loss_sums(logits_CV: Tensor, counts_LV: Tensor, encoding: LabelEncoding) -> Tensor:
+    """The sums over voxels of which nnU-Net's loss of Dice and (binary) cross-entropy is made.
 
     Args:
         logits_CV: logits.
-        counts_CV: how much of each class a voxel holds: a one-hot target times the voxel's weight at full resolution,
+        counts_LV: how much of each label a voxel holds: a one-hot target times the voxel's weight at full resolution,
             label counts at low resolution.
+        encoding: of the labels.
 
     Returns:
-        float32 vector S: by class the intersection Σ p·n, the prediction Σ p·Σ_c n and the target Σ n; then the summed
-        cross-entropy -Σ n·log p and the number of voxels Σ n.
+        float32 vector S: by channel the intersection Σ p·n, the prediction Σ p·v and the target Σ n, with the voxel's
+        amount n of the channel and v of all that counts; then the summed cross-entropy and the number of voxels Σ v.
     """
-    log_p_CV = logits_CV.float().flatten(1).log_softmax(0)
-    counts_CV = counts_CV.flatten(1)
-    p_CV = log_p_CV.exp()
-    voxels_V = counts_CV.sum(0)
+    logits_CV, counts_LV = logits_CV.flatten(1), counts_LV.flatten(1)
+    targets_CV, voxels_V = encoding.targets(counts_LV)
+    p_CV, cross_entropy_V = encoding.terms(logits_CV, targets_CV, voxels_V)
     return torch.cat(
         [
-            (p_CV * counts_CV).sum(1),
+            (p_CV * targets_CV).sum(1),
             (p_CV * voxels_V).sum(1),
-            counts_CV.sum(1),
-            -(log_p_CV * counts_CV).sum()[None],
+            targets_CV.sum(1),
+            cross_entropy_V.sum()[None],
             voxels_V.sum()[None],
         ]
     )
 
 
-def dice_and_cross_entropy(sums_S: Tensor) -> Tensor:
-    """nnU-Net's `DC_and_CE_loss` (no background in the Dice, smooth 1e-5) from the sums of `loss_sums`."""
+def dice_and_cross_entropy(sums_S: Tensor, encoding: LabelEncoding) -> Tensor:
+    """nnU-Net's loss from the sums of `loss_sums`: `DC_and_CE_loss` without background in the Dice, or, with regions,
+    `DC_and_BCE_loss`; both with a smoothing of 1e-5."""
     intersection_C, prediction_C, target_C = sums_S[:-2].view(3, -1)
     cross_entropy, voxels = sums_S[-2:]
     dice_C = (2 * intersection_C + DICE_SMOOTH) / (target_C + prediction_C + DICE_SMOOTH).clamp_min(1e-8)
-    return cross_entropy / voxels.clamp_min(1) - dice_C[1:].mean()
+    return cross_entropy / voxels.clamp_min(1) - dice_C[0 if encoding.has_regions else 1 :].mean()
 
 
 class FusedLoss(NamedTuple):
@@ -214,9 +222,10 @@ def fused_loss(
     starts_K3: Tensor,
     coarse_logits_Cdhw: Tensor,
     labels_KDHW: Tensor,
-    counts_Cdhw: Tensor,
+    counts_Ldhw: Tensor,
     weights: FusionWeights,
     factor: Shape,
+    encoding: LabelEncoding,
     window_weight_K: Tensor | None = None,
     logits_weight_K: Tensor | None = None,
 ) -> FusedLoss:
@@ -233,35 +242,36 @@ def fused_loss(
         starts_K3: first voxels of the windows.
         coarse_logits_Cdhw: coarse logits of the volume.
         labels_KDHW: integer labels of the windows.
-        counts_Cdhw: voxels of each label in each low-resolution voxel of the volume.
+        counts_Ldhw: voxels of each label in each low-resolution voxel of the volume.
         weights: of the fusion.
         factor: voxels of the volume per low-resolution voxel.
+        encoding: of the labels.
         window_weight_K: a factor of 1 in value on the difference that each window makes to the sums. Its gradient is
             minus the window's benefit; this is how scores are trained.
         logits_weight_K: a factor of 1 in value on the difference that each window makes to the logits, another way.
     """
-    num_classes, patch_size = coarse_logits_Cdhw.shape[0], patch_logits_KCDHW.shape[2:]
+    patch_size = patch_logits_KCDHW.shape[2:]
     shares_KDHW = window_shares(starts_K3, patch_size, coarse_logits_Cdhw.device)
-    rest_Cdhw = counts_Cdhw.clone()
+    rest_Ldhw = counts_Ldhw.clone()
     with_window, without_window = [], []
     for window, start in enumerate(starts_K3.tolist()):
-        counts_CDHW = one_hot(labels_KDHW[window], num_classes) * shares_KDHW[window]
+        counts_LDHW = encoding.one_hot(labels_KDHW[window]) * shares_KDHW[window]
         coarse_CDHW = upsample_window(coarse_logits_Cdhw[None].float(), start, patch_size, factor)[0]
         fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, weights)
         if logits_weight_K is not None:
             fused_CDHW = coarse_CDHW + logits_weight_K[window] * (fused_CDHW - coarse_CDHW)
-        with_window.append(loss_sums(fused_CDHW, counts_CDHW))
+        with_window.append(loss_sums(fused_CDHW, counts_LDHW, encoding))
         with torch.no_grad():
-            without_window.append(loss_sums(coarse_CDHW, counts_CDHW))
-            add_to_low_resolution_(rest_Cdhw, -counts_CDHW, start, factor)
+            without_window.append(loss_sums(coarse_CDHW, counts_LDHW, encoding))
+            add_to_low_resolution_(rest_Ldhw, -counts_LDHW, start, factor)
 
     with torch.no_grad():
         # The counts of a rotated volume are interpolated, those of its windows are not: what windows do not cover keeps
         # its number of voxels, and nothing counts twice.
-        left_dhw = rest_Cdhw.sum(0).clamp_min(0)
-        rest_Cdhw.clamp_min_(0)
-        rest_Cdhw *= left_dhw / rest_Cdhw.sum(0).clamp_min(1e-6)
-        rest_S = loss_sums(coarse_logits_Cdhw.detach(), rest_Cdhw)
+        left_dhw = rest_Ldhw.sum(0).clamp_min(0)
+        rest_Ldhw.clamp_min_(0)
+        rest_Ldhw *= left_dhw / rest_Ldhw.sum(0).clamp_min(1e-6)
+        rest_S = loss_sums(coarse_logits_Cdhw.detach(), rest_Ldhw, encoding)
 
     difference_KS = torch.stack(with_window) - torch.stack(without_window)
     if window_weight_K is None:
@@ -269,8 +279,8 @@ def fused_loss(
     sums_S = rest_S + torch.stack(without_window).sum(0) + window_weight_K @ difference_KS
     with torch.enable_grad():
         leaf_S = sums_S.detach().requires_grad_()
-        (slope_S,) = torch.autograd.grad(dice_and_cross_entropy(leaf_S), leaf_S)
-    return FusedLoss(dice_and_cross_entropy(sums_S), -difference_KS.detach() @ slope_S, slope_S)
+        (slope_S,) = torch.autograd.grad(dice_and_cross_entropy(leaf_S, encoding), leaf_S)
+    return FusedLoss(dice_and_cross_entropy(sums_S, encoding), -difference_KS.detach() @ slope_S, slope_S)
 
 
 class BenefitMap(NamedTuple):
@@ -279,8 +289,8 @@ class BenefitMap(NamedTuple):
     Attributes:
         benefit_dhw: by how much a window lowers the loss of the fused prediction, in a low-resolution voxel, times the
             voxels of a patch over those of the low-resolution voxel: the mean over a window is the window's benefit.
-            0 where no window is.
-        weight_dhw: share of the voxel that windows cover, those of several windows added.
+            0 where no window is; a voxel that is partly ignored has the mean of the rest.
+        weight_dhw: share of the voxel that windows cover and that is not ignored, those of several windows added.
     """
 
     benefit_dhw: Tensor
@@ -288,34 +298,32 @@ class BenefitMap(NamedTuple):
 
 
 @torch.no_grad()
-def dice_slope(coarse_logits_Cdhw: Tensor, counts_Cdhw: Tensor) -> Tensor:
+def dice_slope(coarse_logits_Cdhw: Tensor, counts_Ldhw: Tensor, encoding: LabelEncoding) -> Tensor:
     """Slope of minus the mean Dice of the coarse prediction's labels with respect to the sums of `loss_sums`.
 
-    The mean is that of the foreground classes which the volume has.
+    The mean is that of the foreground labels or regions which the volume has.
 
     Args:
         coarse_logits_Cdhw: coarse logits of the volume.
-        counts_Cdhw: voxels of each label in each low-resolution voxel.
+        counts_Ldhw: voxels of each label in each low-resolution voxel.
+        encoding: of the labels.
 
     Returns:
         float32 vector S.
     """
-    predicted_Cdhw = one_hot(coarse_logits_Cdhw.argmax(0), len(coarse_logits_Cdhw))
-    intersection_C = (predicted_Cdhw * counts_Cdhw).flatten(1).sum(1)
-    target_C = counts_Cdhw.flatten(1).sum(1)
-    total_C = (predicted_Cdhw * counts_Cdhw.sum(0)).flatten(1).sum(1) + target_C
+    targets_Cdhw, voxels_dhw = encoding.targets(counts_Ldhw)
+    predicted_Cdhw = encoding.decided(coarse_logits_Cdhw)
+    intersection_C = (predicted_Cdhw * targets_Cdhw).flatten(1).sum(1)
+    target_C = targets_Cdhw.flatten(1).sum(1)
+    total_C = (predicted_Cdhw * voxels_dhw).flatten(1).sum(1) + target_C
     share_C = (target_C > 0).float()
-    share_C[0] = 0
+    if not encoding.has_regions:
+        share_C[0] = 0
     share_C /= share_C.sum().clamp_min(1)
     slope_intersection_C = -2 * share_C / total_C.clamp_min(1)
     slope_prediction_C = 2 * share_C * intersection_C / total_C.clamp_min(1).square()
     nothing_C = torch.zeros_like(share_C)
-    return torch.cat([slope_intersection_C, slope_prediction_C, nothing_C, nothing_C[:2]])
-
-
-def one_hot(labels_DHW: Tensor, num_classes: int) -> Tensor:
-    """float32, shape C, D, H, W."""
-    return F.one_hot(labels_DHW.long(), num_classes).movedim(-1, 0).float()
+    return torch.cat([slope_intersection_C, slope_prediction_C, nothing_C, nothing_C.new_zeros(2)])
 
 
 @torch.no_grad()
@@ -326,6 +334,7 @@ def benefit_map(
     labels_KDHW: Tensor,
     weights: FusionWeights,
     factor: Shape,
+    encoding: LabelEncoding,
     slope_S: Tensor,
     of_labels: bool = False,
 ) -> BenefitMap:
@@ -341,6 +350,7 @@ def benefit_map(
         labels_KDHW: integer labels of the windows.
         weights: of the fusion.
         factor: voxels of the volume per low-resolution voxel.
+        encoding: of the labels.
         slope_S: of `fused_loss`, or `dice_slope`.
         of_labels: compare predicted labels instead of probabilities.
     """
@@ -348,30 +358,32 @@ def benefit_map(
     slope_intersection_C, slope_prediction_C, _ = slope_S[:-2].view(3, -1)
     slope_cross_entropy = slope_S[-2]
 
-    def part_of_loss(logits_CDHW: Tensor, labels_DHW: Tensor) -> Tensor:
-        log_p_CDHW = logits_CDHW.float().log_softmax(0)
-        p_CDHW = one_hot(logits_CDHW.argmax(0), len(logits_CDHW)) if of_labels else log_p_CDHW.exp()
-        p_label_DHW = p_CDHW.gather(0, labels_DHW[None])[0]
+    def part_of_loss(logits_CDHW: Tensor, targets_CDHW: Tensor, counts_DHW: Tensor) -> Tensor:
+        p_CDHW, cross_entropy_DHW = encoding.terms(logits_CDHW, targets_CDHW, counts_DHW)
+        if of_labels:
+            p_CDHW = encoding.decided(logits_CDHW)
         return (
-            torch.tensordot(slope_prediction_C, p_CDHW, 1)
-            + slope_intersection_C[labels_DHW] * p_label_DHW
-            - slope_cross_entropy * log_p_CDHW.gather(0, labels_DHW[None])[0]
+            torch.tensordot(slope_prediction_C, p_CDHW, 1) * counts_DHW
+            + torch.tensordot(slope_intersection_C, p_CDHW * targets_CDHW, 1)
+            + slope_cross_entropy * cross_entropy_DHW
         )
 
     benefit_dhw = torch.zeros(coarse_logits_Cdhw.shape[1:], device=coarse_logits_Cdhw.device)
     voxels_dhw = torch.zeros_like(benefit_dhw)
     for window, start in enumerate(starts_K3.tolist()):
-        labels = labels_KDHW[window].long()
+        targets_CDHW, counts_DHW = encoding.targets(encoding.one_hot(labels_KDHW[window]))
         coarse_CDHW = upsample_window(coarse_logits_Cdhw[None].float(), start, patch_size, factor)[0]
         fused_CDHW = fuse(patch_logits_KCDHW[window].float(), coarse_CDHW, weights)
-        benefit_DHW = part_of_loss(coarse_CDHW, labels) - part_of_loss(fused_CDHW, labels)
-        add_to_low_resolution_(benefit_dhw, benefit_DHW, start, factor)
-        add_to_low_resolution_(voxels_dhw, torch.ones_like(benefit_DHW), start, factor)
+        before_DHW, after_DHW = (
+            part_of_loss(logits_CDHW, targets_CDHW, counts_DHW) for logits_CDHW in (coarse_CDHW, fused_CDHW)
+        )
+        add_to_low_resolution_(benefit_dhw, before_DHW - after_DHW, start, factor)
+        add_to_low_resolution_(voxels_dhw, counts_DHW, start, factor)
     return BenefitMap(benefit_dhw / voxels_dhw.clamp_min(1) * math.prod(patch_size), voxels_dhw / math.prod(factor))
 
 
 def distillation_loss(
-    patch_logits_KCDHW: Tensor, starts_K3: Tensor, coarse_logits_Cdhw: Tensor, factor: Shape
+    patch_logits_KCDHW: Tensor, starts_K3: Tensor, coarse_logits_Cdhw: Tensor, factor: Shape, encoding: LabelEncoding
 ) -> Tensor:
     """Cross-entropy of the coarse prediction with what the patches predict on average in each low-resolution voxel.
 
@@ -380,12 +392,18 @@ def distillation_loss(
         starts_K3: first voxels of the windows.
         coarse_logits_Cdhw: coarse logits of the volume.
         factor: voxels of the volume per low-resolution voxel.
+        encoding: of the labels.
 
     Returns:
         Mean over the windows' voxels, scalar.
     """
-    voxels_Cdhw = torch.zeros_like(coarse_logits_Cdhw, dtype=torch.float32)
+    p_Cdhw = torch.zeros_like(coarse_logits_Cdhw, dtype=torch.float32)
+    voxels_dhw = torch.zeros_like(p_Cdhw[0])
     with torch.no_grad():
         for logits_CDHW, start in zip(patch_logits_KCDHW, starts_K3.tolist(), strict=True):
-            add_to_low_resolution_(voxels_Cdhw, logits_CDHW.float().softmax(0), start, factor)
-    return -(voxels_Cdhw * coarse_logits_Cdhw.float().log_softmax(0)).sum() / voxels_Cdhw.sum()
+            logits_CDHW = logits_CDHW.float()
+            p_CDHW = logits_CDHW.sigmoid() if encoding.has_regions else logits_CDHW.softmax(0)
+            add_to_low_resolution_(p_Cdhw, p_CDHW, start, factor)
+            add_to_low_resolution_(voxels_dhw, torch.ones_like(p_CDHW[0]), start, factor)
+    _, cross_entropy_dhw = encoding.terms(coarse_logits_Cdhw, p_Cdhw, voxels_dhw)
+    return cross_entropy_dhw.sum() / voxels_dhw.sum()

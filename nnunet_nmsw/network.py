@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.fusion import FusionWeights
 from nnunet_nmsw.geometry import Shape, WindowGrid
+from nnunet_nmsw.labels import entropy, foreground_probability
 from nnunet_nmsw.topk import (
     WindowSample,
     candidate_windows,
@@ -171,8 +172,12 @@ class NMSWNetwork(nn.Module):
         output = output[(slice(None), *(slice(n) for n in shape))]
         logits_Cdhw, score_map_dhw = output[:-1], output[-1]
         if self.config.score_map != "free":
-            score_map_dhw = score_map(score_map_dhw, entropy(logits_Cdhw.detach()), self.config.score_map)
+            score_map_dhw = score_map(score_map_dhw, self.entropy(logits_Cdhw.detach()), self.config.score_map)
         return CoarsePrediction(logits_Cdhw, score_map_dhw)
+
+    def entropy(self, coarse_logits_Cdhw: Tensor) -> Tensor:
+        """Entropy of the coarse prediction in nats, shape d, h, w."""
+        return entropy(coarse_logits_Cdhw, self.config.regions)
 
     def scores(self, score_map_dhw: Tensor, grid: WindowGrid) -> Tensor:
         """Scores of the windows, float32 of shape N: `score_scale` times the mean of the score map over each."""
@@ -180,7 +185,7 @@ class NMSWNetwork(nn.Module):
 
     def candidates(self, coarse_logits_Cdhw: Tensor, grid: WindowGrid, at_least: int) -> Tensor:
         """Windows worth a patch, bool of shape N: see `candidate_windows`."""
-        foreground_dhw = 1 - coarse_logits_Cdhw.detach().softmax(0)[0]
+        foreground_dhw = foreground_probability(coarse_logits_Cdhw.detach(), self.config.regions)
         return candidate_windows(foreground_dhw, grid, self.config.candidate_threshold, at_least)
 
     def select(
@@ -278,9 +283,3 @@ def score_map(output_dhw: Tensor, entropy_dhw: Tensor, form: str) -> Tensor:
         return output_dhw + entropy_dhw
     assert form == "times_entropy"
     return (1 + output_dhw) * entropy_dhw
-
-
-def entropy(logits_Cdhw: Tensor) -> Tensor:
-    """Entropy of a prediction in nats, shape d, h, w."""
-    log_p_Cdhw = logits_Cdhw.float().log_softmax(0)
-    return -(log_p_Cdhw.exp() * log_p_Cdhw).sum(0)

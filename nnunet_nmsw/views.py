@@ -39,6 +39,9 @@ class TrainingVolume:
             volume, both relative to the centre; None for neither.
         transforms: what else is done to a view, in nnU-Net's order. Each draws the same parameters for every view.
         seed: of these draws.
+        previous_11DHW: labels that the cascade's previous stage predicted, -1 outside of the image; None without it.
+        num_previous: number of its foreground labels, 1 and up: each becomes a channel of the image.
+        previous_transforms: what makes these channels of a window's second channel of labels, and deforms them.
     """
 
     def __init__(
@@ -49,6 +52,9 @@ class TrainingVolume:
         affine_33: np.ndarray | None = None,
         transforms: Sequence[Transform] = (),
         seed: int = 0,
+        previous_11DHW: Tensor | None = None,
+        num_previous: int = 0,
+        previous_transforms: Sequence[Transform] = (),
     ) -> None:
         self.volume_1CDHW = volume_1CDHW
         self.labels_11DHW = labels_11DHW
@@ -56,17 +62,24 @@ class TrainingVolume:
         self.affine_33 = affine_33
         self.transforms = transforms
         self.seed = seed
+        self.previous_11DHW = previous_11DHW
+        self.num_previous = num_previous
+        self.previous_transforms = previous_transforms
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainingVolume:
         """Move to a device, in place and once: nnU-Net moves input and target apart, and this is both."""
         self.volume_1CDHW = self.volume_1CDHW.to(device, non_blocking=non_blocking)
         self.labels_11DHW = self.labels_11DHW.to(device, non_blocking=non_blocking)
+        if self.previous_11DHW is not None:
+            self.previous_11DHW = self.previous_11DHW.to(device, non_blocking=non_blocking)
         return self
 
     def pin_memory(self) -> TrainingVolume:
         """Pin the tensors, in place, for copies to a GPU that do not block."""
         self.volume_1CDHW = self.volume_1CDHW.pin_memory()
         self.labels_11DHW = self.labels_11DHW.pin_memory()
+        if self.previous_11DHW is not None:
+            self.previous_11DHW = self.previous_11DHW.pin_memory()
         return self
 
     @property
@@ -76,7 +89,10 @@ class TrainingVolume:
         return d, h, w
 
     def low_resolution(self, factor: Shape) -> Tensor:
-        """The view of the global branch, float32 of shape 1, C, d, h, w: downsampled, then augmented."""
+        """The view of the global branch, float32 of shape 1, C, d, h, w: downsampled, then augmented.
+
+        The channels of the cascade's previous stage are shares of each label, only rotated and scaled.
+        """
         image_1Cdhw = downsample(self.volume_1CDHW.float(), factor)
         shape = image_1Cdhw.shape[2:]
         # Labels of the middle voxels: the transforms look for no more than what lies outside of the image.
@@ -91,7 +107,10 @@ class TrainingVolume:
             affine_33, centre = self._low_affine(factor)
             image_1Cdhw = sample_affine(image_1Cdhw, affine_33, (0, 0, 0), shape, centre)
             labels_11dhw = sample_labels_affine(labels_11dhw, affine_33, (0, 0, 0), shape, centre)
-        image_Cdhw, _ = self._transform(image_1Cdhw[0], labels_11dhw[0])
+        image_Cdhw, _ = self._transform(image_1Cdhw[0], labels_11dhw[0], self.transforms)
+        if self.previous_11DHW is not None:
+            counts_Pdhw = self._counts(self.previous_11DHW, self.num_previous + 1, factor)
+            image_Cdhw = torch.cat([image_Cdhw, (counts_Pdhw / counts_Pdhw.sum(0))[1:]])
         return image_Cdhw[None]
 
     def windows(self, starts_B3: Tensor, size: Shape) -> tuple[Tensor, Tensor]:
@@ -104,11 +123,15 @@ class TrainingVolume:
         for start in starts_B3.tolist():
             if self.affine_33 is None:
                 image_1CDHW = crop(self.volume_1CDHW, start, size)
-                labels_11DHW = crop(self.labels_11DHW, start, size)
             else:
                 image_1CDHW = sample_affine(self.volume_1CDHW, self.affine_33, start, size)
-                labels_11DHW = sample_labels_affine(self.labels_11DHW, self.affine_33, start, size)
-            views.append(self._transform(image_1CDHW[0], labels_11DHW[0]))
+            labels_1DHW = self._window_of_labels(self.labels_11DHW, start, size)
+            transforms = self.transforms
+            if self.previous_11DHW is not None:
+                previous_1DHW = self._window_of_labels(self.previous_11DHW, start, size)
+                labels_1DHW = torch.cat([labels_1DHW, previous_1DHW])
+                transforms = [*transforms, *self.previous_transforms]
+            views.append(self._transform(image_1CDHW[0], labels_1DHW, transforms))
         images, labels = zip(*views, strict=True)
         return torch.stack(images), torch.stack(labels)
 
@@ -118,7 +141,15 @@ class TrainingVolume:
         With a rotation or scaling these are interpolated and not counted; what comes from outside of the volume is
         background.
         """
-        counts_Cdhw = label_counts(self.labels_11DHW[0, 0].clamp_min(0), num_labels, factor)
+        return self._counts(self.labels_11DHW, num_labels, factor)
+
+    def _window_of_labels(self, labels_11DHW: Tensor, start: Sequence[int], size: Shape) -> Tensor:
+        if self.affine_33 is None:
+            return crop(labels_11DHW, start, size)[0]
+        return sample_labels_affine(labels_11DHW, self.affine_33, start, size)[0]
+
+    def _counts(self, labels_11DHW: Tensor, num_labels: int, factor: Shape) -> Tensor:
+        counts_Cdhw = label_counts(labels_11DHW[0, 0].clamp_min(0), num_labels, factor)
         if self.affine_33 is None:
             return counts_Cdhw
         affine_33, centre = self._low_affine(factor)
@@ -133,15 +164,17 @@ class TrainingVolume:
         centre = np.array(self.shape) / (2 * np.array(factor)) - 0.5
         return self.affine_33 * np.array(factor)[None] / np.array(factor)[:, None], centre
 
-    def _transform(self, image_CDHW: Tensor, labels_1DHW: Tensor) -> tuple[Tensor, Tensor]:
+    def _transform(
+        self, image_CDHW: Tensor, labels_1DHW: Tensor, transforms: Sequence[Transform]
+    ) -> tuple[Tensor, Tensor]:
         # Copies: nnU-Net's transforms work in place.
         view: dict[str, Any] = {
             "image": image_CDHW.to(torch.float32, copy=True),
             "segmentation": labels_1DHW.to(torch.int16, copy=True),
         }
-        if self.transforms:
+        if transforms:
             with generators_kept(image_CDHW.device) as torch_generators:
-                for index, transform in enumerate(self.transforms):
+                for index, transform in enumerate(transforms):
                     # Anew for every transform: how much the one before drew depends on the size of the view.
                     random.seed(self.seed + index)
                     np.random.seed(self.seed + index)  # noqa: NPY002 - what nnU-Net draws from

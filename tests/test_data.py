@@ -40,7 +40,7 @@ def nnunet_augmentation(flat=False, mirror_axes=(0, 1, 2)):
     )
 
 
-NONE = Augmentation(None, None, [])
+NONE = Augmentation(None, None, [], [])
 
 
 def loader(augmentation=NONE, at_random=False, windows=6, foreground=3, seed=None):
@@ -108,6 +108,14 @@ def test_flat_patches_are_rotated_in_plane():
     for affine in drawn:
         assert affine[0].tolist() == affine[:, 0].tolist() == [1, 0, 0]
         assert not np.allclose(affine, np.eye(3))
+
+
+def test_with_an_ignore_label_random_windows_are_centred_on_annotated_voxels():
+    batches = loader(windows=6, foreground=2)
+    annotated = np.array([[0, 15, 16, 17]])
+    batches._data.load_case = lambda key: (*Cases().load_case("a")[:3], {"class_locations": {(-1, 0, 1): annotated}})
+    starts = next(batches)["random_starts"]
+    assert (starts == torch.tensor([8, 10, 11])).all()  # the voxel minus half the patch, inside the volume of 20
 
 
 def test_elastic_deformation_is_refused():

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_nmsw.fusion import (
     FusionWeights,
@@ -20,20 +21,49 @@ from nnunet_nmsw.fusion import (
     fused_segmentation,
     gaussian_weights,
     loss_sums,
-    one_hot,
     window_shares,
 )
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, label_counts, upsample_window, window_slices
+from nnunet_nmsw.labels import LabelEncoding
 
 CLASSES = 3
+REGIONS = ((1, 2, 3), (2, 3), (3,))
+ENCODING = LabelEncoding(CLASSES)
+ENCODINGS = {
+    "labels": ENCODING,
+    "ignore": LabelEncoding(4, 3),
+    "regions": LabelEncoding(4, None, REGIONS, (1, 2, 3)),
+    "regions and ignore": LabelEncoding(5, 4, REGIONS, (1, 2, 3)),
+}
+"""Kinds of labels with as many channels of logits."""
 
 
-def nnunet_loss(logits_CDHW: torch.Tensor, labels_DHW: torch.Tensor) -> torch.Tensor:
+def nnunet_loss(
+    logits_CDHW: torch.Tensor, labels_DHW: torch.Tensor, encoding: LabelEncoding = ENCODING
+) -> torch.Tensor:
     """nnU-Net's own loss of a whole volume."""
-    loss = DC_and_CE_loss(
-        {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
-    )
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": encoding.has_regions, "ddp": False}
+    if encoding.has_regions:
+        ignore = encoding.ignore_label is not None
+        groups = [*encoding.regions, *([(encoding.ignore_label,)] if ignore else [])]
+        target = torch.stack([torch.isin(labels_DHW, torch.tensor(group)) for group in groups])
+        loss = DC_and_BCE_loss({}, dice, use_ignore_label=ignore, dice_class=MemoryEfficientSoftDiceLoss)
+        return loss(logits_CDHW[None], target[None] if ignore else target[None].float())
+    loss = DC_and_CE_loss(dice, {}, ignore_label=encoding.ignore_label, dice_class=MemoryEfficientSoftDiceLoss)
     return loss(logits_CDHW[None], labels_DHW[None, None])
+
+
+def label_manager(encoding: LabelEncoding) -> LabelManager:
+    """nnU-Net's, for the same labels."""
+    ignore = {} if encoding.ignore_label is None else {"ignore": encoding.ignore_label}
+    groups = encoding.regions or range(1, encoding.num_channels)
+    labels = {"background": 0, **{f"channel {group}": group for group in groups}, **ignore}
+    return LabelManager(labels, encoding.regions_class_order)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
+def test_the_encoding_is_read_from_nnunets_labels(encoding):
+    assert LabelEncoding.of(label_manager(encoding)) == encoding
 
 
 def canvas(patch_logits, starts, coarse_volume, weights, volume_shape):
@@ -59,7 +89,7 @@ def covered(starts, grid):
 
 
 @st.composite
-def problems(draw, overlapping: bool):
+def problems(draw, overlapping: bool, kinds: tuple[str, ...] = tuple(ENCODINGS)):
     """A volume with labels, a coarse prediction and some windows of an anisotropic patch."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     patch = tuple(draw(st.integers(2, 7)) for _ in range(3))
@@ -67,12 +97,14 @@ def problems(draw, overlapping: bool):
     factor = tuple(draw(st.integers(1, 3)) for _ in range(3))
     grid = WindowGrid(volume, patch, factor, 0.5 if overlapping else 1.0)
     chosen = torch.randperm(len(grid))[: draw(st.integers(1, min(4, len(grid))))]
+    encoding = ENCODINGS[draw(st.sampled_from(kinds))]
     return {
         "grid": grid,
         "starts": grid.starts_N3[chosen],
         "patch_logits": torch.randn(len(chosen), CLASSES, *patch) * 3,
         "coarse": torch.randn(CLASSES, *grid.low_shape),
-        "labels": torch.randint(0, CLASSES, volume),
+        "labels": torch.randint(0, encoding.num_labels, volume),
+        "encoding": encoding,
         "weights": FusionWeights(
             torch.tensor([0.9, 0.5, 0.7]), torch.tensor([0.1, 0.6, 0.3]), torch.tensor([0.0, -0.5, 0.2])
         ),
@@ -80,12 +112,12 @@ def problems(draw, overlapping: bool):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31))
-def test_the_sums_make_nnunets_loss(seed):
+@given(st.integers(0, 2**31), st.sampled_from(list(ENCODINGS.values())))
+def test_the_sums_make_nnunets_loss(seed, encoding):
     torch.manual_seed(seed)
-    logits, labels = torch.randn(CLASSES, 4, 5, 6) * 2, torch.randint(0, CLASSES, (4, 5, 6))
-    one_hot = F.one_hot(labels, CLASSES).movedim(-1, 0).float()
-    torch.testing.assert_close(dice_and_cross_entropy(loss_sums(logits, one_hot)), nnunet_loss(logits, labels))
+    logits, labels = torch.randn(CLASSES, 4, 5, 6) * 2, torch.randint(0, encoding.num_labels, (4, 5, 6))
+    sums = loss_sums(logits, encoding.one_hot(labels), encoding)
+    torch.testing.assert_close(dice_and_cross_entropy(sums, encoding), nnunet_loss(logits, labels, encoding))
 
 
 def test_label_counts_make_the_loss_of_the_block_wise_constant_prediction():
@@ -95,7 +127,7 @@ def test_label_counts_make_the_loss_of_the_block_wise_constant_prediction():
     constant = low
     for axis in range(3):
         constant = constant.repeat_interleave(factor[axis], axis + 1).narrow(axis + 1, 0, labels.shape[axis])
-    loss = dice_and_cross_entropy(loss_sums(low, label_counts(labels, CLASSES, factor)))
+    loss = dice_and_cross_entropy(loss_sums(low, label_counts(labels, CLASSES, factor), ENCODING), ENCODING)
     torch.testing.assert_close(loss, nnunet_loss(constant, labels))
 
 
@@ -112,9 +144,10 @@ def loss_and_its_canvas(problem):
         problem["starts"],
         problem["coarse"],
         crop_windows(labels[None, None], problem["starts"], grid.patch_size)[:, 0],
-        label_counts(labels, CLASSES, grid.downsampling_factor),
+        label_counts(labels, problem["encoding"].num_labels, grid.downsampling_factor),
         problem["weights"],
         grid.downsampling_factor,
+        problem["encoding"],
     )
     on_canvas = torch.where(inside, fused, constant)
     return loss, on_canvas
@@ -124,11 +157,13 @@ def loss_and_its_canvas(problem):
 @given(problems(overlapping=False))
 def test_loss_without_a_canvas_equals_the_canvas_where_windows_do_not_overlap(problem):
     loss, on_canvas = loss_and_its_canvas(problem)
-    torch.testing.assert_close(loss.loss, nnunet_loss(on_canvas, problem["labels"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        loss.loss, nnunet_loss(on_canvas, problem["labels"], problem["encoding"]), rtol=1e-4, atol=1e-5
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(problems(overlapping=True))
+@given(problems(overlapping=True, kinds=("labels",)))
 def test_with_overlap_the_cross_entropy_is_bounded_by_jensens_gap(problem):
     """Blending the losses instead of the logits: never below the canvas, above it by at most the windows' spread.
 
@@ -175,7 +210,7 @@ def test_the_weight_of_a_window_has_its_benefit_as_gradient():
     patch_logits = torch.stack([truth, torch.randn(CLASSES, 6, 6, 6)])
     coarse, weights = torch.zeros(CLASSES, *grid.low_shape), FusionWeights.convex(torch.full((CLASSES,), 0.9))
     counts = label_counts(labels, CLASSES, grid.downsampling_factor)
-    arguments = (weights, grid.downsampling_factor)
+    arguments = (weights, grid.downsampling_factor, ENCODING)
     cropped = crop_windows(labels[None, None], starts, grid.patch_size)[:, 0]
     window_weight = torch.ones(2, requires_grad=True)
     loss, benefit, _ = fused_loss(patch_logits, starts, coarse, cropped, counts, *arguments, window_weight)
@@ -200,12 +235,19 @@ def test_fused_volume_and_its_labels_equal_the_canvas(problem):
     blended[:, ~inside] = torch.nan  # what nnU-Net's sliding window leaves where no window was
     fused = fuse_volume_(blended, problem["coarse"], inside, problem["weights"], (0, 0, 0), factor)
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
+    encoding = problem["encoding"]
     labels = fused_segmentation(
-        problem["patch_logits"], problem["starts"], problem["coarse"], problem["weights"], grid.volume_shape, factor
+        problem["patch_logits"],
+        problem["starts"],
+        problem["coarse"],
+        problem["weights"],
+        grid.volume_shape,
+        factor,
+        encoding,
     )
     best_two = expected.topk(2, 0).values
-    clear = best_two[0] - best_two[1] > 1e-3
-    assert torch.equal(labels[clear], expected.argmax(0)[clear])
+    clear = expected.abs().amin(0) > 1e-3 if encoding.has_regions else best_two[0] - best_two[1] > 1e-3
+    assert torch.equal(labels[clear], label_manager(encoding).convert_logits_to_segmentation(expected)[clear].long())
 
 
 @settings(max_examples=30, deadline=None)
@@ -213,14 +255,15 @@ def test_fused_volume_and_its_labels_equal_the_canvas(problem):
 def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
     grid, factor = problem["grid"], problem["grid"].downsampling_factor
     labels = crop_windows(problem["labels"][None, None], problem["starts"], grid.patch_size)[:, 0]
-    counts = label_counts(problem["labels"], CLASSES, factor)
+    encoding = problem["encoding"]
+    counts = label_counts(problem["labels"], encoding.num_labels, factor)
     coarse, weights = problem["coarse"], problem["weights"]
-    loss = fused_loss(problem["patch_logits"], problem["starts"], coarse, labels, counts, weights, factor)
+    loss = fused_loss(problem["patch_logits"], problem["starts"], coarse, labels, counts, weights, factor, encoding)
     for window in range(len(problem["starts"])):
         logits, start = problem["patch_logits"][window, None], problem["starts"][window, None]
-        alone = benefit_map(logits, start, coarse, labels[window, None], weights, factor, loss.slope_S)
+        alone = benefit_map(logits, start, coarse, labels[window, None], weights, factor, encoding, loss.slope_S)
         voxels = alone.weight_dhw * math.prod(factor)
-        assert voxels.sum() == math.prod(grid.patch_size)
+        assert voxels.sum() == encoding.counted(labels[window]).sum()
         benefit = (alone.benefit_dhw * voxels).sum() / math.prod(grid.patch_size)
         torch.testing.assert_close(benefit, loss.benefit_K[window], rtol=1e-3, atol=1e-5)
 
@@ -229,20 +272,22 @@ def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
 @given(problems(overlapping=False))
 def test_the_benefit_of_labels_is_first_order_in_the_dice(problem):
     """Changing the labels of one low-resolution voxel's worth by a little changes Dice by slope times change."""
-    grid, factor, coarse = problem["grid"], problem["grid"].downsampling_factor, problem["coarse"]
-    counts = label_counts(problem["labels"], CLASSES, factor).double()
-    predicted = one_hot(coarse.argmax(0), CLASSES).double()
-    change = 1e-6 * (one_hot(torch.randint(CLASSES, grid.low_shape), CLASSES).double() - predicted)
+    factor, coarse = problem["grid"].downsampling_factor, problem["coarse"]
+    encoding = problem["encoding"]
+    counts = label_counts(problem["labels"], encoding.num_labels, factor)
+    targets, voxels = (part.double() for part in encoding.targets(counts))
+    predicted = encoding.decided(coarse).double()
+    change = 1e-6 * (encoding.decided(torch.randn_like(coarse)).double() - predicted)
 
     def dice_and_sums(share):
-        intersection = (share * counts).flatten(1).sum(1)
-        prediction, target = (share * counts.sum(0)).flatten(1).sum(1), counts.flatten(1).sum(1)
-        present = (target > 0) & (torch.arange(CLASSES) > 0)
+        intersection = (share * targets).flatten(1).sum(1)
+        prediction, target = (share * voxels).flatten(1).sum(1), targets.flatten(1).sum(1)
+        present = (target > 0) & ((torch.arange(CLASSES) > 0) | encoding.has_regions)
         dice = 2 * intersection[present] / (prediction + target)[present]
         return (dice.mean() if len(dice) else torch.tensor(0.0)), torch.cat([intersection, prediction])
 
     (before, sums), (after, changed_sums) = dice_and_sums(predicted), dice_and_sums(predicted + change)
-    slope = dice_slope(coarse, counts.float()).double()
+    slope = dice_slope(coarse, counts, encoding).double()
     gain = -(slope[: 2 * CLASSES] @ (changed_sums - sums))
     assert (after - before).item() == pytest.approx(gain.item(), rel=1e-3, abs=1e-11)
 
@@ -258,8 +303,8 @@ def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_i
     wrong[1] = 8
     patches, weights = torch.stack([right, wrong]), FusionWeights.convex(torch.ones(CLASSES))
     cropped, counts = torch.stack([labels[:, :, :8], labels[:, :, 8:]]), label_counts(labels, CLASSES, factor)
-    slope = fused_loss(patches, starts, coarse, cropped, counts, weights, factor).slope_S
-    measured = benefit_map(patches, starts, coarse, cropped, weights, factor, slope)
+    slope = fused_loss(patches, starts, coarse, cropped, counts, weights, factor, ENCODING).slope_S
+    measured = benefit_map(patches, starts, coarse, cropped, weights, factor, ENCODING, slope)
     assert (measured.benefit_dhw[:, :, :4] > 0).all()
     assert (measured.benefit_dhw[:, :, 4:] < 0).all()
     assert measured.benefit_dhw[1:3, 1:3, 1:3].mean() > measured.benefit_dhw[:1, :, :4].mean()
@@ -270,7 +315,7 @@ def test_distillation_pulls_the_coarse_prediction_to_the_mean_of_the_patches():
     patches = torch.randn(2, CLASSES, 8, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     starts, factor = torch.tensor([[0, 0, 0], [0, 4, 8]]), (2, 2, 4)
     coarse = torch.zeros(CLASSES, 4, 6, 4, requires_grad=True)
-    loss = distillation_loss(patches, starts, coarse, factor)
+    loss = distillation_loss(patches, starts, coarse, factor, ENCODING)
     assert loss.item() == pytest.approx(math.log(CLASSES))
     loss.backward()
     assert patches.grad is None
@@ -279,3 +324,36 @@ def test_distillation_pulls_the_coarse_prediction_to_the_mean_of_the_patches():
     expected = (1 / CLASSES - first[:, :, :2]) * 16 / 1024
     torch.testing.assert_close(coarse.grad[:, :, :2, :2], expected)
     assert (coarse.grad[:, :, :2, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
+def test_hits_are_those_of_nnunets_validation(encoding):
+    torch.manual_seed(0)
+    labels, logits = torch.randint(0, encoding.num_labels, (6, 7, 8)), torch.randn(CLASSES, 6, 7, 8)
+    prediction = label_manager(encoding).convert_logits_to_segmentation(logits).long()
+    counted = torch.ones_like(labels, dtype=torch.bool)
+    if encoding.ignore_label is not None:
+        counted = labels != encoding.ignore_label
+    groups = encoding.regions or [(label,) for label in range(1, CLASSES)]
+    for group, *hits in zip(groups, *encoding.hits(labels, prediction), strict=True):
+        reference, predicted = (torch.isin(values, torch.tensor(group)) & counted for values in (labels, prediction))
+        expected = (reference & predicted, ~reference & predicted, reference & ~predicted)
+        assert [int(hit) for hit in hits] == [int(voxels.sum()) for voxels in expected]
+
+
+def test_an_ignored_window_is_worth_nothing_and_says_nothing():
+    encoding, grid = ENCODINGS["ignore"], WindowGrid((8, 8, 16), (8, 8, 8), (2, 2, 2), 1.0)
+    labels = torch.full(grid.volume_shape, 3)
+    labels[:, :, :8] = torch.randint(0, 3, (8, 8, 8), generator=torch.Generator().manual_seed(0))
+    patches = torch.randn(2, CLASSES, 8, 8, 8, requires_grad=True)
+    coarse, weights = torch.zeros(CLASSES, *grid.low_shape), FusionWeights.convex(torch.full((CLASSES,), 0.9))
+    cropped = crop_windows(labels[None, None], grid.starts_N3, grid.patch_size)[:, 0]
+    counts = label_counts(labels, 4, (2, 2, 2))
+    loss = fused_loss(patches, grid.starts_N3, coarse, cropped, counts, weights, (2, 2, 2), encoding)
+    assert loss.benefit_K[1] == 0
+    (gradient,) = torch.autograd.grad(loss.loss, patches)
+    assert gradient[0].abs().max() > 0
+    assert (gradient[1] == 0).all()
+    measured = benefit_map(patches, grid.starts_N3, coarse, cropped, weights, (2, 2, 2), encoding, loss.slope_S)
+    assert (measured.weight_dhw[:, :, :4] == 1).all()
+    assert (measured.weight_dhw[:, :, 4:] == 0).all()

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_nmsw.fusion import one_hot
 from nnunet_nmsw.geometry import (
     WindowGrid,
     add_to_low_resolution_,
@@ -19,6 +18,7 @@ from nnunet_nmsw.geometry import (
     upsample_window,
     window_slices,
 )
+from nnunet_nmsw.labels import LabelEncoding
 
 
 @st.composite
@@ -135,7 +135,7 @@ def test_label_counts_and_what_is_left_without_a_window(shape, factor, seed):
     weight = torch.zeros(shape)
     weight[window] = torch.from_numpy(rng.random(weight[window].shape, np.float32))
     left = counts.clone()
-    add_to_low_resolution_(left, -one_hot(labels[window], 4) * weight[window], start, factor)
+    add_to_low_resolution_(left, -LabelEncoding(4).one_hot(labels[window]) * weight[window], start, factor)
     for d, h, w in np.ndindex(*counts.shape[1:]):
         block = tuple(slice(i * f, (i + 1) * f) for i, f in zip((d, h, w), factor, strict=True))
         for label in range(4):

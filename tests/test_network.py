@@ -4,19 +4,23 @@ from tiny import build_network
 
 from nnunet_nmsw.config import SCORE_MAPS, SELECTIONS, NMSWConfig
 from nnunet_nmsw.geometry import downsample
+from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.trainers.loss import NMSWLoss
 from nnunet_nmsw.views import TrainingVolume
 
 
-def plain_loss(config: NMSWConfig) -> NMSWLoss:
-    return NMSWLoss(lambda logits, target: torch.nn.functional.cross_entropy(logits, target[:, 0].long()), None, config)
+def plain_loss(config: NMSWConfig, num_classes: int = 3) -> NMSWLoss:
+    def local_loss(logits, target):
+        return torch.nn.functional.cross_entropy(logits, target[:, 0].long())
+
+    return NMSWLoss(local_loss, None, config, LabelEncoding(num_classes))
 
 
 def training_step(network, shape, num_classes=3):
     volume = torch.randn(1, 1, *shape)
     target = torch.randint(0, num_classes, (1, 1, *shape), dtype=torch.int16)
     starts = torch.tensor([[0, 0, 0], [n - p for n, p in zip(shape, network.patch_size, strict=True)]])
-    loss = plain_loss(network.config)
+    loss = plain_loss(network.config, num_classes)
     training = TrainingVolume(volume, target, starts)
     output = network(training)
     return loss(output, training), loss, output

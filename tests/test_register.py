@@ -35,7 +35,8 @@ def test_nnunet_finds_our_trainers_and_the_users(tmp_path):
         "class MyTrainer(nnUNetTrainer): pass\n"
     )
     names = ["nnUNetTrainerNMSW", "MyTrainer", "nnUNetTrainerNMSW_1epoch"]
-    names += [f"nnUNetTrainerNMSW_{n}epochs" for n in (1, 5, 10, 20, 50, 100, 250)]
+    names += [f"nnUNetTrainerNMSW_{n}epochs" for n in (1, 5, 10, 20, 50, 100, 250, 500, 2000)]
+    names += [f"{name}_NoMirroring" for name in names if "NMSW" in name]
     code = (
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
         f"for name in {names}: assert find(name).__name__ == name\n"

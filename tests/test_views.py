@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform, create_affine_matrix_3d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import nnunet_augmentation
 
 from nnunet_nmsw.fusion import FusionWeights, fused_loss
-from nnunet_nmsw.geometry import crop_windows, downsample, label_counts
+from nnunet_nmsw.geometry import crop, crop_windows, downsample, label_counts
+from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.views import TrainingVolume, sample_affine, seed_everything
 
 SHAPE, PATCH = (18, 21, 24), (8, 8, 8)
@@ -123,10 +125,36 @@ def test_no_voxel_of_a_rotated_volume_counts_twice_in_the_fused_loss(factor):
     interpolated, counted = training.label_counts(2, factor), label_counts(whole, 2, factor)
     assert not torch.allclose(interpolated, counted)
     losses = [
-        fused_loss(logits, starts, coarse, targets, counts, weights, factor) for counts in (interpolated, counted)
+        fused_loss(logits, starts, coarse, targets, counts, weights, factor, LabelEncoding(2))
+        for counts in (interpolated, counted)
     ]
     torch.testing.assert_close(losses[0].loss, losses[1].loss)
     torch.testing.assert_close(losses[0].slope_S, losses[1].slope_S)
+
+
+@pytest.mark.parametrize("affine", [None, create_affine_matrix_3d([0.3, -0.2, 0.4], [1.1] * 3)])
+def test_labels_of_a_previous_stage_become_channels(affine):
+    """Inference takes one-hot channels and downsamples them like the image."""
+    previous = torch.randint(0, 3, (1, 1, *SHAPE), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    channels = torch.cat([(previous == label).half() for label in (1, 2)], 1)
+    volume, starts = smooth_volume(), torch.tensor([[1, 2, 3]])
+    nothing = torch.zeros(0, 3, dtype=torch.int64)
+    move = MoveSegAsOneHotToDataTransform(1, [1, 2])
+    cascade = TrainingVolume(volume, blocks(), nothing, affine, [], 0, previous, 2, [move])
+    image, labels = cascade.windows(starts, PATCH)
+    plain, plain_labels = TrainingVolume(volume, blocks(), nothing, affine).windows(starts, PATCH)
+    assert torch.equal(image[:, :1], plain)
+    assert torch.equal(labels, plain_labels)
+    assert image.shape[1] == 3
+    low = cascade.low_resolution((2, 2, 2))
+    assert low.shape[1] == 3
+    if affine is None:
+        assert torch.equal(image[:, 1:], crop(channels, (1, 2, 3), PATCH).float())
+        torch.testing.assert_close(low, downsample(torch.cat([volume, channels], 1).float(), (2, 2, 2)))
+    else:
+        assert set(image[:, 1:].unique().tolist()) == {0, 1}
+        assert (low[:, 1:] >= 0).all()
+        assert (low[:, 1:].sum(1) <= 1 + 1e-5).all()
 
 
 def test_what_lies_outside_of_the_image_stays_masked():

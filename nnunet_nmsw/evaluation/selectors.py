@@ -14,7 +14,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_steps_for_slidi
 from scipy import ndimage
 
 from nnunet_nmsw.geometry import WindowGrid
-from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice, entropy
+from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
 from nnunet_nmsw.topk import top_k
 
 
@@ -33,7 +33,7 @@ def random_windows(
 
 def entropy_windows(network: NMSWNetwork, coarse: CoarsePrediction, grid: WindowGrid, num_patches: int) -> WindowChoice:
     """Windows by the mean entropy of the coarse prediction, those with predicted foreground first."""
-    return _best(network, coarse, grid, num_patches, grid.mean(entropy(coarse.logits_Cdhw)).cpu())
+    return _best(network, coarse, grid, num_patches, grid.mean(network.entropy(coarse.logits_Cdhw)).cpu())
 
 
 def object_windows(coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:

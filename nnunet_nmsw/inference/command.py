@@ -15,7 +15,6 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.file_path_utilities import get_output_folder
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_nmsw.config import PLANS_KEY, parse_num_patches
@@ -48,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     load_model(predictor, folder, folds, args.chk)
     _check_channels(cases, predictor)
+    _check_previous_stage(cases, predictor, args.prev_stage_predictions)
     os.makedirs(args.o, exist_ok=True)
     predictor.predict_from_files(
         args.i,
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_processes_segmentation_export=args.nps,
         num_parts=args.num_parts,
         part_id=args.part_id,
+        folder_with_segs_from_prev_stage=args.prev_stage_predictions,
     )
 
 
@@ -181,13 +182,29 @@ def _trained_with_nmsw(folder: Path) -> bool:
 
 
 def _check_channels(cases: list[list[str]], predictor: NMSWPredictor) -> None:
-    channels = determine_num_input_channels(
-        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-    )
+    channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
     for files in cases:
         if len(files) != channels:
             names = ", ".join(os.path.basename(file) for file in files)
             raise UserError(f"the model takes {channels} channel(s) a case, the input folder has {names}")
+
+
+def _check_previous_stage(cases: list[list[str]], predictor: NMSWPredictor, folder: str | None) -> None:
+    previous_stage = predictor.configuration_manager.previous_stage_name
+    if previous_stage is None:
+        if folder is not None:
+            raise UserError("-prev_stage_predictions is for the cascade, and this configuration has no previous stage")
+        return
+    if folder is None:
+        raise UserError(
+            f"the cascade needs the predictions of {previous_stage} for these images: make them with that "
+            "configuration's model and give their folder with -prev_stage_predictions"
+        )
+    ending = predictor.dataset_json["file_ending"]
+    for files in cases:
+        name = os.path.basename(files[0])[: -len(f"_0000{ending}")] + ending
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise UserError(f"-prev_stage_predictions {folder} has no {name}, the {previous_stage} of an input image")
 
 
 def prepare_device(name: str) -> torch.device:
@@ -232,6 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--disable_tta", action="store_true", help="no test time augmentation by mirroring: faster, less accurate")
     add("--save_probabilities", action="store_true", help="also save class probabilities, for ensembles")
     add("--continue_prediction", action="store_true", help="leave out cases whose prediction exists")
+    add(
+        "-prev_stage_predictions",
+        help="folder with the predictions of the previous stage, for the cascade (3d_cascade_fullres)",
+    )
     add("-npp", type=int, default=int(os.environ.get("nnUNet_npp") or 3), help="preprocessing processes. Default: 3")
     add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="export processes. Default: 3")
     add("-num_parts", type=int, default=1, help="number of nmsw_predict calls that share the folder. Default: 1")

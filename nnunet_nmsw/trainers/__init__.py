@@ -1,7 +1,7 @@
 """Trainers that nnU-Net's `-tr` finds."""
 
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
-from nnunet_nmsw.trainers.variants import TRAINING_LENGTHS
+from nnunet_nmsw.trainers.variants import VARIANTS
 
-globals().update(TRAINING_LENGTHS)
-__all__ = ["nnUNetTrainerNMSW", *TRAINING_LENGTHS]  # noqa: PLE0604 - the keys are class names
+globals().update(VARIANTS)
+__all__ = ["nnUNetTrainerNMSW", *VARIANTS]  # noqa: PLE0604 - the keys are class names

@@ -14,6 +14,11 @@ import torch.nn.functional as F
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
+from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -29,6 +34,12 @@ from nnunet_nmsw.views import OUTSIDE, seed_everything
 MOST_DRAWS = 20
 """How often a foreground voxel is drawn until one lies inside of the rotated volume."""
 
+TRANSFORMS_OF_PREVIOUS = (
+    MoveSegAsOneHotToDataTransform,
+    ApplyRandomBinaryOperatorTransform,
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
+
 
 class Augmentation(NamedTuple):
     """nnU-Net's transforms, parted by where they act.
@@ -37,11 +48,13 @@ class Augmentation(NamedTuple):
         spatial: rotation and scaling, one affine for the step.
         mirror: flips the volume when it is loaded.
         of_views: everything else, applied to each view with the same draws.
+        of_previous: what makes channels of the labels of the cascade's previous stage, and deforms them.
     """
 
     spatial: SpatialTransform | None
     mirror: MirrorTransform | None
     of_views: list[BasicTransform]
+    of_previous: list[BasicTransform]
 
     @classmethod
     def of(cls, transforms: BasicTransform) -> Augmentation:
@@ -51,7 +64,7 @@ class Augmentation(NamedTuple):
             NotImplementedError: they deform elastically, which is no affine.
         """
         parts = transforms.transforms if isinstance(transforms, ComposeTransforms) else [transforms]
-        spatial, mirror, of_views = None, None, []
+        spatial, mirror, of_views, of_previous = None, None, [], []
         for part in parts:
             if isinstance(part, SpatialTransform):
                 if part.p_elastic_deform > 0:
@@ -61,9 +74,11 @@ class Augmentation(NamedTuple):
                 spatial = part
             elif isinstance(part, MirrorTransform):
                 mirror = part
+            elif isinstance(getattr(part, "transform", part), TRANSFORMS_OF_PREVIOUS):
+                of_previous.append(part)
             elif not isinstance(part, Convert3DTo2DTransform | Convert2DTo3DTransform):
                 of_views.append(with_blur_of_views(part))
-        return cls(spatial, mirror, of_views)
+        return cls(spatial, mirror, of_views, of_previous)
 
     def draw_affine(self) -> np.ndarray | None:
         """The matrix that takes positions in the augmented volume to positions in the volume, 3 × 3; None for none.
@@ -91,7 +106,8 @@ class WholeVolumeLoader(DataLoader):
 
     Each batch is a dictionary: `data` (1, C, D, H, W) float16; `target` (1, 1, D, H, W) int8, or int16 where labels
     need it, -1 outside of the image; both mirrored, and padded to the patch size where the volume is smaller, as
-    nnU-Net's predictor pads; `random_starts` (R, 3) int64, in the augmented volume; `affine` (3, 3) or None; `seed`;
+    nnU-Net's predictor pads; `previous`, the labels that the cascade's previous stage predicted, as `target`, or None;
+    `random_starts` (R, 3) int64, in the augmented volume; `affine` (3, 3) or None; `seed`;
     and `keys`.
 
     Args:
@@ -100,6 +116,7 @@ class WholeVolumeLoader(DataLoader):
         num_random_windows: R.
         foreground_windows: how many of these hold foreground (nnU-Net's oversampling: a class drawn at random, and the
             window centred on one of its voxels), unless a rotation turns what is drawn out of the volume many times.
+            With an ignore label the other windows are centred on annotated voxels, as in nnU-Net.
         augmentation: what to draw from.
         at_random: draw cases at random; otherwise go round them in order.
         seed: of everything that a worker process draws, together with the worker's number; None leaves it to
@@ -140,19 +157,21 @@ class WholeVolumeLoader(DataLoader):
             self.seed = None
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            data, segmentation, _, properties = self._data.load_case(keys[0])
+            data, segmentation, previous, properties = self._data.load_case(keys[0])
             axes = self.augmentation.draw_mirrored_axes()
             volume_CDHW = torch.from_numpy(np.asarray(data[:], dtype=np.float16)).flip([axis + 1 for axis in axes])
-            labels = np.asarray(segmentation[:1])
-            smallest_type = np.int8 if labels.max(initial=0) < 128 else np.int16
-            labels_1DHW = torch.from_numpy(labels.astype(smallest_type)).flip([axis + 1 for axis in axes])
-            shape = np.array(labels_1DHW.shape[1:])
-            volume_CDHW = pad_nd_image(volume_CDHW, self.patch_size, "constant", {"value": 0})
-            labels_1DHW, unpad = pad_nd_image(labels_1DHW, self.patch_size, "constant", {"value": OUTSIDE}, True)
+            shape = np.array(volume_CDHW.shape[1:])
+            volume_CDHW, unpad = pad_nd_image(volume_CDHW, self.patch_size, "constant", {"value": 0}, True)
+            labels_1DHW = self._labels(segmentation[:1], axes)
+            previous_1DHW = None if previous is None else self._labels(previous[:][None], axes)
             offset = np.array([axis.start for axis in unpad[1:]])
         affine_33 = self.augmentation.draw_affine()
         # nnU-Net's sample of each class's voxels, in the volume as it was loaded; the first column is the channel.
-        voxels_by_class = [voxels[:, 1:] for voxels in properties["class_locations"].values() if len(voxels)]
+        locations = {name: voxels[:, 1:] for name, voxels in properties["class_locations"].items() if len(voxels)}
+        # Under all labels together, -1 first, it keeps annotated voxels where the dataset has an ignore label.
+        annotated = [name for name in locations if isinstance(name, tuple) and name[0] == -1]
+        annotated_voxels = [locations.pop(name) for name in annotated]
+        voxels_by_class = list(locations.values()) or annotated_voxels
 
         def position(voxel: np.ndarray) -> np.ndarray:
             mirrored = np.where([axis in axes for axis in range(3)], shape - 1 - voxel, voxel) + offset
@@ -161,17 +180,29 @@ class WholeVolumeLoader(DataLoader):
         return {
             "data": volume_CDHW[None],
             "target": labels_1DHW[None],
-            "random_starts": self.draw_windows(tuple(labels_1DHW.shape[1:]), voxels_by_class, position),
+            "previous": None if previous_1DHW is None else previous_1DHW[None],
+            "random_starts": self.draw_windows(
+                tuple(labels_1DHW.shape[1:]), voxels_by_class, position, annotated_voxels or None
+            ),
             "affine": affine_33,
             "seed": int(np.random.randint(2**31)),  # noqa: NPY002
             "keys": keys,
         }
+
+    def _labels(self, labels: np.ndarray, mirrored_axes: list[int]) -> Tensor:
+        """Mirrored and padded, of the smallest type."""
+        labels = np.asarray(labels)
+        smallest_type = np.int8 if labels.max(initial=0) < 128 else np.int16
+        labels_1DHW = torch.from_numpy(labels.astype(smallest_type)).flip([axis + 1 for axis in mirrored_axes])
+        padded: Tensor = pad_nd_image(labels_1DHW, self.patch_size, "constant", {"value": OUTSIDE})
+        return padded
 
     def draw_windows(
         self,
         volume_shape: Sequence[int],
         voxels_by_class: list[np.ndarray],
         position: Callable[[np.ndarray], np.ndarray],
+        annotated_voxels: list[np.ndarray] | None = None,
     ) -> Tensor:
         """First voxels of the random windows in the augmented volume, the ones centred on foreground last.
 
@@ -179,17 +210,21 @@ class WholeVolumeLoader(DataLoader):
             volume_shape: of the augmented volume.
             voxels_by_class: some voxels of each class that the case has, n × 3.
             position: where such a voxel lies in the augmented volume.
+            annotated_voxels: what the other windows are centred on; None to draw them anywhere.
         """
         last_start = np.array(volume_shape, np.int64) - np.array(self.patch_size, np.int64)
         starts = np.random.randint(0, last_start + 1, (self.num_random_windows, 3))  # noqa: NPY002
-        if voxels_by_class:
-            for window in range(self.num_random_windows - self.foreground_windows, self.num_random_windows):
-                for _ in range(MOST_DRAWS):
-                    voxels = voxels_by_class[np.random.randint(len(voxels_by_class))]  # noqa: NPY002
-                    centre = position(voxels[np.random.randint(len(voxels))]).round()  # noqa: NPY002
-                    if (centre >= 0).all() and (centre < volume_shape).all():
-                        break
-                starts[window] = np.clip(centre - np.array(self.patch_size) // 2, 0, last_start)
+        for window in range(self.num_random_windows):
+            foreground = window >= self.num_random_windows - self.foreground_windows
+            groups = voxels_by_class if foreground else annotated_voxels
+            if not groups:
+                continue
+            for _ in range(MOST_DRAWS):
+                voxels = groups[np.random.randint(len(groups))]  # noqa: NPY002
+                centre = position(voxels[np.random.randint(len(voxels))]).round()  # noqa: NPY002
+                if (centre >= 0).all() and (centre < volume_shape).all():
+                    break
+            starts[window] = np.clip(centre - np.array(self.patch_size) // 2, 0, last_start)
         return torch.from_numpy(starts)
 
 

@@ -1,6 +1,7 @@
 """The loss of a training step: local, global and fused, and what it reports of them.
 
-Tensor suffixes: C classes, D H W axes of the volume, d h w axes of the low-resolution view, K sampled windows.
+Tensor suffixes: B windows, C channels of the logits, L labels, D H W axes of the volume, d h w axes of the
+low-resolution view, K sampled windows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nnunet_nmsw.fusion import (
     fused_loss,
     loss_sums,
 )
+from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import TrainingOutput
 from nnunet_nmsw.precision import full_precision
 from nnunet_nmsw.views import TrainingVolume
@@ -39,6 +41,7 @@ class NMSWLoss(nn.Module):
         local_loss: nnU-Net's loss for patches, deep supervision included where `deep_supervision_scales` is given.
         deep_supervision_scales: nnU-Net's scales of the local outputs.
         config: the settings.
+        encoding: of the labels.
 
     After a call, `report` holds the parts by name, detached.
     """
@@ -50,6 +53,7 @@ class NMSWLoss(nn.Module):
         local_loss: Callable[..., Tensor],
         deep_supervision_scales: list[list[float]] | None,
         config: NMSWConfig,
+        encoding: LabelEncoding,
     ) -> None:
         super().__init__()
         self.local_loss = local_loss
@@ -57,19 +61,20 @@ class NMSWLoss(nn.Module):
             None if deep_supervision_scales is None else DownsampleSegForDSTransform(deep_supervision_scales)
         )
         self.config = config
+        self.encoding = encoding
         self.report = {}
 
     def forward(self, output: TrainingOutput, volume: TrainingVolume) -> Tensor:
         """The loss of one volume."""
-        config, coarse_logits_Cdhw = self.config, output.coarse.logits_Cdhw
+        config, encoding, coarse_logits_Cdhw = self.config, self.encoding, output.coarse.logits_Cdhw
         finest = finest_scale(output.local)
         num_sampled, targets = len(output.sample.indices_K), output.targets
         local = self.local_loss(output.local, self._local_targets(targets))
 
         with full_precision(targets.device):
             with torch.no_grad():
-                counts_Cdhw = volume.label_counts(len(coarse_logits_Cdhw), config.downsampling_factor)
-            coarse = dice_and_cross_entropy(loss_sums(coarse_logits_Cdhw, counts_Cdhw))
+                counts_Ldhw = volume.label_counts(encoding.num_labels, config.downsampling_factor)
+            coarse = dice_and_cross_entropy(loss_sums(coarse_logits_Cdhw, counts_Ldhw, encoding), encoding)
             # 1 in value; its gradient is that of the log-probability of the draw.
             log_p_K = output.sample.log_probability_K
             weight_K = (log_p_K - log_p_K.detach()).exp()
@@ -80,9 +85,10 @@ class NMSWLoss(nn.Module):
                 output.starts[:num_fused],
                 coarse_logits_Cdhw,
                 targets[:num_fused, 0],
-                counts_Cdhw,
+                counts_Ldhw,
                 output.fusion,
                 config.downsampling_factor,
+                encoding,
                 weight_of_all if config.gradient_path == "contribution" else None,
                 weight_of_all if config.gradient_path == "contribution_logits" else None,
             )
@@ -100,19 +106,22 @@ class NMSWLoss(nn.Module):
                     targets[:, 0],
                     output.fusion,
                     config.downsampling_factor,
-                    dice_slope(coarse_logits_Cdhw, counts_Cdhw) if of_labels else fused.slope_S,
+                    encoding,
+                    dice_slope(coarse_logits_Cdhw, counts_Ldhw, encoding) if of_labels else fused.slope_S,
                     of_labels,
                 )
                 benefit_loss = self._benefit_loss(output, measured)
             distillation = torch.zeros_like(fused.loss)
             if config.distillation_weight:
-                distillation = distillation_loss(finest, output.starts, coarse_logits_Cdhw, config.downsampling_factor)
+                distillation = distillation_loss(
+                    finest, output.starts, coarse_logits_Cdhw, config.downsampling_factor, encoding
+                )
         self.report = {
             "loss_local": local.detach().float(),
             "loss_global": coarse.detach(),
             "loss_fused": fused.loss.detach(),
             "entropy": output.entropy.detach(),
-            "foreground_share": (targets[:num_sampled] > 0).flatten(1).any(1).float().mean(),
+            "foreground_share": encoding.foreground(targets[:num_sampled]).flatten(1).any(1).float().mean(),
             "benefit": benefit_K.mean(),
             "benefit_loss": benefit_loss.detach(),
             "loss_distillation": distillation.detach(),
@@ -132,22 +141,24 @@ class NMSWLoss(nn.Module):
     def _benefit_loss(self, output: TrainingOutput, measured: BenefitMap) -> Tensor:
         """Squared error of the score map where windows are, in units of the benefit's running root mean square."""
         weight_dhw, scale = measured.weight_dhw, output.benefit_scale
-        mean_square = (weight_dhw * measured.benefit_dhw.square()).sum() / weight_dhw.sum()
+        # Nothing counts in windows that are ignored as a whole.
+        total = weight_dhw.sum().clamp_min(1e-6)
+        mean_square = (weight_dhw * measured.benefit_dhw.square()).sum() / total
         score_map_dhw = output.coarse.score_map_dhw
         if score_map_dhw.requires_grad:
             mean = SCALE_MEMORY * scale.square() + (1 - SCALE_MEMORY) * mean_square
             mean = torch.where(scale > 0, mean, mean_square)
             # In half precision a step's logits may overflow. nnU-Net skips such a step; the scale has to, too.
-            scale.copy_(torch.where(mean_square.isfinite(), mean.sqrt(), scale))
+            scale.copy_(torch.where(mean_square.isfinite() & (weight_dhw.sum() > 0), mean.sqrt(), scale))
         target_dhw = (measured.benefit_dhw / scale.clamp_min(1e-12)).clamp(-LARGEST_BENEFIT, LARGEST_BENEFIT)
-        return (weight_dhw * (score_map_dhw - target_dhw).square()).sum() / weight_dhw.sum()
+        return (weight_dhw * (score_map_dhw - target_dhw).square()).sum() / total
 
-    def _local_targets(self, targets: Tensor) -> Tensor | list[Tensor]:
+    def _local_targets(self, labels_B1DHW: Tensor) -> Tensor | list[Tensor]:
         if self.downsample_targets is None:
-            return targets
+            return self.encoding.local_targets(labels_B1DHW[:, 0])
         # The transform takes one sample with channels; here the batch stands in for them.
-        scales: list[Tensor] = self.downsample_targets(segmentation=targets[:, 0])["segmentation"]
-        return [scale[:, None] for scale in scales]
+        scales: list[Tensor] = self.downsample_targets(segmentation=labels_B1DHW[:, 0])["segmentation"]
+        return [self.encoding.local_targets(labels_BDHW) for labels_BDHW in scales]
 
 
 def finest_scale(logits: Tensor | Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ Tensor suffixes: C classes, K windows, D H W axes of the volume, d h w axes of t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,22 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.inference.export_prediction import resample_and_save
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
 from torch import nn
 
 from nnunet_nmsw.config import PLANS_KEY, NMSWConfig, resolve_num_patches
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import fused_segmentation
 from nnunet_nmsw.geometry import downsample
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import NMSWNetwork
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
@@ -71,7 +77,8 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         # Before anything is written: raises for a setting or a configuration that cannot work.
         plans_manager = PlansManager(plans)
         self.config = NMSWConfig.from_configuration(plans_manager.get_configuration(configuration).configuration)
-        _refuse_what_is_not_supported(plans_manager, configuration, dataset_json)
+        regions = plans_manager.get_label_manager(dataset_json).has_regions
+        self.config = dataclasses.replace(self.config, regions=regions)
         # Saved with the results and in the checkpoint, so that a model folder alone rebuilds the network.
         plans["configurations"][configuration][PLANS_KEY] = self.config.to_dict()
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -111,10 +118,12 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         return False
 
     def _build_loss(self) -> nn.Module:
-        return NMSWLoss(super()._build_loss(), self._get_deep_supervision_scales(), self.config)
+        scales = self._get_deep_supervision_scales()
+        return NMSWLoss(super()._build_loss(), scales, self.config, LabelEncoding.of(self.label_manager))
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Loaders of whole volumes: mirrored and at random for training, as they are and in order for validation."""
+        self._check_previous_stage()
         rotation, do_dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         self.augmentation = Augmentation.of(
             self.get_training_transforms(
@@ -125,10 +134,17 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
                 mirror_axes=mirror_axes,
                 do_dummy_2d_data_aug=do_dummy_2d,
                 use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+                is_cascaded=self.is_cascaded,
                 foreground_labels=self.label_manager.foreground_labels,
             )
         )
-        self.no_augmentation = Augmentation.of(self.get_validation_transforms(deep_supervision_scales=None))
+        self.no_augmentation = Augmentation.of(
+            self.get_validation_transforms(
+                deep_supervision_scales=None,
+                is_cascaded=self.is_cascaded,
+                foreground_labels=self.label_manager.foreground_labels,
+            )
+        )
         dataset_training, self.dataset_validation = self.get_tr_and_val_datasets()
         # Each validation case once an epoch, up to nnU-Net's number of validation steps.
         self.num_val_iterations_per_epoch: int = min(
@@ -179,9 +195,27 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             loader(self.dataset_validation, self.no_augmentation, False),
         )
 
+    def _check_previous_stage(self) -> None:
+        """See that the cascade's previous stage has predicted every case of the fold.
+
+        Raises:
+            UserError: it has not.
+        """
+        if not self.is_cascaded:
+            return
+        folder = Path(self.folder_with_segs_from_previous_stage)
+        predicted = {file.name.split(".")[0] for file in folder.glob("*")}
+        missing = [key for keys in self.do_split() for key in keys if key not in predicted]
+        if missing:
+            stage = self.configuration_manager.previous_stage_name
+            raise UserError(
+                f"{folder} has no prediction of {missing[0]} and {len(missing) - 1} more cases: train all folds of "
+                f"{stage} first, with -tr {type(self).__name__} and the same plans (validation predicts the cases)"
+            )
+
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step on a whole volume and its random windows."""
-        volume = training_volume(batch, self.augmentation)
+        volume = training_volume(batch, self.augmentation, len(self.label_manager.foreground_labels))
         result: dict[str, Any] = super().train_step({"data": volume, "target": volume})
         return {**result, **_to_numpy(self.loss.report)}
 
@@ -196,7 +230,8 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         """Loss and pseudo Dice of the fused prediction of one volume, with the windows that inference would take."""
         network = self._plain_network()
-        volume = training_volume(batch, self.no_augmentation).to(self.device, non_blocking=True)
+        volume = training_volume(batch, self.no_augmentation, len(self.label_manager.foreground_labels))
+        volume = volume.to(self.device, non_blocking=True)
         with mixed_precision(self.device):
             output = network(volume)
             loss, coarse = self.loss(output, volume), output.coarse
@@ -212,13 +247,11 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             network.fusion_weights,
             grid.volume_shape,
             self.config.downsampling_factor,
+            self.loss.encoding,
         )
-        confusion = confusion_matrix(volume.labels_11DHW[0, 0].clamp_min(0), labels_DHW, len(coarse.logits_Cdhw))
-        # The background is of no interest.
-        tp, predicted, references = (
-            v[1:].cpu().numpy() for v in (confusion.diag(), confusion.sum(0), confusion.sum(1))
-        )
-        return {"loss": loss.cpu().numpy(), "tp_hard": tp, "fp_hard": predicted - tp, "fn_hard": references - tp}
+        hits = self.loss.encoding.hits(volume.labels_11DHW[0, 0].clamp_min(0), labels_DHW)
+        names = ("tp_hard", "fp_hard", "fn_hard")
+        return {"loss": loss.cpu().numpy(), **{name: hit.numpy() for name, hit in zip(names, hits, strict=True)}}
 
     def on_epoch_end(self) -> None:
         """Print the epoch's means, after which nnU-Net prints its own."""
@@ -252,8 +285,8 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         network.eval()
         cases = []
         for key in self.dataset_validation.identifiers[:2]:
-            data, segmentation, _, _ = self.dataset_validation.load_case(key)
-            image_CDHW = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
+            data, segmentation, previous, _ = self.dataset_validation.load_case(key)
+            image_CDHW = self._with_previous(np.asarray(data[:], dtype=np.float32), previous)
             labels_1DHW = torch.from_numpy(np.asarray(segmentation[:1], dtype=np.int16))
             image_CDHW = pad_nd_image(image_CDHW, network.patch_size, "constant", {"value": 0})
             labels_1DHW = pad_nd_image(labels_1DHW, network.patch_size, "constant", {"value": 0})
@@ -283,7 +316,7 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         self.set_deep_supervision_enabled(False)
         network = self._plain_network()
         network.eval()
-        predictor = NMSWPredictor(device=self.device, allow_tqdm=False)
+        predictor = PredictorThatRemembers(device=self.device, allow_tqdm=False)
         predictor.manual_initialization(
             network,
             self.plans_manager,
@@ -299,19 +332,20 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         if self.is_ddp:
             keys = keys[self.local_rank :: dist.get_world_size()]
         predictor.predict_from_data_iterator(
-            self._validation_cases(keys, output_folder), save_probabilities, default_num_processes
+            self._validation_cases(keys, output_folder, predictor), save_probabilities, default_num_processes
         )
         if self.is_ddp:
             dist.barrier()
         if self.local_rank == 0:
+            labels = self.label_manager
             metrics = compute_metrics_on_folder(
                 join(self.preprocessed_dataset_folder_base, "gt_segmentations"),
                 output_folder,
                 join(output_folder, "summary.json"),
                 self.plans_manager.image_reader_writer_class(),
                 self.dataset_json["file_ending"],
-                self.label_manager.foreground_labels,
-                self.label_manager.ignore_label,
+                labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+                labels.ignore_label,
                 chill=True,
                 num_processes=default_num_processes,
             )
@@ -319,13 +353,53 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             self.print_to_log_file("Mean Validation Dice: ", metrics["foreground_mean"]["Dice"])
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
-    def _validation_cases(self, keys: list[str], output_folder: str) -> Iterator[dict[str, Any]]:
-        dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
+    def _validation_cases(
+        self, keys: list[str], output_folder: str, predictor: PredictorThatRemembers
+    ) -> Iterator[dict[str, Any]]:
+        dataset = self.dataset_class(
+            self.preprocessed_dataset_folder,
+            keys,
+            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
+        )
         for key in dataset.identifiers:
             self.print_to_log_file(f"predicting {key}")
-            data, _, _, properties = dataset.load_case(key)
-            volume = torch.from_numpy(np.array(data[:]))
+            data, _, previous, properties = dataset.load_case(key)
+            volume = self._with_previous(np.array(data[:]), previous)
             yield {"data": volume, "data_properties": properties, "ofile": join(output_folder, key)}
+            # It is predicted by the time the next one is asked for.
+            self._save_for_next_stages(key, predictor.logits, properties)
+
+    def _with_previous(self, data: np.ndarray, previous: np.ndarray | None) -> torch.Tensor:
+        """A preprocessed volume with a channel for each label of the cascade's previous stage, where there is one."""
+        if previous is not None:
+            labels = self.label_manager.foreground_labels
+            data = np.vstack((data, convert_labelmap_to_one_hot(previous[:], labels, output_dtype=data.dtype)))
+        return torch.from_numpy(data)
+
+    def _save_for_next_stages(self, key: str, logits: torch.Tensor, properties: dict[str, Any]) -> None:
+        """Write a validation case's prediction for the cascade's next stages, in their resolution."""
+        for name in self.configuration_manager.next_stage_names or []:
+            next_stage = self.plans_manager.get_configuration(name)
+            folder = join(self.preprocessed_dataset_folder_base, next_stage.data_identifier)
+            dataset_class = infer_dataset_class(folder)
+            try:
+                data, _, _, _ = dataset_class(folder, [key]).load_case(key)
+            except FileNotFoundError:
+                self.print_to_log_file(f"no prediction of {key} for {name}: preprocess that configuration first")
+                continue
+            output_folder = join(self.output_folder_base, "predicted_next_stage", name)
+            maybe_mkdir_p(output_folder)
+            resample_and_save(
+                logits,
+                data.shape[1:],
+                join(output_folder, key),
+                self.plans_manager,
+                self.configuration_manager,
+                properties,
+                self.dataset_json,
+                default_num_processes,
+                dataset_class,
+            )
 
     def _plain_network(self) -> NMSWNetwork:
         network = self.network.module if self.is_ddp else self.network
@@ -333,28 +407,37 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
         return network
 
 
-def training_volume(batch: dict[str, Any], augmentation: Augmentation) -> TrainingVolume:
-    """What `WholeVolumeLoader` delivers, as what the network takes."""
+class PredictorThatRemembers(NMSWPredictor):
+    """Keeps the logits of the last case, for the cascade's next stage."""
+
+    logits: torch.Tensor
+
+    def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
+        """See the parent."""
+        self.logits = super().predict_logits_from_preprocessed_data(data).cpu()
+        return self.logits
+
+
+def training_volume(batch: dict[str, Any], augmentation: Augmentation, num_previous: int = 0) -> TrainingVolume:
+    """What `WholeVolumeLoader` delivers, as what the network takes.
+
+    Args:
+        batch: of the loader.
+        augmentation: what is done to views.
+        num_previous: number of foreground labels of the cascade's previous stage.
+    """
     return TrainingVolume(
-        batch["data"], batch["target"], batch["random_starts"], batch["affine"], augmentation.of_views, batch["seed"]
+        batch["data"],
+        batch["target"],
+        batch["random_starts"],
+        batch["affine"],
+        augmentation.of_views,
+        batch["seed"],
+        batch["previous"],
+        num_previous,
+        augmentation.of_previous,
     )
-
-
-def confusion_matrix(labels_DHW: torch.Tensor, prediction_DHW: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Voxels by class of the reference (rows) and predicted class (columns), int64."""
-    pairs = labels_DHW.long() * num_classes + prediction_DHW
-    return torch.bincount(pairs.flatten(), minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def _to_numpy(report: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: value.cpu().numpy() for name, value in report.items()}
-
-
-def _refuse_what_is_not_supported(plans_manager: PlansManager, configuration: str, dataset_json: dict) -> None:
-    label_manager = plans_manager.get_label_manager(dataset_json)
-    if label_manager.has_regions:
-        raise NotImplementedError("NMSW does not support region-based training yet; use nnUNetTrainer")
-    if label_manager.has_ignore_label:
-        raise NotImplementedError("NMSW does not support an ignore label yet; use nnUNetTrainer")
-    if plans_manager.get_configuration(configuration).previous_stage_name is not None:
-        raise NotImplementedError("NMSW does not support the cascade yet; train 3d_fullres, or use nnUNetTrainer")

@@ -1,22 +1,43 @@
-"""Variants of training length, named as nnU-Net names its own."""
+"""Variants of training length and augmentation, named as nnU-Net names its own."""
+
+from __future__ import annotations
+
+from typing import Any
 
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 
-
-def with_training_length(base: type[nnUNetTrainerNMSW], num_epochs: int, name: str) -> type[nnUNetTrainerNMSW]:
-    """A subclass of `base` that trains for `num_epochs`."""
-    return type(
-        name, (base,), {"training_length": num_epochs, "__module__": __name__, "__doc__": f"{num_epochs} epochs."}
-    )
+TRAINING_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 2000)
+"""In epochs."""
 
 
-TRAINING_LENGTHS: dict[str, type[nnUNetTrainerNMSW]] = {
-    name: with_training_length(nnUNetTrainerNMSW, num_epochs, name)
-    for num_epochs, name in [
-        (1, "nnUNetTrainerNMSW_1epoch"),  # as nnU-Net spells it
-        *((n, f"nnUNetTrainerNMSW_{n}epochs") for n in (1, 5, 10, 20, 50, 100, 250)),
-    ]
-}
+class NoMirroring:
+    """Mixin: neither training nor prediction mirrors, for anatomy with a left and a right."""
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+        """The parent's, without axes to mirror."""
+        rotation, dummy_2d, patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # type: ignore[misc]
+        self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, patch_size, None
+
+
+def variants_of(base: type[nnUNetTrainerNMSW]) -> dict[str, type[nnUNetTrainerNMSW]]:
+    """Subclasses of a trainer by name: of every training length, without mirroring, and both."""
+    classes: dict[str, type[nnUNetTrainerNMSW]] = {}
+    # nnU-Net spells the first "1epoch"; both spellings are found.
+    lengths = [(None, ""), (1, "_1epoch"), *((n, f"_{n}epochs") for n in TRAINING_LENGTHS)]
+    for num_epochs, length in lengths:
+        for mixins in ((), (NoMirroring,)):
+            name = f"{base.__name__}{length}{''.join(f'_{mixin.__name__}' for mixin in mixins)}"
+            if name == base.__name__:
+                continue
+            attributes: dict[str, Any] = {"__module__": __name__, "__doc__": f"Variant of {base.__name__}."}
+            if num_epochs is not None:
+                attributes["training_length"] = num_epochs
+            classes[name] = type(name, (*mixins, base), attributes)
+    return classes
+
+
+VARIANTS = variants_of(nnUNetTrainerNMSW)
 """Trainer classes by name."""
 
-globals().update(TRAINING_LENGTHS)
+globals().update(VARIANTS)

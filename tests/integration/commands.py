@@ -1,12 +1,16 @@
 """Running the installed console commands on nnU-Net's folders inside a workspace."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from nnunet_nmsw.demo.phantom import write_dataset
 
 TRAINER = "nnUNetTrainerNMSW_1epoch"
 DATASET = "Dataset998_Tiny"
@@ -19,6 +23,7 @@ def environment(workspace: Path) -> dict[str, str]:
         **{key: str(workspace / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
         "nnUNet_n_proc_DA": "1",
         "nnUNet_def_n_proc": "2",
+        "nnUNet_extTrainer": str(Path(__file__).parent / "trainers"),
     }
 
 
@@ -35,3 +40,26 @@ def run(command: str, workspace: Path, check: bool = True, **changes: str) -> su
     if check and result.returncode:
         pytest.fail(f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
     return result
+
+
+def set_configurations(file: Path, **configurations: dict[str, object]) -> None:
+    """Change configurations of a plans file, or add them."""
+    plans = json.loads(file.read_text())
+    for name, changes in configurations.items():
+        plans["configurations"].setdefault(name, {}).update(changes)
+    file.write_text(json.dumps(plans))
+
+
+def prepare(workspace: Path, dataset: str, change_dataset: Callable[[Path], None] | None = None) -> Path:
+    """Generate a tiny dataset, plan and preprocess it, and write small plans. Returns these."""
+    raw = workspace / "nnUNet_raw" / dataset
+    write_dataset(raw, num_training=5, num_test=1, size=32)
+    if change_dataset is not None:
+        change_dataset(raw)
+    number = dataset[7:10]
+    run(f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -np 2", workspace)
+    small_plans = [sys.executable, "-m", "nnunet_nmsw.demo.small_plans", "-d", number]
+    subprocess.run(
+        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8"], env=environment(workspace), check=True
+    )
+    return workspace / "nnUNet_preprocessed" / dataset / "nnUNetPlans_small.json"

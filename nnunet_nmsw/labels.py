@@ -1,0 +1,149 @@
+"""What labels mean to the losses: plain labels or overlapping regions, with or without an ignore label.
+
+Tensor suffixes: L labels (the ignore label included), C channels of the logits, V voxels, any shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelEncoding:
+    """How a dataset's labels become targets, and logits become labels.
+
+    Attributes:
+        num_labels: the labels are 0 to this minus one; the ignore label is one of them.
+        ignore_label: voxels of this label do not count; None where there is none.
+        regions: the labels that each channel of the logits stands for; None where a channel stands for one label.
+        regions_class_order: label that each region gives its voxels, later ones over earlier ones.
+    """
+
+    num_labels: int
+    ignore_label: int | None = None
+    regions: tuple[tuple[int, ...], ...] | None = None
+    regions_class_order: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, manager: LabelManager) -> LabelEncoding:
+        """That of a dataset."""
+        num_labels = max(manager.all_labels) + 1 + manager.has_ignore_label
+        if not manager.has_regions:
+            return cls(num_labels, manager.ignore_label)
+        regions = tuple(tuple(r) if isinstance(r, tuple | list) else (int(r),) for r in manager.foreground_regions)
+        return cls(num_labels, manager.ignore_label, regions, tuple(manager.regions_class_order))
+
+    @property
+    def has_regions(self) -> bool:
+        """Channels are regions, each with its own sigmoid."""
+        return self.regions is not None
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the logits."""
+        if self.regions is not None:
+            return len(self.regions)
+        return self.num_labels - (self.ignore_label is not None)
+
+    def membership(self, device: torch.device) -> Tensor:
+        """1 where a channel holds a label, float32 of shape C, L; nothing holds the ignore label."""
+        groups = self.regions if self.regions is not None else [(label,) for label in range(self.num_channels)]
+        member_CL = torch.zeros(len(groups), self.num_labels, device=device)
+        for channel, labels in enumerate(groups):
+            member_CL[channel, list(labels)] = 1
+        return member_CL
+
+    def one_hot(self, labels_V: Tensor) -> Tensor:
+        """float32 of shape L, V."""
+        return F.one_hot(labels_V.long(), self.num_labels).movedim(-1, 0).float()
+
+    def targets(self, counts_LV: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of each channel a voxel holds (C, V), and how much of it counts (V), from that of each label."""
+        counted_LV = counts_LV if self.ignore_label is None else counts_LV[: self.ignore_label]
+        voxels_V = counted_LV.sum(0)
+        if self.regions is None:
+            return counted_LV, voxels_V
+        return torch.tensordot(self.membership(counts_LV.device)[:, : len(counted_LV)], counted_LV, 1), voxels_V
+
+    def terms(self, logits_CV: Tensor, targets_CV: Tensor, voxels_V: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (C, V) and cross-entropy (V) of each voxel, the sum of which over all that counts, divided by
+        their number, is that of nnU-Net's loss.
+
+        nnU-Net takes the mean of the binary cross-entropy over regions, but with an ignore label its sum.
+        """
+        logits_CV = logits_CV.float()
+        if not self.has_regions:
+            log_p_CV = logits_CV.log_softmax(0)
+            return log_p_CV.exp(), -(log_p_CV * targets_CV).sum(0)
+        cross_entropy_V = (F.softplus(logits_CV) * voxels_V - logits_CV * targets_CV).sum(0)
+        if self.ignore_label is None:
+            cross_entropy_V = cross_entropy_V / len(logits_CV)
+        return logits_CV.sigmoid(), cross_entropy_V
+
+    def decided(self, logits_CV: Tensor) -> Tensor:
+        """1 for the channels that the logits decide for, float32 of shape C, V."""
+        if self.has_regions:
+            return (logits_CV > 0).float()
+        return F.one_hot(logits_CV.argmax(0), len(logits_CV)).movedim(-1, 0).float()
+
+    def local_targets(self, labels_BV: Tensor) -> Tensor:
+        """Targets of nnU-Net's loss: labels as they are, of shape B, 1, V; or regions and, last, what is ignored.
+
+        Args:
+            labels_BV: integer labels.
+        """
+        if not self.has_regions:
+            return labels_BV[:, None]
+        member_RL = self.membership(labels_BV.device)
+        if self.ignore_label is not None:
+            ignored_1L = F.one_hot(torch.tensor([self.ignore_label], device=labels_BV.device), self.num_labels)
+            member_RL = torch.cat([member_RL, ignored_1L])
+        return (member_RL > 0)[:, labels_BV.long()].movedim(0, 1)
+
+    def foreground(self, labels_V: Tensor) -> Tensor:
+        """bool: whether a voxel is annotated as anything but background."""
+        return (labels_V > 0) & self.counted(labels_V)
+
+    def counted(self, labels_V: Tensor) -> Tensor:
+        """bool: whether a voxel is annotated."""
+        return labels_V < (self.num_labels if self.ignore_label is None else self.ignore_label)
+
+    def hits(self, labels_V: Tensor, prediction_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """True positive, false positive and false negative voxels by foreground label or region, int64.
+
+        Args:
+            labels_V: integer labels of the reference; ignored voxels do not count.
+            prediction_V: labels of the prediction.
+        """
+        pairs = labels_V.long() * self.num_labels + prediction_V
+        confusion_LL = torch.bincount(pairs.flatten(), minlength=self.num_labels**2).view(self.num_labels, -1)
+        member_CL = self.membership(labels_V.device).long().cpu()
+        confusion_LL = confusion_LL.cpu()
+        if self.ignore_label is not None:
+            confusion_LL[self.ignore_label] = 0
+        true_positive_C = (member_CL @ confusion_LL * member_CL).sum(1)
+        reference_C = member_CL @ confusion_LL.sum(1)
+        predicted_C = member_CL @ confusion_LL.sum(0)
+        foreground = slice(0 if self.has_regions else 1, None)
+        false_positive_C, false_negative_C = predicted_C - true_positive_C, reference_C - true_positive_C
+        return true_positive_C[foreground], false_positive_C[foreground], false_negative_C[foreground]
+
+
+def entropy(logits_CV: Tensor, regions: bool) -> Tensor:
+    """Entropy of a prediction in nats, shape V: of the softmax over labels, or summed over the regions' sigmoids."""
+    logits_CV = logits_CV.float()
+    if regions:
+        p_CV = logits_CV.sigmoid()
+        return (p_CV * F.softplus(-logits_CV) + (1 - p_CV) * F.softplus(logits_CV)).sum(0)
+    log_p_CV = logits_CV.log_softmax(0)
+    return -(log_p_CV.exp() * log_p_CV).sum(0)
+
+
+def foreground_probability(logits_CV: Tensor, regions: bool) -> Tensor:
+    """Probability of any foreground, shape V; of overlapping regions that of the most probable one."""
+    return logits_CV.float().sigmoid().amax(0) if regions else 1 - logits_CV.float().softmax(0)[0]

@@ -1,0 +1,21 @@
+"""Trainers for the tests, found by nnU-Net through `nnUNet_extTrainer`: a few steps instead of thousands."""
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+
+
+class Tiny:
+    """Mixin: two epochs of five steps."""
+
+    def initialize(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 5, 2
+        super().initialize()
+
+
+class nnUNetTrainer_tiny(Tiny, nnUNetTrainer):
+    """Stock nnU-Net."""
+
+
+class nnUNetTrainerNMSW_tiny(Tiny, nnUNetTrainerNMSW):
+    """NMSW."""
