@@ -212,7 +212,7 @@ class Case:
         """Labels of the fused prediction with some windows."""
         if len(starts_K3) == 0:
             low_1Cdhw, factor = self.coarse.logits_Cdhw[None], self.grid.downsampling_factor
-            return upsample_window(low_1Cdhw, (0, 0, 0), self.grid.volume_shape, factor, self.encoding)[0].argmax(0)
+            return upsample_window(low_1Cdhw, (0, 0, 0), self.grid.volume_shape, factor)[0].argmax(0)
         return self._segmentation(starts_K3, self.coarse.logits_Cdhw, self.network.fusion_weights)
 
     def sliding_window(self) -> Tensor:

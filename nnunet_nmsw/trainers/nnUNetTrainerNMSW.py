@@ -6,7 +6,6 @@ Tensor suffixes: C classes, K windows, D H W axes of the volume, d h w axes of t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,22 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
-from nnunetv2.configuration import default_num_processes
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
-from nnunetv2.inference.export_prediction import resample_and_save
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import distributed as dist
 from torch import nn
 
 from nnunet_nmsw.config import PLANS_KEY, NMSWConfig, resolve_num_patches
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import fused_segmentation
 from nnunet_nmsw.geometry import downsample
-from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import NMSWNetwork
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
 from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
 from nnunet_nmsw.trainers.progress import SampledCase, plot_progress, plot_sampling
+from nnunet_nmsw.trainers.validation import TrainerWithNMSWValidation
 from nnunet_nmsw.views import TrainingVolume, seed_everything
 
 LOGGED = (
@@ -60,7 +51,7 @@ EPOCHS_BETWEEN_PICTURES = 10
 """Every so many epochs, and after the last one, pictures of two validation cases show where the sampler looks."""
 
 
-class nnUNetTrainerNMSW(nnUNetTrainer):
+class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
     """Trains a global branch, a window sampler and the plans' own network together."""
 
     training_length: int | None = None
@@ -310,112 +301,6 @@ class nnUNetTrainerNMSW(nnUNetTrainer):
             )
         network.train(training)
         return cases
-
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict the validation cases as `nmsw_predict` would and write `validation/summary.json`."""
-        self.set_deep_supervision_enabled(False)
-        network = self._plain_network()
-        network.eval()
-        predictor = PredictorThatRemembers(device=self.device, allow_tqdm=False)
-        predictor.manual_initialization(
-            network,
-            self.plans_manager,
-            self.configuration_manager,
-            [network.state_dict()],
-            self.dataset_json,
-            type(self).__name__,
-            self.inference_allowed_mirroring_axes,
-        )
-        output_folder = join(self.output_folder, "validation")
-        maybe_mkdir_p(output_folder)
-        _, keys = self.do_split()
-        if self.is_ddp:
-            keys = keys[self.local_rank :: dist.get_world_size()]
-        predictor.predict_from_data_iterator(
-            self._validation_cases(keys, output_folder, predictor), save_probabilities, default_num_processes
-        )
-        if self.is_ddp:
-            dist.barrier()
-        if self.local_rank == 0:
-            labels = self.label_manager
-            metrics = compute_metrics_on_folder(
-                join(self.preprocessed_dataset_folder_base, "gt_segmentations"),
-                output_folder,
-                join(output_folder, "summary.json"),
-                self.plans_manager.image_reader_writer_class(),
-                self.dataset_json["file_ending"],
-                labels.foreground_regions if labels.has_regions else labels.foreground_labels,
-                labels.ignore_label,
-                chill=True,
-                num_processes=default_num_processes,
-            )
-            self.logger.log_summary("final_val/foreground_dice", metrics["foreground_mean"]["Dice"])
-            self.print_to_log_file("Mean Validation Dice: ", metrics["foreground_mean"]["Dice"])
-        self.set_deep_supervision_enabled(self.enable_deep_supervision)
-
-    def _validation_cases(
-        self, keys: list[str], output_folder: str, predictor: PredictorThatRemembers
-    ) -> Iterator[dict[str, Any]]:
-        dataset = self.dataset_class(
-            self.preprocessed_dataset_folder,
-            keys,
-            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
-        )
-        for key in dataset.identifiers:
-            self.print_to_log_file(f"predicting {key}")
-            data, _, previous, properties = dataset.load_case(key)
-            volume = self._with_previous(np.array(data[:]), previous)
-            yield {"data": volume, "data_properties": properties, "ofile": join(output_folder, key)}
-            # It is predicted by the time the next one is asked for.
-            self._save_for_next_stages(key, predictor.logits, properties)
-
-    def _with_previous(self, data: np.ndarray, previous: np.ndarray | None) -> torch.Tensor:
-        """A preprocessed volume with a channel for each label of the cascade's previous stage, where there is one."""
-        if previous is not None:
-            labels = self.label_manager.foreground_labels
-            data = np.vstack((data, convert_labelmap_to_one_hot(previous[:], labels, output_dtype=data.dtype)))
-        return torch.from_numpy(data)
-
-    def _save_for_next_stages(self, key: str, logits: torch.Tensor, properties: dict[str, Any]) -> None:
-        """Write a validation case's prediction for the cascade's next stages, in their resolution."""
-        for name in self.configuration_manager.next_stage_names or []:
-            next_stage = self.plans_manager.get_configuration(name)
-            folder = join(self.preprocessed_dataset_folder_base, next_stage.data_identifier)
-            dataset_class = infer_dataset_class(folder)
-            try:
-                data, _, _, _ = dataset_class(folder, [key]).load_case(key)
-            except FileNotFoundError:
-                self.print_to_log_file(f"no prediction of {key} for {name}: preprocess that configuration first")
-                continue
-            output_folder = join(self.output_folder_base, "predicted_next_stage", name)
-            maybe_mkdir_p(output_folder)
-            resample_and_save(
-                logits,
-                data.shape[1:],
-                join(output_folder, key),
-                self.plans_manager,
-                self.configuration_manager,
-                properties,
-                self.dataset_json,
-                default_num_processes,
-                dataset_class,
-            )
-
-    def _plain_network(self) -> NMSWNetwork:
-        network = self.network.module if self.is_ddp else self.network
-        assert isinstance(network, NMSWNetwork)
-        return network
-
-
-class PredictorThatRemembers(NMSWPredictor):
-    """Keeps the logits of the last case, for the cascade's next stage."""
-
-    logits: torch.Tensor
-
-    def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
-        """See the parent."""
-        self.logits = super().predict_logits_from_preprocessed_data(data).cpu()
-        return self.logits
 
 
 def training_volume(batch: dict[str, Any], augmentation: Augmentation, num_previous: int = 0) -> TrainingVolume:
