@@ -107,6 +107,9 @@ class NMSWConfig:
     regions: bool = False
     """The channels of the logits are overlapping regions with a sigmoid each. Set by the trainer from dataset.json."""
 
+    freeze_local_branch: bool = False
+    """Train all but the local branch. Set by the trainer: `nnUNetTrainerNMSW_retrofit` does."""
+
     seed: int | None = None
     """Seed of the training: weights, order of cases, augmentation, windows. Random where None, as in nnU-Net."""
 
@@ -133,7 +136,7 @@ class NMSWConfig:
             self.gradient_path,
             f"one of {', '.join(GRADIENT_PATHS)}",
         )
-        for name in ("gradient_baseline", "fuse_random_windows", "regions"):
+        for name in ("gradient_baseline", "fuse_random_windows", "regions", "freeze_local_branch"):
             _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
         seed = self.seed
         _require(seed is None or (type(seed) is int and seed >= 0), "seed", seed, "an integer of at least 0, or null")

@@ -96,6 +96,8 @@ class NMSWNetwork(nn.Module):
         self.fusion_parameters = nn.Parameter(torch.zeros(rows, num_classes))
         self.patch_size = patch_size
         self.config = config
+        if config.freeze_local_branch:
+            local_branch.requires_grad_(False)
         self.benefit_scale: Tensor
         self.register_buffer("benefit_scale", torch.zeros(()))
 
@@ -153,6 +155,13 @@ class NMSWNetwork(nn.Module):
             return FusionWeights.convex(torch.sigmoid(initial + parameters[0]))
         weight = torch.sigmoid(initial)
         return FusionWeights(weight + parameters[0], 1 - weight + parameters[1], parameters[2])
+
+    def train(self, mode: bool = True) -> NMSWNetwork:
+        """See the parent. A frozen local branch stays as it is at inference, dropout and batch statistics included."""
+        super().train(mode)
+        if self.config.freeze_local_branch:
+            self.local_branch.eval()
+        return self
 
     def grid(self, volume_shape: Shape) -> WindowGrid:
         """The candidate windows of a volume."""
@@ -257,7 +266,11 @@ class NMSWNetwork(nn.Module):
         if at_once is None or at_once >= len(patches_BCDHW):
             logits: Tensor | list[Tensor] = self.local_branch(patches_BCDHW)
             return logits
-        parts = [checkpoint(self.local_branch, some, use_reentrant=False) for some in patches_BCDHW.split(at_once)]
+        some_patches = patches_BCDHW.split(at_once)
+        if self.config.freeze_local_branch:  # no gradient, nothing kept
+            parts = [self.local_branch(some) for some in some_patches]
+        else:
+            parts = [checkpoint(self.local_branch, some, use_reentrant=False) for some in some_patches]
         if isinstance(parts[0], Tensor):
             return torch.cat(parts)
         return [torch.cat(scale) for scale in zip(*parts, strict=True)]

@@ -17,6 +17,8 @@ from pathlib import Path
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunet_nmsw.errors import UserError
+
 PLANS_NAME = "nnUNetPlans_small"
 
 
@@ -27,6 +29,11 @@ def small_plans(plans: dict, patch_size: list[int], features: list[int], name: s
         configuration["spacing"], patch_size, 4, len(features) - 1
     )
     stages = len(kernels)
+    if stages < 3:
+        # With two, the only weight of nnU-Net's deep supervision is 0 / 0, and every weight of the network NaN.
+        raise UserError(
+            f"a network of {stages} stages cannot be trained: give three --features or more, or larger patches"
+        )
     arch_kwargs = {
         **configuration["architecture"]["arch_kwargs"],
         "n_stages": stages,

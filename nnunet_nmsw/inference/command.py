@@ -20,6 +20,7 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from nnunet_nmsw.config import PLANS_KEY, parse_num_patches
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.inference.two_models import TwoModelPredictor
 
 DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
 
@@ -30,21 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     num_patches = None if args.k is None else parse_num_patches(args.k, "-k")
     if not 0 <= args.part_id < args.num_parts:
         raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+    _check_model_flags(args)
     folder = find_model(args)
     folds = find_folds(folder, args.f, args.chk)
     cases = find_cases(args.i, folder)
-    device = prepare_device(args.device)
-
-    predictor = NMSWPredictor(
-        num_patches=num_patches,
-        save_patches=args.save_patches,
-        use_mirroring=not args.disable_tta,
-        perform_everything_on_device=not args.not_on_device,
-        device=device,
-        verbose=args.verbose,
-        verbose_preprocessing=args.verbose,
-        allow_tqdm=not args.disable_progress_bar,
-    )
+    predictor = make_predictor(args, num_patches)
     load_model(predictor, folder, folds, args.chk)
     _check_channels(cases, predictor)
     _check_previous_stage(cases, predictor, args.prev_stage_predictions)
@@ -62,14 +53,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
+def make_predictor(args: argparse.Namespace, num_patches: int | str | None) -> NMSWPredictor:
+    """A predictor as the flags ask for, without its model; with --global_model that one is loaded."""
+    of_stock: dict[str, Any] = {
+        "use_mirroring": not args.disable_tta,
+        "perform_everything_on_device": not args.not_on_device,
+        "device": prepare_device(args.device),
+        "verbose": args.verbose,
+        "verbose_preprocessing": args.verbose,
+        "allow_tqdm": not args.disable_progress_bar,
+    }
+    of_nmsw: dict[str, Any] = {"num_patches": num_patches, "save_patches": args.save_patches, **of_stock}
+    if args.global_model is None:
+        return NMSWPredictor(**of_nmsw)
+    folder = _checked_model(args.global_model)
+    coarse = nnUNetPredictor(**of_stock)
+    load_model(coarse, folder, find_folds(folder, args.f, args.chk), args.chk)
+    return TwoModelPredictor(coarse, **of_nmsw)
+
+
 def find_model(args: argparse.Namespace) -> Path:
-    """The model folder that -m, or -d with -tr, -p and -c, names; else the only NMSW model there is.
+    """The model folder that --local_model, -m, or -d with -tr, -p and -c, names; else the only NMSW model there is.
 
     Raises:
         UserError: there is no such folder, or more than one model to choose from.
     """
-    if args.m is not None:
-        return _checked_model(Path(args.m))
+    if args.m is not None or args.local_model is not None:
+        return _checked_model(Path(args.m or args.local_model))
     if not nnUNet_results.is_set():
         raise UserError("nnUNet_results is not set: export it as for nnU-Net, or name a model folder with -m")
     results = Path(str(nnUNet_results))
@@ -159,6 +169,13 @@ def load_model(predictor: nnUNetPredictor, folder: Path, folds: Sequence[int | s
         _ = predictor.nmsw_network  # raises for a model without one
 
 
+def _check_model_flags(args: argparse.Namespace) -> None:
+    if (args.global_model is None) != (args.local_model is None):
+        raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
+    if args.global_model is not None and any(flag is not None for flag in (args.m, args.d, args.tr, args.p, args.c)):
+        raise UserError("--global_model and --local_model are folders, without -m, -d, -tr, -p and -c")
+
+
 def _checked_model(folder: Path) -> Path:
     for name in ("plans.json", "dataset.json"):
         if not (folder / name).is_file():
@@ -231,6 +248,18 @@ def _parser() -> argparse.ArgumentParser:
     add("-c", help=f"configuration. Default: {DEFAULT_CONFIGURATION}")
     add("-f", nargs="+", help="folds to ensemble. Default: all of 0 to 4 that are trained")
     add("-m", help="model folder (with plans.json and fold_X in it) instead of -d, -p, -tr and -c")
+    add(
+        "--global_model",
+        type=Path,
+        metavar="FOLDER",
+        help="without an NMSW model: folder of a stock model for the coarse prediction, such as 3d_lowres",
+    )
+    add(
+        "--local_model",
+        type=Path,
+        metavar="FOLDER",
+        help="and folder of a stock model of the same dataset for the patches, such as 3d_fullres",
+    )
     add("-chk", default="checkpoint_final.pth", help="name of the checkpoint. Default: checkpoint_final.pth")
     add(
         "-k",

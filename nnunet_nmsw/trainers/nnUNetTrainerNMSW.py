@@ -29,6 +29,12 @@ from nnunet_nmsw.network import NMSWNetwork
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
 from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
+from nnunet_nmsw.trainers.pretrained import (
+    AlreadyLoaded,
+    load_pretrained,
+    pretrained_weights_of_command_line,
+    read_checkpoint,
+)
 from nnunet_nmsw.trainers.progress import SampledCase, plot_progress, plot_sampling
 from nnunet_nmsw.trainers.validation import TrainerWithNMSWValidation
 from nnunet_nmsw.views import TrainingVolume, seed_everything
@@ -54,8 +60,13 @@ EPOCHS_BETWEEN_PICTURES = 10
 class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
     """Trains a global branch, a window sampler and the plans' own network together."""
 
+    network: nn.Module
+
     training_length: int | None = None
     """Epochs, where a variant sets them; nnU-Net's default otherwise."""
+
+    freezes_local_branch = False
+    """Train all but the local branch."""
 
     def __init__(
         self,
@@ -69,7 +80,7 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
         plans_manager = PlansManager(plans)
         self.config = NMSWConfig.from_configuration(plans_manager.get_configuration(configuration).configuration)
         regions = plans_manager.get_label_manager(dataset_json).has_regions
-        self.config = dataclasses.replace(self.config, regions=regions)
+        self.config = dataclasses.replace(self.config, regions=regions, freeze_local_branch=self.freezes_local_branch)
         # Saved with the results and in the checkpoint, so that a model folder alone rebuilds the network.
         plans["configurations"][configuration][PLANS_KEY] = self.config.to_dict()
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -80,9 +91,44 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
 
     def initialize(self) -> None:
         """See the parent. Seeds everything first where the settings say so."""
+        pretrained = pretrained_weights_of_command_line()
         if self.config.seed is not None:
             seed_everything(self.config.seed)
         super().initialize()
+        if pretrained is not None:
+            self.load_pretrained_weights(pretrained)
+            # nnU-Net loads them next, in its own way.
+            self.network = AlreadyLoaded(self.network)
+
+    def load_pretrained_weights(self, file: Path) -> None:
+        """Start from another model: a stock model's weights go into the local branch, an NMSW model's into both.
+
+        As in nnU-Net, segmentation layers are not taken.
+
+        Args:
+            file: checkpoint of nnU-Net.
+
+        Raises:
+            UserError: it cannot be read or does not fit.
+        """
+        self.print_to_log_file(f"Loading pretrained weights from {file}")
+        load_pretrained(self._plain_network(), read_checkpoint(file)["network_weights"], str(file))
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """See the parent."""
+        if not self.was_initialized:
+            self.initialize()
+        self._unwrap_pretrained()
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def on_train_start(self) -> None:
+        """See the parent."""
+        self._unwrap_pretrained()
+        super().on_train_start()
+
+    def _unwrap_pretrained(self) -> None:
+        if isinstance(self.network, AlreadyLoaded):
+            self.network = self.network.network
 
     @staticmethod
     def build_network_architecture(

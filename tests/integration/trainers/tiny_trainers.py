@@ -2,7 +2,7 @@
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW, nnUNetTrainerNMSW_retrofit
 
 
 class Tiny:
@@ -19,3 +19,7 @@ class nnUNetTrainer_tiny(Tiny, nnUNetTrainer):
 
 class nnUNetTrainerNMSW_tiny(Tiny, nnUNetTrainerNMSW):
     """NMSW."""
+
+
+class nnUNetTrainerNMSW_retrofit_tiny(Tiny, nnUNetTrainerNMSW_retrofit):
+    """NMSW around a trained stock model."""

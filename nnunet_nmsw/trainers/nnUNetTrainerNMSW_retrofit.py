@@ -1,0 +1,83 @@
+"""A trained stock nnU-Net becomes an NMSW model: its network stays what it is, and the rest is trained around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch, read_checkpoint
+
+
+class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
+    """Takes the local branch from the checkpoint given with `-pretrained_weights`, and trains all but it.
+
+    The local branch's patch predictions stay those of the stock model, bit for bit. Mirroring is restricted to the axes
+    that the stock model was trained with.
+    """
+
+    freezes_local_branch = True
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        # There is nothing to supervise.
+        self.enable_deep_supervision = False
+        self.has_local_branch = False
+
+    def load_pretrained_weights(self, file: Path) -> None:
+        """Load the local branch, segmentation layers included.
+
+        Args:
+            file: checkpoint of a model of the same dataset and plans.
+
+        Raises:
+            UserError: it cannot be read, does not fit, or was trained with other labels, spacing or normalisation.
+        """
+        self.print_to_log_file(f"Taking the local branch from {file}")
+        checkpoint = read_checkpoint(file)
+        check_same_task(checkpoint, self.plans_manager, self.configuration_name, self.dataset_json["labels"], str(file))
+        load_local_branch(self._plain_network(), checkpoint["network_weights"], str(file))
+        fold = checkpoint["init_args"]["fold"]
+        if str(fold) != str(self.fold):
+            self.print_to_log_file(
+                f"WARNING: the local branch was trained on fold {fold}. It has seen cases that fold {self.fold} "
+                "validates on; the validation will be too good."
+            )
+        self.inference_allowed_mirroring_axes = checkpoint.get("inference_allowed_mirroring_axes")
+        self.has_local_branch = True
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """See the parent."""
+        super().load_checkpoint(filename_or_checkpoint)
+        self.has_local_branch = True
+
+    def on_train_start(self) -> None:
+        """See the parent.
+
+        Raises:
+            UserError: there is no local branch to freeze.
+        """
+        if not self.has_local_branch:
+            raise UserError(
+                f"{type(self).__name__} needs a trained nnU-Net: give its checkpoint with -pretrained_weights, "
+                "e.g. .../nnUNetTrainer__nnUNetPlans__3d_fullres/fold_0/checkpoint_final.pth"
+            )
+        super().on_train_start()
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+        """The parent's, mirroring only along axes that the local branch was trained with."""
+        trained_axes = self.inference_allowed_mirroring_axes or ()
+        rotation, dummy_2d, patch_size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        axes = tuple(axis for axis in axes or () if axis in trained_axes) or None
+        self.inference_allowed_mirroring_axes = axes
+        return rotation, dummy_2d, patch_size, axes

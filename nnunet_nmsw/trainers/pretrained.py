@@ -1,0 +1,161 @@
+"""Weights to start from: nnU-Net's flag `-pretrained_weights` for a network of two branches.
+
+nnU-Net's own loading wants every weight of the network in the checkpoint, which a stock model's does not have. It never
+takes segmentation layers, without which a frozen branch is worth nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.network import NMSWNetwork
+
+LOCAL_BRANCH = "local_branch."
+SEGMENTATION_LAYERS = ".seg_layers."
+"""What names the layers that nnU-Net does not take from a pretrained model."""
+
+MOST_NAMED = 3
+"""An error names so many layers that differ."""
+
+
+def pretrained_weights_of_command_line(arguments: Sequence[str] | None = None) -> Path | None:
+    """The file given with `-pretrained_weights`, which nnU-Net does not pass on to the trainer.
+
+    Args:
+        arguments: of the command; this process's where None. Processes that nnU-Net spawns have their parent's.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-pretrained_weights", type=Path)
+    parser.add_argument("-p")  # or it would be read as short for -pretrained_weights
+    file: Path | None = parser.parse_known_args(arguments)[0].pretrained_weights
+    if file is not None and not file.is_file():
+        raise UserError(f"-pretrained_weights {file}: there is no such file")
+    return file
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint of nnU-Net, on the host.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"-pretrained_weights {file} cannot be read: {reason(error)}") from error
+    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
+        raise UserError(f"-pretrained_weights {file} is no checkpoint of nnU-Net: it has no network_weights")
+    return checkpoint
+
+
+def load_pretrained(network: NMSWNetwork, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load what nnU-Net would of a pretrained model: all but the segmentation layers and what depends on classes.
+
+    Args:
+        network: an NMSW network. A stock model's weights go into its local branch, an NMSW model's into both branches.
+        weights: of a stock or an NMSW model.
+        source: for the message.
+
+    Raises:
+        UserError: a layer is missing or has another shape.
+    """
+    parts: dict[str, nn.Module] = {LOCAL_BRANCH: network.local_branch}
+    if any(name.startswith(LOCAL_BRANCH) for name in weights):
+        parts["global_branch."] = network.global_branch
+    for prefix, part in parts.items():
+        here = part.state_dict()
+        of_part = _local_weights(weights) if prefix == LOCAL_BRANCH else _without_prefix(weights, prefix)
+        # The global branch's last layer has a channel for each class, too.
+        taken = {name: of_part.get(name) for name in here if SEGMENTATION_LAYERS not in name}
+        _check_fit({name: here[name] for name in taken}, taken, source)
+        part.load_state_dict({**here, **taken})
+
+
+def load_local_branch(network: NMSWNetwork, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load all of the local branch, segmentation layers included.
+
+    Args:
+        network: an NMSW network.
+        weights: of a stock model, or of an NMSW model, whose local branch is taken.
+        source: for the message.
+
+    Raises:
+        UserError: a layer is missing, has another shape, or is not in the network.
+    """
+    here, there = network.local_branch.state_dict(), _local_weights(weights)
+    _check_fit(here, there, source)
+    network.local_branch.load_state_dict(there)
+
+
+def check_same_task(
+    checkpoint: Mapping[str, Any], plans: PlansManager, configuration: str, labels: Mapping[str, Any], source: str
+) -> None:
+    """See that a model's patch predictions mean the same here: labels, spacing, and normalisation.
+
+    Raises:
+        UserError: one of them differs.
+    """
+    arguments = checkpoint["init_args"]
+    theirs = PlansManager(arguments["plans"]).get_configuration(arguments["configuration"]).configuration
+    ours = plans.get_configuration(configuration).configuration
+    pairs = {"labels": (arguments["dataset_json"]["labels"], labels)}
+    pairs |= {key: (theirs[key], ours[key]) for key in ("spacing", "normalization_schemes")}
+    for what, (there, here) in pairs.items():
+        if there != here:
+            raise UserError(f"{source} was trained with other {what.replace('_', ' ')}: {there}, here they are {here}")
+
+
+class AlreadyLoaded(nn.Module):
+    """Stands in for a network while nnU-Net's own loading of pretrained weights runs, which finds nothing to do.
+
+    Args:
+        network: what `network` gives back.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+
+def _local_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a stock model all, of an NMSW model the local branch's."""
+    return _without_prefix(weights, LOCAL_BRANCH) or dict(weights)
+
+
+def _without_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def _check_fit(here: Mapping[str, Tensor], there: Mapping[str, Tensor | None], source: str) -> None:
+    differences = []
+    for name in sorted({*here, *there}):
+        shapes = [_shape(weights.get(name)) for weights in (there, here)]
+        if shapes[0] != shapes[1]:
+            differences.append(f"{name} ({shapes[0]} there, {shapes[1]} here)")
+    if differences:
+        named, more = ", ".join(differences[:MOST_NAMED]), len(differences) - MOST_NAMED
+        and_more = f" and {more} more" if more > 0 else ""
+        raise UserError(f"{source} does not fit the network of these plans; layers that differ: {named}{and_more}")
+
+
+def _shape(weight: Tensor | None) -> str:
+    return "missing" if weight is None else "×".join(map(str, weight.shape)) or "scalar"
