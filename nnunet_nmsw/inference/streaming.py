@@ -1,0 +1,290 @@
+"""The labels of a fused prediction on the image's grid, some planes at a time: nothing of classes × voxels is built.
+
+Tensor suffixes: C channels of the logits, D H W axes of the padded volume, d h w axes of the low-resolution view,
+Z Y X axes of the cropped image, K windows, P points, 3 one coordinate per axis.
+
+Each part of the volume is worked out in as few places as the result allows:
+
+- Where no window is, the labels are the coarse prediction's. Logits are interpolated only in cells of the
+  low-resolution grid whose corners have different labels.
+- Where windows are, they are blended and fused in tiles.
+- Between the grid of the network and that of the image, logits are interpolated only where the labels of the voxels
+  around differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
+from nnunet_nmsw.geometry import Shape, upsample_window, window_slices
+from nnunet_nmsw.inference.interpolation import Axis, agreed, corners, upsampling_axis
+from nnunet_nmsw.labels import LabelEncoding
+
+TILE = 64
+"""Voxels of a tile along the second and third axis."""
+
+MOST_POINTS = 1 << 18
+"""Points whose logits are interpolated at a time."""
+
+Windows = Callable[[Tensor], Tensor]
+"""Logits of windows, K × C × patch size, floating, of their first voxels, K × 3."""
+
+
+class FusedModel(NamedTuple):
+    """One network's part in the prediction of a volume.
+
+    Attributes:
+        coarse_logits_Cdhw: coarse logits, float32.
+        starts_K3: first voxels of the windows in the padded volume, int64 on the host.
+        weights: of the fusion, on the device of the coarse logits.
+        windows: gives the windows' logits, on any device.
+    """
+
+    coarse_logits_Cdhw: Tensor
+    starts_K3: Tensor
+    weights: FusionWeights
+    windows: Windows
+
+
+class Planes(NamedTuple):
+    """Some planes of the fused prediction.
+
+    Attributes:
+        labels_DHW: int16, see `decided`.
+        tiles: by number, rows first, the tiles that windows touch: their logits, float32 of shape C, D, H, W.
+        axes: from the low-resolution view to these planes.
+    """
+
+    labels_DHW: Tensor
+    tiles: dict[int, Tensor]
+    axes: list[Axis]
+
+
+class FusedPrediction:
+    """The fused prediction of a padded volume, worked out plane by plane along the first axis, forwards.
+
+    Args:
+        models: of the ensemble; their logits are averaged.
+        patch_size: voxels of a window.
+        factor: voxels of the volume per low-resolution voxel.
+        volume_shape: of the padded volume.
+        encoding: of the labels.
+        windows_at_once: how many windows to ask a model for at a time.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[FusedModel],
+        patch_size: Shape,
+        factor: Shape,
+        volume_shape: Shape,
+        encoding: LabelEncoding,
+        windows_at_once: int = 1,
+    ) -> None:
+        self.models = models
+        self.patch_size, self.factor, self.volume_shape = patch_size, factor, volume_shape
+        self.encoding = encoding
+        self.coarse_logits_Cdhw = torch.stack([model.coarse_logits_Cdhw for model in models]).mean(0)
+        self.device = self.coarse_logits_Cdhw.device
+        self.coarse_rows = self.coarse_logits_Cdhw.flatten(1).T.contiguous()
+        self.coarse_row_dhw = torch.arange(len(self.coarse_rows), device=self.device).view(
+            self.coarse_logits_Cdhw.shape[1:]
+        )
+        self.coarse_labels_dhw = decided(self.coarse_logits_Cdhw, encoding)
+        self.gaussian_DHW = gaussian_weights(patch_size, self.device)
+        self._open = [OpenWindows(model, patch_size, windows_at_once) for model in models]
+
+    def planes(self, first: int, end: int, box: Sequence[slice]) -> Planes:
+        """Planes `first` to `end`. Planes before `first` cannot be asked for any more.
+
+        Args:
+            first: first plane.
+            end: plane after the last.
+            box: the part of the second and third axis that is looked at.
+        """
+        for windows in self._open:
+            windows.move_to(first, end)
+        spans = [(first, end - first), *((part.start, part.stop - part.start) for part in box)]
+        axes = [
+            upsampling_axis(low, factor, start, size).to(self.device)
+            for low, factor, (start, size) in zip(self.coarse_labels_dhw.shape, self.factor, spans, strict=True)
+        ]
+        labels_DHW, disagree_DHW = agreed(self.coarse_labels_dhw, axes)
+        tiles = {}
+        corners_of_tiles = itertools.product(*(range(part.start, part.stop, TILE) for part in box))
+        for number, (h, w) in enumerate(corners_of_tiles):
+            start, size = (first, h, w), (end - first, min(TILE, box[0].stop - h), min(TILE, box[1].stop - w))
+            if any(windows.touching(start, size) for windows in self._open):
+                tiles[number] = self._fused(start, size)
+                inside = window_slices((0, h - box[0].start, w - box[1].start), size)
+                labels_DHW[inside] = decided(tiles[number], self.encoding)
+                disagree_DHW[inside] = False
+        for some_P3 in disagree_DHW.nonzero().split(MOST_POINTS):
+            labels_DHW[some_P3.unbind(1)] = decided(self._coarse(some_P3, axes).T, self.encoding)
+        return Planes(labels_DHW, tiles, axes)
+
+    def logits(self, planes: Planes, points_P3: Tensor) -> Tensor:
+        """Logits of some voxels of planes, relative to their first, float32 of shape P, C."""
+        rows_PC = torch.empty(len(points_P3), len(self.coarse_logits_Cdhw), device=self.device)
+        columns = -(-planes.labels_DHW.shape[2] // TILE)
+        number_P = points_P3[:, 1] // TILE * columns + points_P3[:, 2] // TILE
+        members = number_P.argsort(stable=True).split(torch.bincount(number_P).tolist())
+        without_tile = [some for number, some in enumerate(members) if number not in planes.tiles]
+        for some in torch.cat(without_tile).split(MOST_POINTS) if without_tile else ():
+            rows_PC[some] = self._coarse(points_P3[some], planes.axes)
+        for number, tile_CDHW in planes.tiles.items():
+            if number < len(members) and len(members[number]):
+                d, h, w = points_P3[members[number]].unbind(1)
+                rows_PC[members[number]] = tile_CDHW[:, d, h % TILE, w % TILE].T
+        return rows_PC
+
+    def _fused(self, start: Shape, size: Shape) -> Tensor:
+        total_CDHW: Tensor | None = None
+        for model, windows in zip(self.models, self._open, strict=True):
+            coarse_CDHW = upsample_window(model.coarse_logits_Cdhw[None], start, size, self.factor)[0]
+            sums_CDHW, weight_DHW = torch.zeros_like(coarse_CDHW), torch.zeros(size, device=self.device)
+            for window, logits_CDHW in windows.touching(start, size):
+                here, there = overlap(start, size, window, self.patch_size)
+                gaussian_DHW = self.gaussian_DHW[there]
+                patch_CDHW = logits_CDHW[(slice(None), *there)].to(self.device, torch.float32)
+                sums_CDHW[(slice(None), *here)] += patch_CDHW * gaussian_DHW
+                weight_DHW[here] += gaussian_DHW
+            covered_DHW = weight_DHW > 0
+            blended_CDHW = sums_CDHW / weight_DHW.clamp_min(torch.finfo(torch.float32).tiny)
+            fused_CDHW = torch.where(covered_DHW, fuse(blended_CDHW, coarse_CDHW, model.weights), coarse_CDHW)
+            total_CDHW = fused_CDHW if total_CDHW is None else total_CDHW + fused_CDHW
+        assert total_CDHW is not None
+        return total_CDHW / len(self.models)
+
+    def _coarse(self, points_P3: Tensor, axes: Sequence[Axis]) -> Tensor:
+        return weighted_rows(self.coarse_rows, self.coarse_row_dhw, points_P3, axes)
+
+
+class OpenWindows:
+    """The windows of one model that the present planes touch; asked for when they begin, dropped when they end."""
+
+    def __init__(self, model: FusedModel, patch_size: Shape, at_once: int) -> None:
+        self.model, self.patch_size, self.at_once = model, patch_size, at_once
+        order = sorted(range(len(model.starts_K3)), key=lambda index: model.starts_K3[index].tolist())
+        self.left_K3 = model.starts_K3[order]
+        self.windows: list[tuple[list[int], Tensor]] = []
+
+    def move_to(self, first: int, end: int) -> None:
+        """Hold all windows that touch planes `first` to `end`, and maybe some later ones."""
+        self.windows = [(start, logits) for start, logits in self.windows if start[0] + self.patch_size[0] > first]
+        while len(self.left_K3) and int(self.left_K3[0, 0]) < end:
+            starts_K3, self.left_K3 = self.left_K3[: self.at_once], self.left_K3[self.at_once :]
+            for start, logits_CDHW in zip(starts_K3.tolist(), self.model.windows(starts_K3), strict=True):
+                if start[0] + self.patch_size[0] > first:
+                    self.windows.append((start, logits_CDHW))
+
+    def touching(self, start: Shape, size: Shape) -> list[tuple[list[int], Tensor]]:
+        """First voxel and logits of the windows that overlap a box."""
+        return [
+            (window, logits)
+            for window, logits in self.windows
+            if all(a < b + n and b < a + m for a, m, b, n in zip(window, self.patch_size, start, size, strict=True))
+        ]
+
+
+def overlap(
+    start: Sequence[int], size: Sequence[int], window: Sequence[int], patch_size: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a window overlaps a box, as slices of the box and of the window."""
+    here, there = [], []
+    for a, n, b, m in zip(start, size, window, patch_size, strict=True):
+        first, end = max(a, b), min(a + n, b + m)
+        here.append(slice(first - a, end - a))
+        there.append(slice(first - b, end - b))
+    return tuple(here), tuple(there)
+
+
+def decided(logits_CV: Tensor, encoding: LabelEncoding) -> Tensor:
+    """What the logits say, int16 of shape V: the label; of regions the last one's number, from 1, that is there, or 0.
+
+    Where all corners of a cell have the same of these numbers, so has every point between them.
+    """
+    if not encoding.has_regions:
+        return logits_CV.argmax(0).to(torch.int16)
+    numbers = torch.arange(1, len(logits_CV) + 1, dtype=torch.int16, device=logits_CV.device)
+    return ((logits_CV > 0) * numbers.view(-1, *[1] * (logits_CV.ndim - 1))).amax(0)
+
+
+def segment(
+    prediction: FusedPrediction, axes: Sequence[Axis], offset: Sequence[int], inside: Shape, planes_at_once: int
+) -> Tensor:
+    """Labels on the grid of the cropped image.
+
+    Args:
+        prediction: of the padded volume.
+        axes: from the volume before padding to the image.
+        offset: voxels of padding before the volume, by axis.
+        inside: voxels of the volume before padding, by axis.
+        planes_at_once: planes of the volume to hold logits of.
+
+    Returns:
+        int16 of shape Z, Y, X on the host; of regions their numbers, see `decided`.
+    """
+    device = prediction.device
+    axes = [axis.to(device) for axis in axes]
+    box = [slice(offset[axis], offset[axis] + inside[axis]) for axis in (1, 2)]
+    lower = axes[0].lower.tolist()
+    result_ZYX = torch.empty([len(axis.lower) for axis in axes], dtype=torch.int16)
+    begin = 0
+    while begin < len(lower):
+        # As many target planes as lie within so many source planes, one at least.
+        end = begin + 1
+        while end < len(lower) and lower[end] + 1 < lower[begin] + planes_at_once:
+            end += 1
+        first, last = lower[begin], int(axes[0].upper[end - 1])
+        planes = prediction.planes(offset[0] + first, offset[0] + last + 1, box)
+        result_ZYX[begin:end] = _resampled(prediction, planes, [axes[0].part(begin, end), *axes[1:]]).cpu()
+        begin = end
+    return result_ZYX
+
+
+def _resampled(prediction: FusedPrediction, planes: Planes, axes: Sequence[Axis]) -> Tensor:
+    """Labels of planes on another grid, int16 of shape Z, Y, X."""
+    labels_ZYX, disagree_ZYX = agreed(planes.labels_DHW, axes)
+    points_P3 = disagree_ZYX.nonzero()
+    if not len(points_P3):
+        return labels_ZYX
+    shape = planes.labels_DHW.shape
+    needed_DHW = torch.zeros(shape, dtype=torch.bool, device=prediction.device)
+    for index_P3, _ in corners(points_P3, axes):
+        needed_DHW[index_P3.unbind(1)] = True
+    voxels_P3 = needed_DHW.nonzero()
+    rows_PC = prediction.logits(planes, voxels_P3)
+    row_DHW = torch.zeros(shape, dtype=torch.int64, device=prediction.device)
+    row_DHW[needed_DHW] = torch.arange(len(voxels_P3), device=prediction.device)
+    for some_P3 in points_P3.split(MOST_POINTS):
+        logits_PC = weighted_rows(rows_PC, row_DHW, some_P3, axes)
+        labels_ZYX[some_P3.unbind(1)] = decided(logits_PC.T, prediction.encoding)
+    return labels_ZYX
+
+
+def weighted_rows(rows_PC: Tensor, row_DHW: Tensor, points_P3: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Interpolated logits, float32 of shape P, C.
+
+    Args:
+        rows_PC: logits of some voxels.
+        row_DHW: int64, the row of each voxel that is needed.
+        points_P3: target voxels.
+        axes: to the target.
+    """
+    result_PC = torch.zeros(len(points_P3), rows_PC.shape[1], device=rows_PC.device)
+    for index_P3, weight_P in corners(points_P3, axes):
+        result_PC.addcmul_(rows_PC[row_DHW[index_P3.unbind(1)]], weight_P[:, None])
+    return result_PC
+
+
+def planes_for(memory: float, num_channels: int, height: int, width: int) -> int:
+    """Planes of the volume whose logits, and what is made of them, fit into so many bytes; 4 at least."""
+    return max(4, math.floor(memory / (3 * 4 * num_channels * height * width)))
