@@ -69,11 +69,12 @@ def fuse(patch_logits_CDHW: Tensor, coarse_logits_CDHW: Tensor, weights: FusionW
 
 
 def gaussian_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:
-    """nnU-Net's importance of a patch's voxels, float32, shape `patch_size`."""
-    gaussian: Tensor = compute_gaussian(
-        tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, dtype=torch.float32, device=device
-    )
-    return gaussian
+    """nnU-Net's importance of a patch's voxels, float32, shape `patch_size`.
+
+    As nnU-Net has it, of half precision: corners, which are smaller, have the smallest number there is.
+    """
+    gaussian: Tensor = compute_gaussian(tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
+    return gaussian.float()
 
 
 def fuse_volume_(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import DATASET_JSON, build_network, make_plans
@@ -151,3 +152,82 @@ def test_nibabel_images_have_world_coordinates_too():
     affine = np.array([[-2.0, 0, 0, 90], [0, 3, 0, -126], [0, 0, 4, -72], [0, 0, 0, 1]])
     world = index_to_world({"nibabel_stuff": {"original_affine": affine}, "spacing": [4, 3, 2]}) @ [1, 1, 1, 1]
     assert world.tolist() == [-88, 123, -68, 1]
+
+
+def properties_of(shape: tuple[int, ...], image: tuple[int, ...] = (30, 22, 40)) -> dict:
+    """Of a volume that was cropped out of an image and resampled."""
+    cropped = tuple(n - 4 for n in image)
+    return {
+        "spacing": [n / m for n, m in zip(shape, cropped, strict=True)],
+        "shape_before_cropping": image,
+        "bbox_used_for_cropping": [[1, 1 + n] for n in cropped],
+        "shape_after_cropping_and_before_resampling": cropped,
+    }
+
+
+@pytest.mark.parametrize("num_patches", [2, "all"])
+@pytest.mark.parametrize("shape", [(20, 17, 26), (5, 19, 8)])
+def test_labels_without_a_volume_of_logits_are_those_of_stock_export(tiny_network, shape, num_patches):
+    volume, properties = torch.randn(1, *shape), properties_of(shape)
+    for branch in (tiny_network.local_branch, tiny_network.global_branch):
+        # In nnU-Net's half precision, small logits vanish at the corners of a volume, where Gaussians end.
+        branch.decoder.seg_layers[-1].weight.data *= 100
+    predictor = initialized(nmsw(mirrored=True, num_patches=num_patches), tiny_network, folds=2)
+    logits = predictor.predict_logits_from_preprocessed_data(volume)
+    windows = predictor.chosen_windows
+    arguments = (predictor.plans_manager, predictor.configuration_manager, predictor.label_manager, properties)
+    expected = convert_predicted_logits_to_segmentation_with_correct_shape(logits, *arguments)
+    labels = predictor.predict_segmentation(volume, properties)
+    assert labels.dtype == expected.dtype
+    assert labels.shape == expected.shape
+    assert all(np.array_equal(a.starts, b.starts) for a, b in zip(windows, predictor.chosen_windows, strict=True))
+    # nnU-Net adds in half precision: what differs is a tie within its rounding.
+    spacing = properties["spacing"]
+    target = properties["shape_after_cropping_and_before_resampling"]
+    resampled = predictor.configuration_manager.resampling_fn_probabilities(logits, target, spacing, spacing)
+    first, second = np.sort(resampled.astype(np.float32), axis=0)[[-1, -2]]
+    differ = (labels != expected)[1:-3, 1:-3, 1:-3]
+    assert not (differ & (first - second > 0.01 * np.abs(resampled).max())).any()
+    assert (labels != expected).mean() < 0.02
+    assert set(np.unique(labels)) > {0}
+
+
+def test_probabilities_and_unknown_resampling_take_the_stock_path(tiny_network):
+    predictor = initialized(nmsw(), tiny_network)
+    assert predictor._reason_for_logits(False) is None
+    assert predictor._reason_for_logits(True) == "probabilities are asked for"
+    predictor.configuration_manager.configuration["resampling_fn_probabilities"] = "resample_torch_fornnunet"
+    assert "resample_torch_fornnunet" in predictor._reason_for_logits(False)
+
+
+def test_batches_are_halved_until_they_fit(tiny_network):
+    sizes = []
+
+    class TooLarge(torch.nn.Module):
+        def forward(self, patches):
+            sizes.append(len(patches))
+            if len(patches) > 2:
+                raise torch.OutOfMemoryError
+            return tiny_network.local_branch.original(patches)
+
+    original, patches = tiny_network.local_branch, torch.randn(7, 1, 8, 8, 8)
+    tiny_network.local_branch = TooLarge()
+    tiny_network.local_branch.original = original
+    predictor = initialized(nmsw(), tiny_network)
+    with torch.inference_mode():
+        assert torch.allclose(predictor._patch_logits(patches), original(patches), atol=1e-5)
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+
+
+def test_a_case_that_cannot_be_written_is_reported_and_the_others_are_there(tiny_network, tmp_path):
+    shape = (16, 16, 16)
+    geometry = {"spacing": (1, 1, 1), "origin": (0, 0, 0), "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)}
+    properties = {**properties_of(shape), "sitk_stuff": geometry}
+    (tmp_path / "b.nii.gz").mkdir()  # a folder is in the way
+    cases = [{"data": torch.randn(1, *shape), "data_properties": properties, "ofile": str(tmp_path / n)} for n in "abc"]
+    predictor = initialized(nmsw(num_patches=1), tiny_network)
+    with pytest.raises(UserError, match=r"cannot write .*b\.nii\.gz"):
+        predictor.predict_from_data_iterator(iter(cases))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    image = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "c.nii.gz")))
+    assert np.array_equal(image, predictor.predict_segmentation(cases[2]["data"], properties))

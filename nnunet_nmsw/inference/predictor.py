@@ -7,8 +7,11 @@ view, K chosen windows.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,17 +20,29 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_nmsw.config import parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.fusion import fuse_volume_
-from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
+from nnunet_nmsw.fusion import FusionWeights, fuse_volume_
+from nnunet_nmsw.geometry import Shape, WindowGrid, crop_windows, downsample, window_slices
+from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels
+from nnunet_nmsw.inference.interpolation import Axis
+from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
+from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
 from nnunet_nmsw.precision import mixed_precision
+
+MEMORY_OF_PLANES = 1 << 30
+"""Bytes for the logits of the planes that are worked out at a time."""
+
+VOXELS_AT_ONCE = 1 << 21
+"""Voxels of a batch of patches, unless one patch has more."""
 
 
 class NMSWPredictor(nnUNetPredictor):
@@ -56,7 +71,11 @@ class NMSWPredictor(nnUNetPredictor):
         self.chosen_windows: list[ChosenWindows] = []
         """The windows of the case predicted last, one entry a fold of the ensemble."""
         self._slicers: list[tuple[slice, ...]] = []
+        self._loaded: dict[str, Tensor] | None = None
         self._num_cases: int | None = None
+
+    keeps_logits = False
+    """Build volumes of logits, whether or not they are needed for the labels."""
 
     @property
     def nmsw_network(self) -> NMSWNetwork:
@@ -142,9 +161,105 @@ class NMSWPredictor(nnUNetPredictor):
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """Logits of a preprocessed volume, averaged over the folds of the ensemble."""
-        self.chosen_windows = []
+        self._start_case(data)
         logits: Tensor = super().predict_logits_from_preprocessed_data(data)
         return logits
+
+    @torch.inference_mode()
+    def predict_segmentation(self, data: Tensor, properties: dict[str, Any]) -> np.ndarray:
+        """Labels of an image, without a volume of logits; see `inference.streaming`.
+
+        Args:
+            data: preprocessed volume, shape C, D, H, W.
+            properties: nnU-Net's of it.
+
+        Returns:
+            Labels in the axis order and shape of nnU-Net's reader.
+        """
+        self._start_case(data)
+        network = self.nmsw_network.to(self.device)
+        network.eval()
+        axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, data.shape[1:])
+        padded, unpad = pad_nd_image(data, network.patch_size, "constant", {"value": 0}, True)
+        offset, grid = [axis.start for axis in unpad[1:]], network.grid(_spatial_shape(padded))
+        of_folds = []
+        for parameters in self.list_of_parameters:
+            self._load(parameters)
+            coarse = self.predict_coarse(padded)
+            windows = self.choose_windows(coarse, grid)
+            self._remember(grid, windows, offset, _spatial_shape(data))
+            of_folds.append((parameters, coarse.logits_Cdhw, windows.starts_K3, network.fusion_weights))
+        devices = [self.device, torch.device("cpu")] if self.perform_everything_on_device else [torch.device("cpu")]
+        for device in devices:
+            try:
+                return self._segment(padded, of_folds, axes, offset, _spatial_shape(data), properties, device)
+            except torch.OutOfMemoryError:
+                if device.type == "cpu":
+                    raise
+                print("The results do not fit on the device; predicting again with results on the host")
+                empty_cache(self.device)
+        raise AssertionError
+
+    def _segment(
+        self,
+        padded: Tensor,
+        of_folds: list[tuple[Any, Tensor, Tensor, FusionWeights]],
+        axes: list[Axis],
+        offset: list[int],
+        inside: Shape,
+        properties: dict[str, Any],
+        device: torch.device,
+    ) -> np.ndarray:
+        network = self.nmsw_network
+        total = sum(len(starts_K3) for _, _, starts_K3, _ in of_folds)
+        with tqdm(total=total, desc="patches", disable=not self.allow_tqdm, leave=False) as bar:
+
+            def windows_of(parameters: Any, starts_K3: Tensor) -> Tensor:
+                self._load(parameters)
+                logits_KCDHW = self._patch_logits(crop_windows(padded[None], starts_K3, network.patch_size))
+                bar.update(len(starts_K3))
+                return logits_KCDHW.to(device, torch.float16)
+
+            models = [
+                FusedModel(logits_Cdhw.to(device), starts_K3, weights.to(device), partial(windows_of, parameters))
+                for parameters, logits_Cdhw, starts_K3, weights in of_folds
+            ]
+            prediction = FusedPrediction(
+                models,
+                network.patch_size,
+                network.config.downsampling_factor,
+                _spatial_shape(padded),
+                LabelEncoding.of(self.label_manager),
+                patches_at_once(network.patch_size),
+            )
+            _, height, width = inside
+            planes = planes_for(MEMORY_OF_PLANES, self.label_manager.num_segmentation_heads, height, width)
+            decisions_ZYX = segment(prediction, axes, offset, inside, planes)
+        return in_image(decisions_ZYX, self.plans_manager, self.label_manager, properties)
+
+    def _patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
+        """Logits of patches, mirrored where that is on; in halves where the device has too little memory."""
+        try:
+            with mixed_precision(self.device):
+                logits_KCDHW: Tensor = self._internal_maybe_mirror_and_predict(patches_KCDHW.to(self.device))
+        except torch.OutOfMemoryError:
+            if len(patches_KCDHW) == 1:
+                raise
+        else:
+            return logits_KCDHW
+        empty_cache(self.device)
+        half = len(patches_KCDHW) // 2
+        return torch.cat([self._patch_logits(part) for part in (patches_KCDHW[:half], patches_KCDHW[half:])])
+
+    def _load(self, parameters: dict[str, Tensor]) -> None:
+        """Load a fold's weights, unless they are in the network."""
+        if self._loaded is not parameters:
+            self.nmsw_network.load_state_dict(parameters)
+            self._loaded = parameters
+
+    def _start_case(self, data: Tensor) -> None:
+        self.chosen_windows = []
+        self._loaded = None
 
     def predict_from_data_iterator(
         self,
@@ -152,13 +267,59 @@ class NMSWPredictor(nnUNetPredictor):
         save_probabilities: bool = False,
         num_processes_segmentation_export: int = default_num_processes,
     ) -> list[Any]:
-        """See the parent. Shows a progress bar over cases and writes the windows where `save_patches` asks for it."""
-        results: list[Any] = super().predict_from_data_iterator(
-            self._follow(data_iterator), save_probabilities, num_processes_segmentation_export
-        )
+        """See the parent. Shows a progress bar over cases and writes the windows where `save_patches` asks for it.
+
+        Labels are worked out without a volume of logits where neither probabilities nor the plans' way to resample need
+        one; then a list of them, or of None where they are written, comes back.
+
+        Raises:
+            UserError: labels cannot be written; all other cases are.
+        """
+        cases = self._follow(data_iterator)
+        reason_for_logits = self._reason_for_logits(save_probabilities)
+        if reason_for_logits is None:
+            results = self._predict_and_write(cases, num_processes_segmentation_export)
+        else:
+            print(f"Logits of whole volumes are kept, which takes time and memory: {reason_for_logits}")
+            results = super().predict_from_data_iterator(cases, save_probabilities, num_processes_segmentation_export)
         if isinstance(data_iterator, MultiThreadedAugmenter):
             data_iterator._finish()
         return results
+
+    def _reason_for_logits(self, save_probabilities: bool) -> str | None:
+        if save_probabilities:
+            return "probabilities are asked for"
+        if self.keeps_logits:
+            return "the cascade's next stage needs them"
+        if not self.use_global_branch:
+            return "there is no global branch"
+        if not can_stream(self.configuration_manager):
+            function = self.configuration_manager.configuration["resampling_fn_probabilities"]
+            return f"the plans resample probabilities with {function} and settings of their own"
+        return None
+
+    def _predict_and_write(self, cases: Iterable[dict[str, Any]], num_writers: int) -> list[Any]:
+        """Labels of the cases without a file; the others' are written while the next are predicted."""
+        written: list[Any] = []
+        with ThreadPoolExecutor(max(1, num_writers)) as writers:
+            for case in cases:
+                data, file = case["data"], case["ofile"]
+                if isinstance(data, str):  # nnU-Net passes large volumes in files
+                    array = np.load(data)
+                    os.remove(data)
+                    data = torch.from_numpy(array)
+                segmentation = self.predict_segmentation(data, case["data_properties"])
+                if file is None:
+                    written.append(segmentation)
+                    continue
+                arguments = (file, self.dataset_json["file_ending"], self.plans_manager, case["data_properties"])
+                written.append(writers.submit(write_labels, segmentation, *arguments))
+        compute_gaussian.cache_clear()
+        empty_cache(self.device)
+        failed = [str(job.exception()) for job in written if isinstance(job, Future) and job.exception() is not None]
+        if failed:
+            raise UserError("; ".join(failed))
+        return [None if isinstance(job, Future) else job for job in written]
 
     def _internal_get_data_iterator_from_lists_of_filenames(
         self, input_list_of_lists: list[list[str]], *args: Any, **kwargs: Any
@@ -182,6 +343,11 @@ class NMSWPredictor(nnUNetPredictor):
                         self.dataset_json["file_ending"],
                     )
                 bar.update()
+
+
+def patches_at_once(patch_size: Sequence[int]) -> int:
+    """Patches of a batch: small ones together, for which the cost of a call is more than that of the computation."""
+    return max(1, min(16, VOXELS_AT_ONCE // math.prod(patch_size)))
 
 
 def _spatial_shape(volume_CDHW: Tensor) -> Shape:

@@ -72,14 +72,12 @@ class TwoModelPredictor(NMSWPredictor):
             for parameters in self.list_of_parameters
         ]
 
-    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
-        """Fused logits of a volume that came from the files or the array that were given last."""
+    def _start_case(self, data: Tensor) -> None:
+        super()._start_case(data)
         assert self._volume_of_global_model is not None, "the coarse model has not seen this volume"
         self._global_logits_Cdhw = self.global_model.predict_logits_from_preprocessed_data(self._volume_of_global_model)
         d, h, w = data.shape[1:]
         self._volume_shape = d, h, w
-        logits: Tensor = super().predict_logits_from_preprocessed_data(data)
-        return logits
 
     def predict_coarse(self, volume_CDHW: Tensor) -> CoarsePrediction:
         """The coarse model's logits on the low-resolution grid of the padded volume, and their entropy."""

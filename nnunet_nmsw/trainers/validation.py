@@ -28,7 +28,8 @@ class TrainerWithNMSWValidation(nnUNetTrainer):
         self.set_deep_supervision_enabled(False)
         network = self._plain_network()
         network.eval()
-        predictor = PredictorThatRemembers(device=self.device, allow_tqdm=False)
+        next_stages = self.configuration_manager.next_stage_names
+        predictor = (PredictorThatRemembers if next_stages else NMSWPredictor)(device=self.device, allow_tqdm=False)
         predictor.manual_initialization(
             network,
             self.plans_manager,
@@ -68,7 +69,7 @@ class TrainerWithNMSWValidation(nnUNetTrainer):
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
     def _validation_cases(
-        self, keys: list[str], output_folder: str, predictor: PredictorThatRemembers
+        self, keys: list[str], output_folder: str, predictor: NMSWPredictor
     ) -> Iterator[dict[str, Any]]:
         dataset = self.dataset_class(
             self.preprocessed_dataset_folder,
@@ -81,7 +82,8 @@ class TrainerWithNMSWValidation(nnUNetTrainer):
             volume = self._with_previous(np.array(data[:]), previous)
             yield {"data": volume, "data_properties": properties, "ofile": join(output_folder, key)}
             # It is predicted by the time the next one is asked for.
-            self._save_for_next_stages(key, predictor.logits, properties)
+            if isinstance(predictor, PredictorThatRemembers):
+                self._save_for_next_stages(key, predictor.logits, properties)
 
     def _with_previous(self, data: np.ndarray, previous: np.ndarray | None) -> torch.Tensor:
         """A preprocessed volume with a channel for each label of the cascade's previous stage, where there is one."""
@@ -125,6 +127,7 @@ class PredictorThatRemembers(NMSWPredictor):
     """Keeps the logits of the last case, for the cascade's next stage."""
 
     logits: torch.Tensor
+    keeps_logits = True
 
     def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
         """See the parent."""

@@ -70,11 +70,10 @@ def test_training_on_from_a_stock_model(stock):
     )
     assert f"Loading pretrained weights from {checkpoint}" in trained.stdout
     before, after = weights(checkpoint.parents[1]), weights(model_of(stock, "nnUNetTrainerNMSW_tiny"))
-    # Ten small steps away from where it started.
-    for name, weight in before.items():
-        if ".seg_layers." not in name:
-            assert torch.allclose(weight, after[f"local_branch.{name}"], atol=0.2), name
-    assert not all(torch.equal(weight, after[f"local_branch.{name}"]) for name, weight in before.items())
+    # A few steps away from where it started; two networks at random are 1.4 times their size apart.
+    compared = [(w, after[f"local_branch.{name}"]) for name, w in before.items() if ".seg_layers." not in name]
+    start, end = (torch.cat([pair[side].flatten() for pair in compared]) for side in (0, 1))
+    assert 0 < (end - start).norm() / start.norm() < 0.7
 
 
 def test_two_stock_models_without_training(stock, monkeypatch):
