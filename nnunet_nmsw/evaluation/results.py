@@ -39,7 +39,7 @@ class Cost:
     """Time and memory of a method over timed cases and rounds.
 
     Attributes:
-        network_seconds: from the preprocessed volume to its logits.
+        network_seconds: from the preprocessed volume to its logits; of NMSW, to labels on the image's grid.
         total_seconds: from file to file, the model being loaded.
         network_ratio: network seconds over those of the reference method, same case and round.
         total_ratio: the same for the seconds from file to file.

@@ -19,6 +19,7 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.data_iterators import PreprocessAdapter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
@@ -286,6 +287,27 @@ class NMSWPredictor(nnUNetPredictor):
             data_iterator._finish()
         return results
 
+    def predict_from_files_sequential(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        folder_with_segs_from_prev_stage: str | None = None,
+    ) -> Any:
+        """See the parent: one case after the other, without processes beside this."""
+        arguments = (list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files)
+        of_both: dict[str, Any] = {
+            "save_probabilities": save_probabilities,
+            "overwrite": overwrite,
+            "folder_with_segs_from_prev_stage": folder_with_segs_from_prev_stage,
+        }
+        if self._reason_for_logits(save_probabilities) is not None:
+            return super().predict_from_files_sequential(*arguments, **of_both)
+        return self.predict_from_files(
+            *arguments, num_processes_preprocessing=0, num_processes_segmentation_export=1, **of_both
+        )
+
     def _reason_for_logits(self, save_probabilities: bool) -> str | None:
         if save_probabilities:
             return "probabilities are asked for"
@@ -325,7 +347,7 @@ class NMSWPredictor(nnUNetPredictor):
         self, input_list_of_lists: list[list[str]], *args: Any, **kwargs: Any
     ) -> Any:
         self._num_cases = len(input_list_of_lists)
-        return super()._internal_get_data_iterator_from_lists_of_filenames(input_list_of_lists, *args, **kwargs)
+        return preprocessed_cases(self, input_list_of_lists, *args, **kwargs)
 
     def _follow(self, data_iterator: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass the cases on; each is predicted by the time the next is asked for."""
@@ -343,6 +365,27 @@ class NMSWPredictor(nnUNetPredictor):
                         self.dataset_json["file_ending"],
                     )
                 bar.update()
+
+
+def preprocessed_cases(
+    predictor: nnUNetPredictor,
+    images: list[list[str]],
+    previous_stage: list[str] | None,
+    outputs: list[str] | None,
+    num_processes: int,
+) -> Iterable[dict[str, Any]]:
+    """Cases as a predictor's plans preprocess them, by so many processes beside this or, with 0, by this one."""
+    if num_processes > 0:
+        cases: Iterable[dict[str, Any]] = nnUNetPredictor._internal_get_data_iterator_from_lists_of_filenames(
+            predictor, images, previous_stage, outputs, num_processes
+        )
+        return cases
+    configuration = predictor.configuration_manager
+    preprocessor = configuration.preprocessor_class(verbose=predictor.verbose_preprocessing)
+    in_this: Iterable[dict[str, Any]] = PreprocessAdapter(
+        images, previous_stage, preprocessor, outputs, predictor.plans_manager, predictor.dataset_json, configuration
+    )
+    return in_this
 
 
 def patches_at_once(patch_size: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.geometry import Shape, low_shape
-from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.inference.predictor import NMSWPredictor, preprocessed_cases
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
 
 
@@ -111,7 +111,7 @@ class TwoModelPredictor(NMSWPredictor):
     def _internal_get_data_iterator_from_lists_of_filenames(self, *args: Any, **kwargs: Any) -> Any:
         # Both preprocess the same files in the same order.
         of_local = super()._internal_get_data_iterator_from_lists_of_filenames(*args, **kwargs)
-        of_global = self.global_model._internal_get_data_iterator_from_lists_of_filenames(*args, **kwargs)
+        of_global = preprocessed_cases(self.global_model, *args, **kwargs)
 
         def both() -> Iterator[dict[str, Any]]:
             for case, coarse in zip(of_local, of_global, strict=True):
