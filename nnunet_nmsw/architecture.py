@@ -104,12 +104,15 @@ def convolutional_architecture(
     }
 
 
-def check_patch_size(local: dict[str, Any], patch_size: Sequence[int]) -> None:
-    """See that a network of one size is one for the patches.
+def check_local_architecture(local: dict[str, Any], patch_size: Sequence[int]) -> None:
+    """See that the plans' `architecture` is complete, and that a network of one size is one for the patches.
 
     Raises:
-        UserError: it is not, or its own patches do not divide it.
+        UserError: it is not, or the network's own patches do not divide these.
     """
+    missing = [key for key in ARCHITECTURE_KEYS if key not in local]
+    if missing:
+        raise UserError(f'"architecture" in the plans has no "{missing[0]}", which nnU-Net needs: add it')
     kwargs = local["arch_kwargs"]
     for name in FIXED_SIZE_ARGUMENTS:
         if name in kwargs and list(kwargs[name]) != list(patch_size):

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_nmsw.architecture import (
     ARCHITECTURE_KEYS,
-    check_patch_size,
+    check_local_architecture,
     convolutional_architecture,
     global_architecture,
     takes_one_size,
@@ -234,7 +234,7 @@ class NMSWConfig:
                 width,
             )
         config, local = cls(**settings), configuration["architecture"]
-        check_patch_size(local, configuration["patch_size"])
+        check_local_architecture(local, configuration["patch_size"])
         if config.global_architecture is None and takes_one_size(local):
             convolutional = convolutional_architecture(
                 configuration["median_image_size_in_voxels"],

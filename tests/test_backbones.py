@@ -266,7 +266,7 @@ def test_networks_of_one_size_get_a_convolutional_global_branch(median, spacing)
     config = NMSWConfig.from_configuration(configuration)
     kwargs = config.global_architecture["arch_kwargs"]
     assert kwargs["features_per_stage"][:2] == [16, 32]
-    # Settled once: what is saved with the results is what was trained, with other defaults, too.
+    # What is saved with the results gives the same network again.
     configuration["nmsw"] = json.loads(json.dumps(config.to_dict()))
     assert NMSWConfig.from_configuration(configuration) == config
     network = build(plans)
@@ -290,6 +290,7 @@ def changed(entry, **arch_kwargs):
         (unet("PlainConvUNet", ["strides"]), None, "missing.*strides"),
         (changed(unet("PlainConvUNet"), norm_op="torch.nn.NoSuchNorm"), None, "NoSuchNorm"),
         ({**MEDNEXT, "_kw_requires_import": ["norm_op"]}, None, '"norm_op"'),
+        ({key: MEDNEXT[key] for key in ("network_class_name", "arch_kwargs")}, None, '"_kw_requires_import"'),
         (changed(PRIMUS, input_shape=[16, 16, 24]), None, '"input_shape".*"patch_size"'),
         (changed(PRIMUS, patch_embed_size=[8, 8, 6]), None, '"patch_embed_size"'),
         (SWIN, None, r"multiples of \[32, 32, 32\]"),
