@@ -7,6 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from nnunet_nmsw.architecture import (
+    ARCHITECTURE_KEYS,
+    check_local_architecture,
+    convolutional_architecture,
+    global_architecture,
+    takes_one_size,
+)
 from nnunet_nmsw.errors import UserError
 
 PLANS_KEY = "nmsw"
@@ -52,6 +59,11 @@ class NMSWConfig:
 
     global_width: float = 0.75
     """Features per stage of the global branch as a fraction of the local branch's."""
+
+    global_architecture: dict[str, Any] | None = None
+    """Architecture of the global branch, an object with any of the keys of the plans' `architecture`. Where it names no
+    other class, its `arch_kwargs` replace single ones of the plans'. Where None, it is the plans' architecture, or a
+    `PlainConvUNet` where that takes patches of one size only."""
 
     gradient_path: str = "none"
     """How the draw of windows trains the scores, one of `GRADIENT_PATHS`: by the weight of a window's contribution to
@@ -138,6 +150,13 @@ class NMSWConfig:
         )
         for name in ("gradient_baseline", "fuse_random_windows", "regions", "freeze_local_branch"):
             _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
+        _require(
+            self.global_architecture is None or _is_architecture(self.global_architecture),
+            "global_architecture",
+            self.global_architecture,
+            'null, or an object of "network_class_name" (a string), "arch_kwargs" (an object) and '
+            '"_kw_requires_import" (a list of strings), all optional',
+        )
         seed = self.seed
         _require(seed is None or (type(seed) is int and seed >= 0), "seed", seed, "an integer of at least 0, or null")
         at_once = self.windows_at_once
@@ -190,7 +209,8 @@ class NMSWConfig:
                 `ConfigurationManager.configuration`. What its key `nmsw` sets is taken, the rest are defaults.
 
         Raises:
-            UserError: a setting is unknown or impossible, or the configuration is not 3D.
+            UserError: a setting is unknown or impossible, the configuration is not 3D, or its network is for another
+                patch size.
         """
         if len(configuration["patch_size"]) != 3:
             raise UserError(
@@ -216,7 +236,24 @@ class NMSWConfig:
                 configuration["spacing"],
                 width,
             )
-        return cls(**settings)
+        config, local = cls(**settings), configuration["architecture"]
+        check_local_architecture(local, configuration["patch_size"])
+        if config.global_architecture is None and takes_one_size(local):
+            convolutional = convolutional_architecture(
+                configuration["median_image_size_in_voxels"],
+                configuration["spacing"],
+                config.downsampling_factor,
+                config.global_width,
+            )
+            config = dataclasses.replace(config, global_architecture=convolutional)
+        global_ = global_architecture(local, config.global_architecture, config.global_width)
+        _require(
+            not takes_one_size(global_),
+            "global_architecture",
+            config.global_architecture,
+            f"a network that takes volumes of any size, as {global_['network_class_name']} does not",
+        )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as they are written into a plans file (plain JSON types)."""
@@ -288,6 +325,18 @@ def resolve_num_patches(num_patches: int | str, num_windows: int) -> int:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_architecture(value: object) -> bool:
+    if not isinstance(value, dict) or not set(value) <= set(ARCHITECTURE_KEYS):
+        return False
+    imports = value.get("_kw_requires_import", [])
+    return (
+        isinstance(value.get("network_class_name", ""), str)
+        and isinstance(value.get("arch_kwargs", {}), dict)
+        and isinstance(imports, list)
+        and all(isinstance(name, str) for name in imports)
+    )
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

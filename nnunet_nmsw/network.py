@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,18 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.architecture import (
+    ARCHITECTURE_KEYS,
+    check_architecture,
+    global_architecture,
+    takes_deep_supervision,
+)
+from nnunet_nmsw.config import PLANS_KEY, NMSWConfig
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import FusionWeights
 from nnunet_nmsw.geometry import Shape, WindowGrid
 from nnunet_nmsw.labels import entropy, foreground_probability
+from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.topk import (
     WindowSample,
     candidate_windows,
@@ -111,33 +118,32 @@ class NMSWNetwork(nn.Module):
         deep_supervision: bool,
         config: NMSWConfig,
     ) -> NMSWNetwork:
-        """Build both branches from the `architecture` of a plans' configuration."""
+        """Build both branches from the `architecture` of a plans' configuration.
 
-        def branch(kwargs: dict[str, Any], num_outputs: int, deep_supervision: bool) -> nn.Module:
+        Raises:
+            UserError: an architecture names what there is not, or is not for patches of this size.
+        """
+        architectures = branch_architectures(architecture, config)
+
+        def branch(of: dict[str, Any], num_outputs: int, deep_supervision: bool) -> nn.Module:
             network: nn.Module = get_network_from_plans(
-                architecture["network_class_name"],
-                kwargs,
-                architecture["_kw_requires_import"],
+                *(of[key] for key in ARCHITECTURE_KEYS),
                 num_input_channels,
                 num_outputs,
                 allow_init=True,
-                deep_supervision=deep_supervision,
+                deep_supervision=deep_supervision if takes_deep_supervision(of) else None,
             )
             return network
 
-        kwargs = architecture["arch_kwargs"]
-        narrow_kwargs = deepcopy(kwargs)
-        if "features_per_stage" in narrow_kwargs:
-            narrow_kwargs["features_per_stage"] = [
-                max(1, round(features * config.global_width)) for features in kwargs["features_per_stage"]
-            ]
-        return cls(
-            branch(narrow_kwargs, num_classes + 1, False),
-            branch(kwargs, num_classes, deep_supervision),
-            num_classes,
-            patch_size,
-            config,
-        )
+        global_branch = branch(architectures["global"], num_classes + 1, False)
+        local_branch = branch(architectures["local"], num_classes, deep_supervision)
+        stride = total_stride(local_branch)
+        if stride is not None and any(n % s for n, s in zip(patch_size, stride, strict=True)):
+            raise UserError(
+                f'"patch_size" in the plans is {list(patch_size)}, and {architecture["network_class_name"]} with its '
+                f'"arch_kwargs" takes multiples of {stride}: change one of them'
+            )
+        return cls(global_branch, local_branch, num_classes, patch_size, config)
 
     @property
     def decoder(self) -> nn.Module:
@@ -145,6 +151,31 @@ class NMSWNetwork(nn.Module):
         decoder = self.local_branch.decoder
         assert isinstance(decoder, nn.Module)
         return decoder
+
+    @torch.no_grad()
+    def deep_supervision_scales(self, num_input_channels: int) -> list[list[float]] | None:
+        """Sizes of the local branch's outputs relative to the patch, finest first; None without deep supervision.
+
+        The network is asked with an empty patch, as the plans of others than nnU-Net's U-Nets do not tell. One output
+        alone is no deep supervision: nnU-Net gives the coarsest no weight in the loss.
+
+        Raises:
+            UserError: there are several outputs and nothing by which nnU-Net could switch them off.
+        """
+        training, device = self.training, self.fusion_parameters.device
+        self.eval()  # neither dropout, which would draw random numbers, nor statistics of batches
+        with mixed_precision(device):
+            outputs = self.local_branch(torch.zeros(1, num_input_channels, *self.patch_size, device=device))
+        self.train(training)
+        if isinstance(outputs, Tensor) or len(outputs) == 1:
+            return None
+        if not hasattr(self.local_branch, "decoder"):
+            raise UserError(
+                f"the plans' network {type(self.local_branch).__name__} returns {len(outputs)} outputs and has no "
+                "attribute `decoder.deep_supervision` to switch that off, as nnU-Net's networks have: add it, or "
+                "return one output"
+            )
+        return [[n / p for n, p in zip(output.shape[2:], self.patch_size, strict=True)] for output in outputs]
 
     @property
     def fusion_weights(self) -> FusionWeights:
@@ -175,7 +206,8 @@ class NMSWNetwork(nn.Module):
         """Run the global branch on a downsampled volume of any shape."""
         shape = low_1Cdhw.shape[2:]
         # Up to what the network's strides divide, and at least two voxels at its bottleneck, which instance norm needs.
-        multiples = [max(2, -(-n // stride)) * stride for n, stride in zip(shape, self._total_stride(), strict=True)]
+        strides = total_stride(self.global_branch) or [UNKNOWN_STRIDE] * 3
+        multiples = [max(2, -(-n // stride)) * stride for n, stride in zip(shape, strides, strict=True)]
         padding = [p for n, m in zip(reversed(shape), reversed(multiples), strict=True) for p in (0, m - n)]
         output = self.global_branch(F.pad(low_1Cdhw, padding))[0].float()
         output = output[(slice(None), *(slice(n) for n in shape))]
@@ -275,13 +307,38 @@ class NMSWNetwork(nn.Module):
             return torch.cat(parts)
         return [torch.cat(scale) for scale in zip(*parts, strict=True)]
 
-    def _total_stride(self) -> list[int]:
-        """Product of the global branch's strides by axis; 32 where the network does not tell."""
-        encoder = getattr(self.global_branch, "encoder", None)
-        strides = getattr(encoder, "strides", None)
-        if strides is None:
-            return [32, 32, 32]
-        return [math.prod(axis_strides) for axis_strides in zip(*strides, strict=True)]
+
+def branch_architectures(architecture: dict[str, Any], config: NMSWConfig) -> dict[str, dict[str, Any]]:
+    """Architectures of the branches "local" and "global", checked.
+
+    Args:
+        architecture: that of the plans.
+        config: the settings.
+
+    Raises:
+        UserError: one of them names what cannot be imported, or has arguments that are not its class's.
+    """
+    of_global = global_architecture(architecture, config.global_architecture, config.global_width)
+    check_architecture(architecture, '"architecture" in the plans')
+    check_architecture(of_global, f'"global_architecture" under "{PLANS_KEY}" in the plans')
+    return {"local": architecture, "global": of_global}
+
+
+UNKNOWN_STRIDE = 32
+"""Total stride of five stages, as many as most networks have at most."""
+
+
+def total_stride(network: nn.Module) -> list[int] | None:
+    """By axis what a network's input must be a multiple of; None where it does not tell.
+
+    nnU-Net's networks tell it by their encoder's strides, others by an attribute `total_stride`, three integers.
+    """
+    strides = getattr(getattr(network, "encoder", None), "strides", None)
+    if strides is None:
+        stride: list[int] | None = getattr(network, "total_stride", None)
+        return stride
+    by_stage = [[stride] * 3 if isinstance(stride, int) else stride for stride in strides]
+    return [math.prod(of_axis) for of_axis in zip(*by_stage, strict=True)]
 
 
 GATE_ENTROPY = 0.1

@@ -25,7 +25,7 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import fused_segmentation
 from nnunet_nmsw.geometry import downsample
 from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.network import NMSWNetwork, branch_architectures
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
 from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
@@ -78,7 +78,9 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
     ) -> None:
         # Before anything is written: raises for a setting or a configuration that cannot work.
         plans_manager = PlansManager(plans)
-        self.config = NMSWConfig.from_configuration(plans_manager.get_configuration(configuration).configuration)
+        resolved = plans_manager.get_configuration(configuration).configuration
+        self.config = NMSWConfig.from_configuration(resolved)
+        branch_architectures(resolved["architecture"], self.config)
         regions = plans_manager.get_label_manager(dataset_json).has_regions
         self.config = dataclasses.replace(self.config, regions=regions, freeze_local_branch=self.freezes_local_branch)
         # Saved with the results and in the checkpoint, so that a model folder alone rebuilds the network.
@@ -154,8 +156,19 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
         """No: the step around the two networks depends on data, and compiling it as a whole would only break graphs."""
         return False
 
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """The parent's, where the network has nnU-Net's switch for it."""
+        if hasattr(self._plain_network().local_branch, "decoder"):
+            super().set_deep_supervision_enabled(enabled)
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        return self.deep_supervision_scales
+
     def _build_loss(self) -> nn.Module:
-        scales = self._get_deep_supervision_scales()
+        """nnU-Net's loss inside of NMSW's, with deep supervision where the network returns several scales."""
+        scales = self._plain_network().deep_supervision_scales(self.num_input_channels)
+        self.deep_supervision_scales, self.enable_deep_supervision = scales, scales is not None
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
         return NMSWLoss(super()._build_loss(), scales, self.config, LabelEncoding.of(self.label_manager))
 
     def get_dataloaders(self) -> tuple[Any, Any]:

@@ -1,0 +1,1 @@
+"""Networks of other libraries in the form that nnU-Net's plans ask for."""

@@ -1,0 +1,366 @@
+"""Networks of many kinds as local and as global branch: built, trained and predicted with in this process."""
+
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncL,
+    nnUNetPlannerResEncM,
+    nnUNetPlannerResEncXL,
+)
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tiny import DATASET_JSON, make_configuration, make_plans
+from torch import nn
+
+from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.network import NMSWNetwork, total_stride
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+from nnunet_nmsw.views import TrainingVolume
+
+CPU = torch.device("cpu")
+CONFIGURATION = "3d_fullres"
+UNETS = "dynamic_network_architectures.architectures.unet"
+THREE_STAGES = {
+    "n_stages": 3,
+    "features_per_stage": [4, 8, 8],
+    "kernel_sizes": [[3, 3, 3]] * 3,
+    "strides": [[1, 1, 1], [2, 2, 2], [1, 2, 2]],
+    "n_conv_per_stage": [1, 1, 1],
+    "n_conv_per_stage_decoder": [1, 1],
+}
+PRIMUS = {
+    "network_class_name": "dynamic_network_architectures.architectures.primus.Primus",
+    "arch_kwargs": {
+        "input_shape": [16, 16, 16],
+        "patch_embed_size": [8, 8, 8],
+        "embed_dim": 24,
+        "eva_depth": 2,
+        "eva_numheads": 2,
+        "drop_path_rate": 0.2,
+        "init_values": 0.1,
+        "scale_attn_inner": True,
+    },
+    "_kw_requires_import": [],
+}
+MEDNEXT = {
+    "network_class_name": "nnunet_nmsw.backbones.monai.MedNeXt",
+    "arch_kwargs": {
+        "init_filters": 4,
+        "kernel_size": 3,
+        "blocks_down": [1, 1],
+        "blocks_bottleneck": 1,
+        "blocks_up": [1, 1],
+    },
+    "_kw_requires_import": [],
+}
+SWIN = {
+    "network_class_name": "nnunet_nmsw.backbones.monai.SwinUNETR",
+    "arch_kwargs": {
+        "feature_size": 12,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 2,
+        # At 32 voxels the bottleneck is a single one, which an instance norm cannot normalise.
+        "norm_name": ["group", {"num_groups": 4}],
+    },
+    "_kw_requires_import": [],
+}
+
+
+class OneConvolution(nn.Module):
+    """As little as nnU-Net's way to build networks asks for: no encoder, no decoder, no deep supervision."""
+
+    total_stride = (1, 1, 1)
+
+    def __init__(self, input_channels, num_classes, kernel_size=3):
+        super().__init__()
+        self.convolution = nn.Conv3d(input_channels, num_classes, kernel_size, padding="same")
+
+    def forward(self, x):
+        return self.convolution(x)
+
+
+class TwoOutputs(OneConvolution):
+    """Several outputs and no switch for them."""
+
+    def forward(self, x):
+        return [self.convolution(x), self.convolution(x)[..., ::2]]
+
+
+def architecture(name, **arch_kwargs):
+    return {"network_class_name": f"{__name__}.{name}", "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
+
+
+def unet(name, without=(), **arch_kwargs):
+    """The tiny plans' architecture with three stages."""
+    entry = make_configuration()["architecture"]
+    kwargs = {**entry["arch_kwargs"], **THREE_STAGES, **arch_kwargs}
+    kwargs = {key: value for key, value in kwargs.items() if key not in without}
+    return {**entry, "network_class_name": f"{UNETS}.{name}", "arch_kwargs": kwargs}
+
+
+def resenc(**arch_kwargs):
+    return unet("ResidualEncoderUNet", ["n_conv_per_stage"], n_blocks_per_stage=[1, 1, 1], **arch_kwargs)
+
+
+BACKBONES = {
+    "PlainConvUNet": (unet("PlainConvUNet"), 8, 2),
+    "ResidualEncoderUNet": (resenc(), 8, 2),
+    "MedNeXt": (MEDNEXT, 8, 3),
+    "SwinUNETR": (SWIN, 32, None),
+    "Primus": (PRIMUS, 16, None),
+    "one convolution": (architecture("OneConvolution"), 8, None),
+    "PlainConvUNet of two stages": (make_configuration()["architecture"], 8, None),
+}
+"""Architecture, patch size and number of scales of the deep supervision."""
+
+
+def plans_with(architecture, patch=8, **nmsw):
+    plans = make_plans((patch,) * 3, **nmsw)
+    plans["configurations"][CONFIGURATION]["architecture"] = copy.deepcopy(architecture)
+    return plans
+
+
+def settings(architecture, patch=8, **nmsw):
+    return NMSWConfig.from_configuration(plans_with(architecture, patch, **nmsw)["configurations"][CONFIGURATION])
+
+
+def build(plans, deep_supervision=False):
+    manager = PlansManager(plans)
+    network = nnUNetTrainerNMSW.build_network_architecture(
+        manager, manager.get_configuration(CONFIGURATION), 1, 3, deep_supervision
+    )
+    assert isinstance(network, NMSWNetwork)
+    return network
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """nnU-Net's folders, with a preprocessed file by whose name nnU-Net tells the format."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    data = tmp_path / "nnUNet_preprocessed" / "Dataset998_Tiny" / "nnUNetPlans_3d_fullres"
+    data.mkdir(parents=True)
+    (data / "case.b2nd").touch()
+    return tmp_path
+
+
+def new_trainer(plans):
+    return nnUNetTrainerNMSW({**plans, "continue_training": False}, CONFIGURATION, 0, DATASET_JSON, CPU)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_is_trained_and_predicts(name, folders):
+    architecture, patch, scales = BACKBONES[name]
+    torch.manual_seed(0)
+    # SwinUNETR would do, but in the view of this volume it would see nothing but padding.
+    setting = unet("PlainConvUNet") if name == "SwinUNETR" else None
+    plans = plans_with(architecture, patch, downsampling_factor=[2, 2, 2], global_architecture=setting)
+    trainer = new_trainer(plans)
+    trainer.initialize()
+    network = trainer.network
+    assert trainer.enable_deep_supervision is (scales is not None)
+    shape = tuple(patch + extra for extra in (8, 0, 5))
+    labels = torch.randint(0, 3, (1, 1, *shape), dtype=torch.int16)
+    volume = TrainingVolume(torch.randn(1, 1, *shape), labels, torch.tensor([[0, 0, 0], [8, 0, 5]]))
+    output = network.train()(volume)
+    assert (len(output.local) if isinstance(output.local, list) else None) == scales
+    loss = trainer.loss(output, volume)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+    for branch in (network.local_branch, network.global_branch):
+        gradients = [p.grad is not None for p in branch.parameters()]
+        assert sum(gradients) > len(gradients) / 2
+    network.eval()
+    assert trainer.loss(network(volume), volume).isfinite()  # what nnU-Net does after an epoch
+
+    trainer.set_deep_supervision_enabled(False)
+    patches = torch.randn(2, 1, *[patch] * 3)
+    assert network(patches).shape == (2, 3, *[patch] * 3)
+    # As a predictor does it: from the plans that training saved, without deep supervision.
+    saved = json.loads(json.dumps(trainer.plans_manager.plans))
+    loaded = build(saved).eval()
+    loaded.load_state_dict(network.state_dict())
+    assert torch.equal(loaded(patches), network(patches))
+    predictor = NMSWPredictor(num_patches=1, use_mirroring=False, device=CPU, allow_tqdm=False)
+    manager = PlansManager(saved)
+    predictor.manual_initialization(
+        loaded,
+        manager,
+        manager.get_configuration(CONFIGURATION),
+        [loaded.state_dict()],
+        DATASET_JSON,
+        "nnUNetTrainerNMSW",
+        None,
+    )
+    logits = predictor.predict_logits_from_preprocessed_data(torch.randn(1, *shape))
+    assert logits.shape == (3, *shape)
+    assert logits.isfinite().all()
+
+
+def test_scales_of_deep_supervision_are_nnunets():
+    for entry in (unet("PlainConvUNet"), resenc()):
+        network = build(plans_with(entry), deep_supervision=True)
+        assert network.deep_supervision_scales(1) == [[1, 1, 1], [0.5, 0.5, 0.5]]
+        assert network.training
+        network.decoder.deep_supervision = False
+        assert network.deep_supervision_scales(1) is None
+
+
+def test_several_outputs_without_a_switch_are_refused():
+    with pytest.raises(UserError, match=r"decoder\.deep_supervision"):
+        build(plans_with(architecture("TwoOutputs"))).deep_supervision_scales(1)
+
+
+def features(branch):
+    return list(branch.encoder.output_channels)
+
+
+@pytest.mark.parametrize("entry", [unet("PlainConvUNet"), resenc()], ids=["plain", "residual"])
+def test_the_global_branch_is_narrower(entry):
+    network = build(plans_with(entry, global_width=0.5))
+    assert features(network.local_branch) == [4, 8, 8]
+    assert features(network.global_branch) == [2, 4, 4]
+    assert type(network.global_branch) is type(network.local_branch)
+
+
+def test_single_arguments_of_the_global_branch():
+    setting = {"arch_kwargs": {"features_per_stage": [3, 5, 7], "norm_op": "torch.nn.BatchNorm3d"}}
+    network = build(plans_with(resenc(), global_width=0.5, global_architecture=setting))
+    assert features(network.global_branch) == [3, 5, 7]
+    assert features(network.local_branch) == [4, 8, 8]
+    kinds = [{type(m) for m in branch.modules()} for branch in (network.global_branch, network.local_branch)]
+    assert nn.BatchNorm3d in kinds[0] - kinds[1]
+
+
+def test_another_class_as_the_global_branch():
+    network = build(plans_with(unet("PlainConvUNet"), global_architecture=MEDNEXT))
+    assert type(network.global_branch).__name__ == "MedNeXt"
+    assert network.coarse(torch.randn(1, 1, 9, 5, 7)).logits_Cdhw.shape == (3, 9, 5, 7)
+    alone = {"network_class_name": f"{__name__}.OneConvolution"}
+    network = build(plans_with(unet("PlainConvUNet"), global_architecture=alone))
+    assert network.global_branch.convolution.kernel_size == (3, 3, 3)
+
+
+def test_strides_that_networks_tell():
+    network = build(plans_with(unet("PlainConvUNet", strides=[1, 2, 2])))
+    assert total_stride(network.local_branch) == [4, 4, 4]
+    assert total_stride(build(plans_with(unet("PlainConvUNet"))).global_branch) == [2, 4, 4]
+    assert total_stride(nn.Identity()) is None
+
+
+@pytest.mark.parametrize("spacing", [[1.0, 1.0, 1.0], [5.0, 0.7, 0.7]])
+@pytest.mark.parametrize("median", [[100, 200, 200], [3, 64, 64], [5, 6, 7]])
+def test_networks_of_one_size_get_a_convolutional_global_branch(median, spacing):
+    plans = plans_with(PRIMUS, 16, global_width=0.5)
+    configuration = plans["configurations"][CONFIGURATION]
+    configuration.update(median_image_size_in_voxels=median, spacing=spacing)
+    config = NMSWConfig.from_configuration(configuration)
+    kwargs = config.global_architecture["arch_kwargs"]
+    assert kwargs["features_per_stage"][:2] == [16, 32]
+    # What is saved with the results gives the same network again.
+    configuration["nmsw"] = json.loads(json.dumps(config.to_dict()))
+    assert NMSWConfig.from_configuration(configuration) == config
+    network = build(plans)
+    assert type(network.global_branch).__name__ == "PlainConvUNet"
+    for shape in ((4, 5, 9), (17, 2, 3)):
+        assert network.coarse(torch.randn(1, 1, *shape)).logits_Cdhw.shape == (3, *shape)
+
+
+def changed(entry, **arch_kwargs):
+    return {**entry, "arch_kwargs": {**entry["arch_kwargs"], **arch_kwargs}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "setting", "says"),
+    [
+        (architecture("NoSuchNetwork"), None, "NoSuchNetwork"),
+        ({**MEDNEXT, "network_class_name": "math.pi"}, None, "no network class"),
+        (changed(unet("PlainConvUNet"), widths=3), None, 'no "widths".*features_per_stage'),
+        (changed(MEDNEXT, filters=3), None, 'no "filters".*init_filters'),
+        (changed(MEDNEXT, num_classes=3), None, 'no "num_classes"'),
+        (unet("PlainConvUNet", ["strides"]), None, "missing.*strides"),
+        (changed(unet("PlainConvUNet"), norm_op="torch.nn.NoSuchNorm"), None, "NoSuchNorm"),
+        ({**MEDNEXT, "_kw_requires_import": ["norm_op"]}, None, '"norm_op"'),
+        ({key: MEDNEXT[key] for key in ("network_class_name", "arch_kwargs")}, None, '"_kw_requires_import"'),
+        (changed(PRIMUS, input_shape=[16, 16, 24]), None, '"input_shape".*"patch_size"'),
+        (changed(PRIMUS, patch_embed_size=[8, 8, 6]), None, '"patch_embed_size"'),
+        (SWIN, None, r"multiples of \[32, 32, 32\]"),
+        (PRIMUS, {"arch_kwargs": {"embed_dim": 12}}, "global_architecture.*any size"),
+        (MEDNEXT, PRIMUS, "global_architecture.*any size"),
+        (MEDNEXT, "MedNeXt", "network_class_name.*arch_kwargs"),
+        (MEDNEXT, {"arch_kwarg": {}}, "network_class_name.*arch_kwargs"),
+        (MEDNEXT, {"arch_kwargs": [1]}, "network_class_name.*arch_kwargs"),
+        (MEDNEXT, {"_kw_requires_import": "norm"}, "network_class_name.*arch_kwargs"),
+        (MEDNEXT, {"network_class_name": "nowhere.Network"}, "global_architecture.*nowhere.Network"),
+        (MEDNEXT, {"arch_kwargs": {"filters": 3}}, 'global_architecture.*no "filters"'),
+    ],
+)
+def test_architectures_that_cannot_be_are_refused_in_one_line(entry, setting, says):
+    with pytest.raises(UserError, match=says) as error:
+        build(plans_with(entry, 16, global_architecture=setting))
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_class_is_refused_before_anything_is_written(folders):
+    with pytest.raises(UserError, match="NoSuchNetwork"):
+        new_trainer(plans_with(architecture("NoSuchNetwork")))
+    assert not (folders / "nnUNet_results").exists()
+
+
+def test_without_monai_the_message_names_the_extra(monkeypatch):
+    monkeypatch.delitem(sys.modules, "nnunet_nmsw.backbones.monai", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "monai"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "monai", None)  # importing it raises ImportError
+    with pytest.raises(UserError, match=r"nnunet-nmsw\[monai\]"):
+        build(plans_with(MEDNEXT))
+
+
+@pytest.mark.parametrize("planner_class", [nnUNetPlannerResEncM, nnUNetPlannerResEncL, nnUNetPlannerResEncXL])
+def test_plans_of_the_residual_encoder_planners(planner_class, folders):
+    """As planned for CT scans; without memory for weights, so that the largest costs nothing."""
+    raw = folders / "nnUNet_raw" / "Dataset998_Tiny"
+    (raw / "imagesTr").mkdir(parents=True)
+    fingerprint = {"median_relative_size_after_cropping": 1.0}
+    for file, content in (
+        (raw / "dataset.json", {**DATASET_JSON, "numTraining": 0}),
+        (folders / "nnUNet_preprocessed" / "Dataset998_Tiny" / "dataset_fingerprint.json", fingerprint),
+    ):
+        file.write_text(json.dumps(content))
+    with torch.device("meta"):
+        planner = planner_class("Dataset998_Tiny")
+        planned = planner.get_plans_for_configuration((1.5, 0.8, 0.8), (250, 512, 512), "data", 1e9, {})
+        planned["architecture"] = json.loads(json.dumps(planned["architecture"], default=int))
+        configuration = {**make_configuration(), **planned}
+        config = NMSWConfig.from_configuration(configuration)
+        d, h, w = map(int, planned["patch_size"])
+        network = NMSWNetwork.from_architecture(configuration["architecture"], (d, h, w), 1, 3, True, config)
+        assert type(network.local_branch).__name__ == "ResidualEncoderUNet"
+        assert features(network.global_branch) == [round(0.75 * n) for n in features(network.local_branch)]
+        stages = len(features(network.local_branch))
+        assert len(network.deep_supervision_scales(1)) == stages - 1
+        low_shape = [-(-n // f) for n, f in zip((250, 512, 512), config.downsampling_factor, strict=True)]
+        assert network.coarse(torch.empty(1, 1, *low_shape)).logits_Cdhw.shape == (3, *low_shape)
+
+
+def documented():
+    text = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
+    return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_documents_examples_build(number):
+    examples = documented()
+    assert len(examples) == 5
+    plans = make_plans((32, 32, 32))
+    plans["configurations"][CONFIGURATION].update({**{"architecture": resenc()}, **examples[number]})
+    build(plans)
