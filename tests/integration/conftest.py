@@ -21,7 +21,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {key: str(folder / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     small_plans = [sys.executable, "-m", "nnunet_nmsw.demo.small_plans", "-d", "998"]
     subprocess.run(
-        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8"],
+        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8", "8"],
         env={**os.environ, **environment},
         check=True,
     )

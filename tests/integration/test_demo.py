@@ -13,7 +13,7 @@ pytestmark = pytest.mark.integration
 def test_demo(tmp_path):
     executable = shutil.which("nmsw_demo", path=os.path.dirname(sys.executable))
     assert executable
-    small = "--training_cases 5 --test_cases 1 --size 40 --patch_size 16 --features 4 8 -k 10%"
+    small = "--training_cases 5 --test_cases 1 --size 40 --patch_size 16 --features 4 8 8 -k 10%"
     small += " -tr nnUNetTrainerNMSW_1epoch -tr_baseline nnUNetTrainer_1epoch"
     command = [executable, "-o", str(tmp_path / "demo"), *small.split()]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
