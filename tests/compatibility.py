@@ -77,7 +77,9 @@ def document(tests: list[pytest.Item], results: dict[str, str]) -> str:
             feature, sentence = marker.args
             result = results.get(test.nodeid, "**not run**")
             cells = (feature, sentence, f"`{test.nodeid.removeprefix('tests/')}`", result)
-            rows[feature].append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+            rows[feature].append(
+                "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+            )
     lines = [
         "# Compatibility with nnU-Net",
         "",

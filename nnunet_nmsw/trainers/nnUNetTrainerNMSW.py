@@ -116,8 +116,8 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
         for name, value in self.config.to_dict().items():
             if before.get(name, value) != value:
                 raise UserError(
-                    f'setting "{name}" under "{PLANS_KEY}" in the plans is {value!r}, and was {before[name]!r} when the '
-                    f"training of {self.output_folder} started: set it back, or train anew without --c and --val"
+                    f'setting "{name}" under "{PLANS_KEY}" in the plans is {value!r}, and was {before[name]!r} when '
+                    f"the training of {self.output_folder} started: set it back, or train anew without --c and --val"
                 )
         super().load_checkpoint(filename_or_checkpoint)
 

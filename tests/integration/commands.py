@@ -70,6 +70,8 @@ def prepare(workspace: Path, dataset: str, change_dataset: Callable[[Path], None
     run(f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -np 2", workspace)
     small_plans = [sys.executable, "-m", "nnunet_nmsw.demo.small_plans", "-d", number]
     subprocess.run(
-        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8", "8"], env=environment(workspace), check=True
+        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8", "8"],
+        env=environment(workspace),
+        check=True,
     )
     return workspace / "nnUNet_preprocessed" / dataset / "nnUNetPlans_small.json"

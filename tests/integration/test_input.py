@@ -31,7 +31,7 @@ def write_nrrd(array: np.ndarray, file: Path) -> None:
 
 def write_tiff(array: np.ndarray, file: Path) -> None:
     """With the spacing where nnU-Net looks for it: a JSON file of the case's name."""
-    tifffile.imwrite(file, array)
+    tifffile.imwrite(file, array, photometric="minisblack")
     name = file.stem[:-5] if "images" in file.parent.name else file.stem
     file.with_name(f"{name}.json").write_text(json.dumps({"spacing": SPACING_ZYX}))
 

@@ -8,6 +8,7 @@ from unittest import mock
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.variants import variants_of
 
 
 class Tiny:
@@ -60,3 +61,6 @@ class nnUNetTrainerNMSW_mortal(nnUNetTrainerNMSW):
 def die_at(point):
     if os.environ.get("NMSW_TEST_KILL") == point:
         os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+nnUNetTrainerNMSW_tiny_NoMirroring = variants_of(nnUNetTrainerNMSW_tiny)["nnUNetTrainerNMSW_tiny_NoMirroring"]
