@@ -7,7 +7,7 @@ A test that shows that a feature of nnU-Net works says so with a marker, once fo
     @pytest.mark.compatibility("input", "two channels in NRRD files, trained and predicted")
 
 The first word is a row of `FEATURES`, the sentence is what was run. The document has a line for every marker, with the
-result of the test: passed, failed or skipped with the reason. A feature that no test speaks for is a line, too: missing.
+result of the test: passed, failed or skipped with the reason. A feature that no test speaks for is there as missing.
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = {}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """See that every marker speaks for a feature, before anything runs."""
+    for test in items:
+        for marker in test.iter_markers("compatibility"):
+            if len(marker.args) != 2 or marker.args[0] not in FEATURES:
+                raise pytest.UsageError(f"{test.nodeid}: compatibility{marker.args}; features: {', '.join(FEATURES)}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Keep the worst of a test's three phases."""
@@ -83,8 +91,8 @@ def document(tests: list[pytest.Item], results: dict[str, str]) -> str:
     lines = [
         "# Compatibility with nnU-Net",
         "",
-        "nnU-Net asks of every trainer to support all of its features or to raise `NotImplementedError`. Each line is a",
-        "test that runs the commands on a tiny generated dataset. This file is written by",
+        "nnU-Net asks of every trainer to support all of its features or to raise `NotImplementedError`. Each line is",
+        "a test that runs the commands on a tiny generated dataset. This file is written by",
         "`pytest -m compatibility --compatibility docs/compatibility.md`.",
         "",
         f"nnunet_nmsw {version('nnunet_nmsw')}, nnunetv2 {version('nnunetv2')}, torch {version('torch')}, "

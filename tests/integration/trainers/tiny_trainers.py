@@ -8,7 +8,7 @@ from unittest import mock
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
-from nnunet_nmsw.trainers.variants import variants_of
+from nnunet_nmsw.trainers.variants import NoMirroring
 
 
 class Tiny:
@@ -63,4 +63,5 @@ def die_at(point):
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-nnUNetTrainerNMSW_tiny_NoMirroring = variants_of(nnUNetTrainerNMSW_tiny)["nnUNetTrainerNMSW_tiny_NoMirroring"]
+class nnUNetTrainerNMSW_tiny_NoMirroring(NoMirroring, nnUNetTrainerNMSW_tiny):
+    """NMSW without mirroring."""
