@@ -23,6 +23,8 @@ def environment(workspace: Path) -> dict[str, str]:
         **{key: str(workspace / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
         "nnUNet_n_proc_DA": "1",
         "nnUNet_def_n_proc": "2",
+        # Threads that wait by spinning cost more than all the rest where cores are few and processes many.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "nnUNet_extTrainer": str(Path(__file__).parent / "trainers"),
     }
 
