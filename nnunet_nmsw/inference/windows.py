@@ -88,6 +88,8 @@ def write_windows(
         "case": case,
         "windows_to_choose_from": chosen[0].num_windows,
         "patches_per_model": [len(choice.starts) for choice in chosen],
+        # In nnU-Net's order and under its name: where the overlay is a TIFF, nnU-Net looks for its spacing here.
+        "spacing": list(map(float, properties["spacing"])),
         "image_shape_xyz": shape[::-1].tolist(),
         "windows": windows,
     }

@@ -96,6 +96,10 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
         pretrained = pretrained_weights_of_command_line()
         if self.config.seed is not None:
             seed_everything(self.config.seed)
+        scales = self._get_deep_supervision_scales()
+        if scales is not None and len(scales) == 1:
+            # A network of two stages has one output. nnU-Net gives the last one the weight 0, and 0 / 0 as their sum.
+            self.enable_deep_supervision = False
         super().initialize()
         if pretrained is not None:
             self.load_pretrained_weights(pretrained)
@@ -131,6 +135,39 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
     def _unwrap_pretrained(self) -> None:
         if isinstance(self.network, AlreadyLoaded):
             self.network = self.network.network
+
+    def on_epoch_start(self) -> None:
+        """See the parent. With a seed, what an epoch draws does not depend on whether the training was interrupted."""
+        if self.config.seed is not None:
+            seed_everything(self.config.seed, self.local_rank, self.current_epoch)
+        super().on_epoch_start()
+
+    def save_checkpoint(self, filename: str) -> None:
+        """See the parent. A training that is killed while it writes leaves the checkpoint before, not half a file."""
+        unfinished = Path(f"{filename}.unfinished")
+        super().save_checkpoint(str(unfinished))
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            unfinished.replace(filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """See the parent. For `--c`, `--val` and `--val_best`.
+
+        Raises:
+            UserError: the settings in the plans have changed since the training started.
+        """
+        saved = filename_or_checkpoint
+        if isinstance(saved, str):
+            # Mapped and not read: only the settings are looked at here.
+            saved = torch.load(saved, map_location="cpu", weights_only=False, mmap=True)
+        plans = saved["init_args"]["plans"]
+        before = plans["configurations"][self.configuration_name][PLANS_KEY]
+        for name, value in self.config.to_dict().items():
+            if before.get(name, value) != value:
+                raise UserError(
+                    f'setting "{name}" under "{PLANS_KEY}" in the plans is {value!r}, and was {before[name]!r} when '
+                    f"the training of {self.output_folder} started: set it back, or train anew without --c and --val"
+                )
+        super().load_checkpoint(filename_or_checkpoint)
 
     @staticmethod
     def build_network_architecture(
@@ -206,8 +243,6 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
         processes = get_allowed_n_proc_DA()
         # A training that goes on draws other data than when it started, and every rank its own.
         seeds = None if self.config.seed is None else (self.config.seed, self.local_rank, self.current_epoch)
-        if seeds is not None:
-            seed_everything(*seeds)
 
         def loader(dataset: Any, augmentation: Augmentation, training: bool) -> Any:
             volumes = WholeVolumeLoader(

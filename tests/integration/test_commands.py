@@ -33,6 +33,8 @@ def prediction(folder: Path, case: str = "case_005") -> np.ndarray:
     return array
 
 
+@pytest.mark.compatibility("label types", "plain labels: nnUNetv2_plan_and_preprocess, nnUNetv2_train with validation")
+@pytest.mark.compatibility("configurations", "3d_fullres: nnUNetv2_train")
 def test_training_leaves_what_nnunet_leaves(model):
     fold = model / "fold_0"
     for name in (
@@ -95,6 +97,7 @@ def test_continued_predictions_leave_out_what_is_there(workspace):
     assert (output / "case_006.nii.gz").is_file()
 
 
+@pytest.mark.compatibility("stock code", "nnUNetv2_predict on an NMSW model is the local branch's sliding window")
 def test_stock_prediction_is_the_local_branchs_sliding_window(workspace):
     output = workspace / "stock"
     model = f"-d 998 -c 3d_fullres -p nnUNetPlans_small -tr {TRAINER} -f 0"
@@ -133,6 +136,7 @@ def test_wrong_settings_end_training_in_one_line_before_anything_is_written(work
     assert sorted(results.rglob("*")) == before
 
 
+@pytest.mark.compatibility("configurations", "2d: nnUNetv2_train refuses in one line")
 def test_training_a_2d_configuration_is_refused(workspace):
     file = workspace / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
     assert "2d" in json.loads(file.read_text())["configurations"]

@@ -46,10 +46,18 @@ def change_labels(regions: bool, ignore: bool):
     return change
 
 
+def label_types(number: int, regions: bool, ignore: bool, name: str):
+    what = f"{name}: nnUNetv2_train with validation, nmsw_predict --save_probabilities"
+    return pytest.param(number, regions, ignore, id=name, marks=pytest.mark.compatibility("label types", what))
+
+
 @pytest.mark.parametrize(
     ("number", "regions", "ignore"),
-    [(991, True, False), (992, False, True), (993, True, True)],
-    ids=["regions", "ignore", "regions and ignore"],
+    [
+        label_types(991, True, False, "regions"),
+        label_types(992, False, True, "ignore label"),
+        label_types(993, True, True, "regions and ignore label"),
+    ],
 )
 def test_regions_and_ignore_label(number, regions, ignore, tmp_path):
     dataset = f"Dataset{number}_Labels"
@@ -74,6 +82,10 @@ def test_regions_and_ignore_label(number, regions, ignore, tmp_path):
     assert (labels == expected).mean() > 0.999
 
 
+@pytest.mark.compatibility("configurations", "3d_lowres: nnUNetv2_train of fold all, nmsw_predict")
+@pytest.mark.compatibility(
+    "configurations", "3d_cascade_fullres: nnUNetv2_train, nmsw_predict -prev_stage_predictions; refused without lowres"
+)
 def test_cascade(tmp_path):
     dataset = "Dataset994_Cascade"
     plans = prepare(tmp_path, dataset)

@@ -1,8 +1,14 @@
 """Trainers for the tests, found by nnU-Net through `nnUNet_extTrainer`: a few steps instead of thousands."""
 
+import os
+import signal
+from pathlib import Path
+from unittest import mock
+
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW, nnUNetTrainerNMSW_retrofit
+from nnunet_nmsw.trainers.variants import NoMirroring
 
 
 class Tiny:
@@ -23,3 +29,43 @@ class nnUNetTrainerNMSW_tiny(Tiny, nnUNetTrainerNMSW):
 
 class nnUNetTrainerNMSW_retrofit_tiny(Tiny, nnUNetTrainerNMSW_retrofit):
     """NMSW around a trained stock model."""
+
+
+class nnUNetTrainerNMSW_mortal(nnUNetTrainerNMSW):
+    """Three epochs of three steps, and dead where the variable `NMSW_TEST_KILL` says, with all of its workers."""
+
+    def initialize(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 3, 3, 2
+        self.save_every = 1
+        self.steps = 0
+        super().initialize()
+
+    def train_step(self, batch):
+        self.steps += 1
+        die_at(f"epoch {self.current_epoch} step {(self.steps - 1) % self.num_iterations_per_epoch}")
+        return super().train_step(batch)
+
+    def save_checkpoint(self, filename):
+        point = f"epoch {self.current_epoch} {Path(filename).stem}"
+
+        def save_half(checkpoint, file):
+            Path(file).write_bytes(b"half a checkpoint")
+            die_at(point)
+
+        if os.environ.get("NMSW_TEST_KILL") == point:
+            with mock.patch("torch.save", save_half):
+                super().save_checkpoint(filename)
+        super().save_checkpoint(filename)
+
+    def perform_actual_validation(self, save_probabilities=False):
+        die_at("validation")
+        super().perform_actual_validation(save_probabilities)
+
+
+def die_at(point):
+    if os.environ.get("NMSW_TEST_KILL") == point:
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+class nnUNetTrainerNMSW_tiny_NoMirroring(NoMirroring, nnUNetTrainerNMSW_tiny):
+    """NMSW without mirroring."""

@@ -1,0 +1,29 @@
+"""Training and prediction on a GPU."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from commands import DATASET, run_all
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.compatibility("devices", "-device cuda: nnUNetv2_train and nmsw_predict with automatic mixed precision")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda(workspace, tmp_path):
+    shutil.copytree(workspace / "nnUNet_preprocessed", tmp_path / "nnUNet_preprocessed")
+    images = workspace / "nnUNet_raw" / DATASET / "imagesTs"
+    model = "-p nnUNetPlans_small -tr nnUNetTrainerNMSW_tiny -device cuda"
+    run_all(
+        f"nnUNetv2_train 998 3d_fullres 0 {model}",
+        f"nmsw_predict -d 998 -c 3d_fullres -i {images} -o {tmp_path}/out {model} -npp 1 -nps 1",
+        workspace=tmp_path,
+    )
+    (fold,) = (tmp_path / "nnUNet_results" / DATASET).glob("*/fold_0")
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["grad_scaler_state"]
+    assert all(weight.isfinite().all() for weight in checkpoint["network_weights"].values())
+    assert json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]
+    assert (tmp_path / "out" / "case_005.nii.gz").is_file()
