@@ -27,16 +27,10 @@ from nnunet_nmsw.geometry import downsample
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import NMSWNetwork, branch_architectures
 from nnunet_nmsw.precision import mixed_precision
+from nnunet_nmsw.trainers.checkpoints import TrainerWithNMSWCheckpoints
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
 from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
-from nnunet_nmsw.trainers.pretrained import (
-    AlreadyLoaded,
-    load_pretrained,
-    pretrained_weights_of_command_line,
-    read_checkpoint,
-)
 from nnunet_nmsw.trainers.progress import SampledCase, plot_progress, plot_sampling
-from nnunet_nmsw.trainers.validation import TrainerWithNMSWValidation
 from nnunet_nmsw.views import TrainingVolume, seed_everything
 
 LOGGED = (
@@ -57,10 +51,8 @@ EPOCHS_BETWEEN_PICTURES = 10
 """Every so many epochs, and after the last one, pictures of two validation cases show where the sampler looks."""
 
 
-class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
+class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
     """Trains a global branch, a window sampler and the plans' own network together."""
-
-    network: nn.Module
 
     training_length: int | None = None
     """Epochs, where a variant sets them; nnU-Net's default otherwise."""
@@ -93,81 +85,15 @@ class nnUNetTrainerNMSW(TrainerWithNMSWValidation):
 
     def initialize(self) -> None:
         """See the parent. Seeds everything first where the settings say so."""
-        pretrained = pretrained_weights_of_command_line()
         if self.config.seed is not None:
             seed_everything(self.config.seed)
-        scales = self._get_deep_supervision_scales()
-        if scales is not None and len(scales) == 1:
-            # A network of two stages has one output. nnU-Net gives the last one the weight 0, and 0 / 0 as their sum.
-            self.enable_deep_supervision = False
         super().initialize()
-        if pretrained is not None:
-            self.load_pretrained_weights(pretrained)
-            # nnU-Net loads them next, in its own way.
-            self.network = AlreadyLoaded(self.network)
-
-    def load_pretrained_weights(self, file: Path) -> None:
-        """Start from another model: a stock model's weights go into the local branch, an NMSW model's into both.
-
-        As in nnU-Net, segmentation layers are not taken.
-
-        Args:
-            file: checkpoint of nnU-Net.
-
-        Raises:
-            UserError: it cannot be read or does not fit.
-        """
-        self.print_to_log_file(f"Loading pretrained weights from {file}")
-        load_pretrained(self._plain_network(), read_checkpoint(file)["network_weights"], str(file))
-
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """See the parent."""
-        if not self.was_initialized:
-            self.initialize()
-        self._unwrap_pretrained()
-        super().load_checkpoint(filename_or_checkpoint)
-
-    def on_train_start(self) -> None:
-        """See the parent."""
-        self._unwrap_pretrained()
-        super().on_train_start()
-
-    def _unwrap_pretrained(self) -> None:
-        if isinstance(self.network, AlreadyLoaded):
-            self.network = self.network.network
 
     def on_epoch_start(self) -> None:
         """See the parent. With a seed, what an epoch draws does not depend on whether the training was interrupted."""
         if self.config.seed is not None:
             seed_everything(self.config.seed, self.local_rank, self.current_epoch)
         super().on_epoch_start()
-
-    def save_checkpoint(self, filename: str) -> None:
-        """See the parent. A training that is killed while it writes leaves the checkpoint before, not half a file."""
-        unfinished = Path(f"{filename}.unfinished")
-        super().save_checkpoint(str(unfinished))
-        if self.local_rank == 0 and not self.disable_checkpointing:
-            unfinished.replace(filename)
-
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """See the parent. For `--c`, `--val` and `--val_best`.
-
-        Raises:
-            UserError: the settings in the plans have changed since the training started.
-        """
-        saved = filename_or_checkpoint
-        if isinstance(saved, str):
-            # Mapped and not read: only the settings are looked at here.
-            saved = torch.load(saved, map_location="cpu", weights_only=False, mmap=True)
-        plans = saved["init_args"]["plans"]
-        before = plans["configurations"][self.configuration_name][PLANS_KEY]
-        for name, value in self.config.to_dict().items():
-            if before.get(name, value) != value:
-                raise UserError(
-                    f'setting "{name}" under "{PLANS_KEY}" in the plans is {value!r}, and was {before[name]!r} when '
-                    f"the training of {self.output_folder} started: set it back, or train anew without --c and --val"
-                )
-        super().load_checkpoint(filename_or_checkpoint)
 
     @staticmethod
     def build_network_architecture(
