@@ -76,6 +76,14 @@ def main() -> None:
 
 def train(experiment: Experiment, device: str) -> None:
     """Plan and train what is not there."""
+    plan(experiment)
+    for fold in experiment.folds.split():
+        for trainer in (BASELINE, TRAINER):
+            train_fold(experiment, trainer, int(fold), device)
+
+
+def plan(experiment: Experiment) -> None:
+    """Plan and preprocess, and write the small plans, unless they are there."""
     plans = Path(os.environ["nnUNet_preprocessed"]) / experiment.dataset
     if not (plans / "nnUNetPlans.json").is_file():
         run(f"nnUNetv2_plan_and_preprocess -d {experiment.dataset_id} -c 3d_fullres -np 2")
@@ -84,13 +92,17 @@ def train(experiment: Experiment, device: str) -> None:
             f"{shlex.quote(sys.executable)} -m nnunet_nmsw.demo.small_plans -d {experiment.dataset_id} "
             f"--patch_size {experiment.patch_size} --features {experiment.features}"
         )
-    prefix = shlex.join([sys.executable, str(ROOT / "benchmarks" / "bfloat16.py")]) + " " if device == "cpu" else ""
-    for fold in experiment.folds.split():
-        for trainer in (BASELINE, TRAINER):
-            model = Path(os.environ["nnUNet_results"]) / experiment.dataset / f"{trainer}__{PLANS}__3d_fullres"
-            if not (model / f"fold_{fold}" / CHECKPOINT).is_file():
-                command = f"nnUNetv2_train {experiment.dataset_id} 3d_fullres {fold} -p {PLANS} -tr {trainer}"
-                run(f"{prefix}{command} -device {device}")
+
+
+def train_fold(
+    experiment: Experiment, trainer: str, fold: int, device: str, configuration: str = "3d_fullres", flags: str = ""
+) -> None:
+    """Train, unless that is done."""
+    model = Path(os.environ["nnUNet_results"]) / experiment.dataset / f"{trainer}__{PLANS}__{configuration}"
+    if not (model / f"fold_{fold}" / CHECKPOINT).is_file():
+        prefix = shlex.join([sys.executable, str(ROOT / "benchmarks" / "bfloat16.py")]) + " " if device == "cpu" else ""
+        command = f"nnUNetv2_train {experiment.dataset_id} {configuration} {fold} -p {PLANS} -tr {trainer}"
+        run(f"{prefix}{command} -device {device} {flags}")
 
 
 def run(command: str) -> None:
