@@ -5,7 +5,7 @@
 For each dataset of `results.py`, fold 0: trains stock 3d_fullres and 3d_lowres, and `nnUNetTrainerNMSW_retrofit` around
 the former, all for ten epochs, unless they are there; predicts the validation cases from file to file, one after the
 other, by the stock sliding window and by NMSW at 10% and 20% of the windows, without mirroring; and puts Dice and
-seconds into docs/results.md. On a CPU training runs in bfloat16 (`bfloat16.py`), prediction always as the commands do it.
+seconds into docs/results.md. On a CPU training runs in bfloat16 (`bfloat16.py`), prediction as the commands do it.
 """
 
 from __future__ import annotations

@@ -282,8 +282,13 @@ def _parser() -> argparse.ArgumentParser:
         "-prev_stage_predictions",
         help="folder with the predictions of the previous stage, for the cascade (3d_cascade_fullres)",
     )
-    add("-npp", type=int, default=int(os.environ.get("nnUNet_npp") or 3), help="preprocessing processes. Default: 3")
-    add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="export processes. Default: 3")
+    add(
+        "-npp",
+        type=int,
+        default=int(os.environ.get("nnUNet_npp") or 3),
+        help="preprocessing processes, 0 for none beside this. Default: 3",
+    )
+    add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="files written at a time. Default: 3")
     add("-num_parts", type=int, default=1, help="number of nmsw_predict calls that share the folder. Default: 1")
     add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
     add(

@@ -282,7 +282,8 @@ class NMSWPredictor(nnUNetPredictor):
             results = self._predict_and_write(cases, num_processes_segmentation_export)
         else:
             print(f"Logits of whole volumes are kept, which takes time and memory: {reason_for_logits}")
-            results = super().predict_from_data_iterator(cases, save_probabilities, num_processes_segmentation_export)
+            num_processes = max(1, num_processes_segmentation_export)
+            results = super().predict_from_data_iterator(cases, save_probabilities, num_processes)
         if isinstance(data_iterator, MultiThreadedAugmenter):
             data_iterator._finish()
         return results
