@@ -144,6 +144,20 @@ class NMSWNetwork(nn.Module):
         assert isinstance(decoder, nn.Module)
         return decoder
 
+    def compile_branches(self, backend: str = "inductor") -> None:
+        """Compile both branches in place, with `torch.compile`, when they are first called.
+
+        What lies between them depends on data and would only break graphs. The state dictionary keeps its names.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        config = torch._dynamo.config
+        config.cache_size_limit = max(config.cache_size_limit, COMPILED_VERSIONS)
+        # Every volume has another shape, and all windows have the same.
+        self.global_branch.compile(backend=backend, dynamic=True)
+        self.local_branch.compile(backend=backend, dynamic=False)
+
     @property
     def fusion_weights(self) -> FusionWeights:
         """Weights of the fusion, float32."""
@@ -270,6 +284,10 @@ class NMSWNetwork(nn.Module):
             return [32, 32, 32]
         return [math.prod(axis_strides) for axis_strides in zip(*strides, strict=True)]
 
+
+COMPILED_VERSIONS = 32
+"""The branches share the code of their class, and with it PyTorch's limit on compiled versions of a piece of code: one
+for each branch, number of windows, with and without gradient, deep supervision and so on. PyTorch's 8 are too few."""
 
 GATE_ENTROPY = 0.1
 """In nats. Well below this entropy of the coarse prediction (98% for one of two classes), a patch is worth nothing."""

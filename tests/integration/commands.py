@@ -50,7 +50,9 @@ def set_configurations(file: Path, **configurations: dict[str, object]) -> None:
     file.write_text(json.dumps(plans))
 
 
-def prepare(workspace: Path, dataset: str, change_dataset: Callable[[Path], None] | None = None) -> Path:
+def prepare(
+    workspace: Path, dataset: str, change_dataset: Callable[[Path], None] | None = None, features: str = "4 8"
+) -> Path:
     """Generate a tiny dataset, plan and preprocess it, and write small plans. Returns these."""
     raw = workspace / "nnUNet_raw" / dataset
     write_dataset(raw, num_training=5, num_test=1, size=32)
@@ -60,6 +62,8 @@ def prepare(workspace: Path, dataset: str, change_dataset: Callable[[Path], None
     run(f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -np 2", workspace)
     small_plans = [sys.executable, "-m", "nnunet_nmsw.demo.small_plans", "-d", number]
     subprocess.run(
-        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8"], env=environment(workspace), check=True
+        [*small_plans, "--patch_size", "16", "16", "16", "--features", *features.split()],
+        env=environment(workspace),
+        check=True,
     )
     return workspace / "nnUNet_preprocessed" / dataset / "nnUNetPlans_small.json"
