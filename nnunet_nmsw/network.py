@@ -177,6 +177,20 @@ class NMSWNetwork(nn.Module):
             )
         return [[n / p for n, p in zip(output.shape[2:], self.patch_size, strict=True)] for output in outputs]
 
+    def compile_branches(self, backend: str = "inductor") -> None:
+        """Compile both branches in place, with `torch.compile`, when they are first called.
+
+        What lies between them depends on data and would only break graphs. The state dictionary keeps its names.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        config = torch._dynamo.config
+        config.cache_size_limit = max(config.cache_size_limit, COMPILED_VERSIONS)
+        # Every volume has another shape, and all windows have the same.
+        self.global_branch.compile(backend=backend, dynamic=True)
+        self.local_branch.compile(backend=backend, dynamic=False)
+
     @property
     def fusion_weights(self) -> FusionWeights:
         """Weights of the fusion, float32."""
@@ -340,6 +354,10 @@ def total_stride(network: nn.Module) -> list[int] | None:
     by_stage = [[stride] * 3 if isinstance(stride, int) else stride for stride in strides]
     return [math.prod(of_axis) for of_axis in zip(*by_stage, strict=True)]
 
+
+COMPILED_VERSIONS = 32
+"""The branches share the code of their class, and with it PyTorch's limit on compiled versions of a piece of code: one
+for each branch, number of windows, with and without gradient, deep supervision and so on. PyTorch's 8 are too few."""
 
 GATE_ENTROPY = 0.1
 """In nats. Well below this entropy of the coarse prediction (98% for one of two classes), a patch is worth nothing."""

@@ -75,23 +75,40 @@ class NMSWPredictor(nnUNetPredictor):
         self._loaded: dict[str, Tensor] | None = None
         self._num_cases: int | None = None
 
+    network: Any
+
     keeps_logits = False
     """Build volumes of logits, whether or not they are needed for the labels."""
 
     @property
     def nmsw_network(self) -> NMSWNetwork:
-        """The network, out of what `torch.compile` wraps it in.
+        """The network.
 
         Raises:
             UserError: the model was not trained with an NMSW trainer.
         """
-        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
-        if not isinstance(network, NMSWNetwork):
+        if not isinstance(self.network, NMSWNetwork):
             raise UserError(
                 f"the model was trained with {self.trainer_name}, which is no NMSW trainer: "
                 "predict with nnUNetv2_predict, or train with -tr nnUNetTrainerNMSW"
             )
-        return network
+        return self.network
+
+    def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
+        """See the parent."""
+        super().initialize_from_trained_model_folder(*args, **kwargs)
+        self._compile_branches()
+
+    def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """See the parent."""
+        super().manual_initialization(*args, **kwargs)
+        self._compile_branches()
+
+    def _compile_branches(self) -> None:
+        """Compile the branches where nnU-Net has wrapped the network to be compiled as a whole."""
+        if isinstance(self.network, OptimizedModule) and isinstance(self.network._orig_mod, NMSWNetwork):
+            self.network = self.network._orig_mod
+            self.network.compile_branches()
 
     @torch.inference_mode()
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:

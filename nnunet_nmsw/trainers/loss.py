@@ -25,6 +25,7 @@ from nnunet_nmsw.fusion import (
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import TrainingOutput
 from nnunet_nmsw.precision import full_precision
+from nnunet_nmsw.trainers.distributed import sum_over_processes
 from nnunet_nmsw.views import TrainingVolume
 
 SCALE_MEMORY = 0.99
@@ -146,10 +147,14 @@ class NMSWLoss(nn.Module):
         mean_square = (weight_dhw * measured.benefit_dhw.square()).sum() / total
         score_map_dhw = output.coarse.score_map_dhw
         if score_map_dhw.requires_grad:
+            # Of the volumes of all processes, so that the scale is the same in all.
+            counts = (weight_dhw.sum() > 0).float()
+            mean_squares, volumes = sum_over_processes(torch.stack([mean_square * counts, counts]))
+            mean_square = mean_squares / volumes
             mean = SCALE_MEMORY * scale.square() + (1 - SCALE_MEMORY) * mean_square
             mean = torch.where(scale > 0, mean, mean_square)
             # In half precision a step's logits may overflow. nnU-Net skips such a step; the scale has to, too.
-            scale.copy_(torch.where(mean_square.isfinite() & (weight_dhw.sum() > 0), mean.sqrt(), scale))
+            scale.copy_(torch.where(mean_square.isfinite(), mean.sqrt(), scale))
         target_dhw = (measured.benefit_dhw / scale.clamp_min(1e-12)).clamp(-LARGEST_BENEFIT, LARGEST_BENEFIT)
         return (weight_dhw * (score_map_dhw - target_dhw).square()).sum() / total
 

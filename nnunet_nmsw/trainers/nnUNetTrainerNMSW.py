@@ -29,6 +29,7 @@ from nnunet_nmsw.network import NMSWNetwork, branch_architectures
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.checkpoints import TrainerWithNMSWCheckpoints
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
+from nnunet_nmsw.trainers.distributed import mean_over_processes
 from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
 from nnunet_nmsw.trainers.progress import SampledCase, plot_progress, plot_sampling
 from nnunet_nmsw.views import TrainingVolume, seed_everything
@@ -84,10 +85,13 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
             self.logger.local_logger.my_fantastic_logging.setdefault(f"nmsw_{name}", [])
 
     def initialize(self) -> None:
-        """See the parent. Seeds everything first where the settings say so."""
+        """See the parent. Seeds everything first where the settings say so, and compiles where nnU-Net would."""
         if self.config.seed is not None:
             seed_everything(self.config.seed)
         super().initialize()
+        if super()._do_i_compile():
+            self.print_to_log_file("Using torch.compile for the global and the local branch")
+            self._plain_network().compile_branches()
 
     def on_epoch_start(self) -> None:
         """See the parent. With a seed, what an epoch draws does not depend on whether the training was interrupted."""
@@ -116,7 +120,7 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
         )
 
     def _do_i_compile(self) -> bool:
-        """No: the step around the two networks depends on data, and compiling it as a whole would only break graphs."""
+        """Not the network as a whole, which depends on data between its branches: `initialize` compiles these."""
         return False
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -159,10 +163,11 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
             )
         )
         dataset_training, self.dataset_validation = self.get_tr_and_val_datasets()
-        # Each validation case once an epoch, up to nnU-Net's number of validation steps.
-        self.num_val_iterations_per_epoch: int = min(
-            self.num_val_iterations_per_epoch, len(self.dataset_validation.identifiers)
-        )
+        # Each validation case once an epoch, up to nnU-Net's number of validation steps; with more processes than cases
+        # some twice, because nnU-Net needs a step of every process.
+        cases = list(self.dataset_validation.identifiers)
+        own_steps = self.own_share(cases[: self.num_val_iterations_per_epoch])
+        self.num_val_iterations_per_epoch: int = max(1, len(own_steps))
 
         random_windows = self.config.random_windows
         foreground_windows = random_windows - round(random_windows * (1 - self.oversample_foreground_percent))
@@ -180,6 +185,8 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
                 training,
                 None if seeds is None or processes == 0 else (*seeds, int(training)),
             )
+            if not training:
+                volumes.indices = self.own_share(cases) or cases
             if processes == 0:
                 return SingleThreadedAugmenter(volumes, None)
             workers = processes if training else 1
@@ -234,8 +241,8 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
         """Log the means of the parts of the loss beside nnU-Net's lines."""
         super().on_train_epoch_end(train_outputs)
         outputs = collate_outputs([{k: np.atleast_2d(v) for k, v in output.items()} for output in train_outputs])
-        for name in LOGGED:
-            mean = np.concatenate(outputs[name]).mean(0)
+        means = mean_over_processes({name: np.concatenate(outputs[name]).mean(0) for name in LOGGED})
+        for name, mean in means.items():
             self.logger.log(f"nmsw_{name}", mean.tolist() if len(mean) > 1 else float(mean[0]), self.current_epoch)
 
     def validation_step(self, batch: dict) -> dict:

@@ -12,15 +12,17 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import resample_and_save
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-from torch import distributed as dist
 
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.trainers.distributed import DistributedTrainer
+
+CASES_BETWEEN_BARRIERS = 20
+"""As in nnU-Net: a process that waits too long for the others fails, so all wait for each other every so many cases."""
 
 
-class TrainerWithNMSWValidation(nnUNetTrainer):
+class TrainerWithNMSWValidation(DistributedTrainer):
     """nnU-Net's trainer of an NMSW network, validated by NMSW inference."""
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -42,13 +44,10 @@ class TrainerWithNMSWValidation(nnUNetTrainer):
         output_folder = join(self.output_folder, "validation")
         maybe_mkdir_p(output_folder)
         _, keys = self.do_split()
-        if self.is_ddp:
-            keys = keys[self.local_rank :: dist.get_world_size()]
         predictor.predict_from_data_iterator(
             self._validation_cases(keys, output_folder, predictor), save_probabilities, default_num_processes
         )
-        if self.is_ddp:
-            dist.barrier()
+        self.wait_for_all()
         if self.local_rank == 0:
             labels = self.label_manager
             metrics = compute_metrics_on_folder(
@@ -73,10 +72,11 @@ class TrainerWithNMSWValidation(nnUNetTrainer):
     ) -> Iterator[dict[str, Any]]:
         dataset = self.dataset_class(
             self.preprocessed_dataset_folder,
-            keys,
+            self.own_share(keys),
             folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
         )
-        for key in dataset.identifiers:
+        cases_of_every_process = len(keys) // self.num_processes
+        for number, key in enumerate(dataset.identifiers, 1):
             self.print_to_log_file(f"predicting {key}")
             data, _, previous, properties = dataset.load_case(key)
             volume = self._with_previous(np.array(data[:]), previous)
@@ -84,6 +84,8 @@ class TrainerWithNMSWValidation(nnUNetTrainer):
             # It is predicted by the time the next one is asked for.
             if isinstance(predictor, PredictorThatRemembers):
                 self._save_for_next_stages(key, predictor.logits, properties)
+            if number % CASES_BETWEEN_BARRIERS == 0 and number <= cases_of_every_process:
+                self.wait_for_all()
 
     def _with_previous(self, data: np.ndarray, previous: np.ndarray | None) -> torch.Tensor:
         """A preprocessed volume with a channel for each label of the cascade's previous stage, where there is one."""

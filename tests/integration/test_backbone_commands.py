@@ -57,6 +57,7 @@ def write_plans(workspace: Path, name: str, architecture, nmsw: dict) -> None:
     (folder / f"{name}.json").write_text(json.dumps(plans))
 
 
+@pytest.mark.compatibility("backbones", "nnUNetv2_train and nmsw_predict")
 @pytest.mark.parametrize(
     ("architecture", "nmsw"),
     [
