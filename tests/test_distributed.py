@@ -129,9 +129,7 @@ def check_logs(trainer: nnUNetTrainerNMSW, rank: int) -> None:
     assert trainer.logger.get_value("nmsw_foreground_share", step=-1) == 0.5
 
 
-@pytest.mark.compatibility(
-    "distributed", "two processes (gloo): gradients of one process on both volumes, equal weights after some steps"
-)
+@pytest.mark.compatibility("distributed", "two processes (gloo): gradients of one on both volumes, equal weights")
 def test_two_processes_are_one_with_both_volumes(tmp_path, monkeypatch):
     data = tmp_path / "preprocessed" / "Dataset998_Tiny" / "nnUNetPlans_3d_fullres"
     data.mkdir(parents=True)

@@ -12,9 +12,7 @@ DATASET = "Dataset989_Distributed"
 TRAIN = "-m nnunet_nmsw.trainers.torchrun 989 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_tiny -device cpu"
 
 
-@pytest.mark.compatibility(
-    "distributed", "torchrun with two processes on loopback (gloo): training and validation to the end"
-)
+@pytest.mark.compatibility("distributed", "torchrun, two processes on loopback (gloo): training and validation")
 def test_torchrun_trains_and_validates(tmp_path):
     plans = prepare(tmp_path, DATASET)
     set_configurations(plans, **{"3d_fullres": {"batch_size": 1}})
