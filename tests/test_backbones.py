@@ -156,10 +156,18 @@ def new_trainer(plans):
     return nnUNetTrainerNMSW({**plans, "continue_training": False}, CONFIGURATION, 0, DATASET_JSON, CPU)
 
 
-@pytest.mark.compatibility(
-    "backbones", "a training step, the saved plans and NMSWPredictor, in one process: see the test's list of backbones"
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.compatibility(
+                "backbones", f"{name}: a step, the saved plans, NMSWPredictor; in one process"
+            ),
+        )
+        for name in BACKBONES
+    ],
 )
-@pytest.mark.parametrize("name", BACKBONES)
 def test_a_backbone_is_trained_and_predicts(name, folders):
     architecture, patch, scales = BACKBONES[name]
     torch.manual_seed(0)
@@ -328,9 +336,7 @@ def test_without_monai_the_message_names_the_extra(monkeypatch):
         build(plans_with(MEDNEXT))
 
 
-@pytest.mark.compatibility(
-    "plans", "nnUNetPlannerResEncM, L and XL: plans are resolved, both branches are built and run on the meta device"
-)
+@pytest.mark.compatibility("plans", "nnUNetPlannerResEncM, L, XL: both branches are built and run on the meta device")
 @pytest.mark.parametrize("planner_class", [nnUNetPlannerResEncM, nnUNetPlannerResEncL, nnUNetPlannerResEncXL])
 def test_plans_of_the_residual_encoder_planners(planner_class, folders):
     """As planned for CT scans; without memory for weights, so that the largest costs nothing."""

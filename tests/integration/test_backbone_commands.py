@@ -57,15 +57,18 @@ def write_plans(workspace: Path, name: str, architecture, nmsw: dict) -> None:
     (folder / f"{name}.json").write_text(json.dumps(plans))
 
 
-@pytest.mark.compatibility("backbones", "nnUNetv2_train and nmsw_predict")
+def backbone(name: str, architecture, nmsw: dict):
+    mark = pytest.mark.compatibility("backbones", f"{name}: nnUNetv2_train with validation, and nmsw_predict")
+    return pytest.param(architecture, nmsw, id=name, marks=mark)
+
+
 @pytest.mark.parametrize(
     ("architecture", "nmsw"),
     [
-        (residual, {"global_width": 0.5}),
-        (mednext, {"global_architecture": {"arch_kwargs": {"init_filters": 2}}}),
-        (primus, {}),
+        backbone("ResidualEncoderUNet", residual, {"global_width": 0.5}),
+        backbone("MONAI's MedNeXt", mednext, {"global_architecture": {"arch_kwargs": {"init_filters": 2}}}),
+        backbone("Primus", primus, {}),
     ],
-    ids=["residual encoder", "MedNeXt", "Primus"],
 )
 def test_train_and_predict(architecture, nmsw, workspace, tmp_path):
     name = f"nnUNetPlans_{architecture.__name__}"
@@ -80,7 +83,7 @@ def test_train_and_predict(architecture, nmsw, workspace, tmp_path):
         assert np.isfinite(logging[f"nmsw_loss_{part}"]).all(), part
 
     flags = f"-d 998 -c 3d_fullres -f 0 -p {name} -tr {TRAINER} -device cpu --disable_tta"
-    run(f"nmsw_predict -i {images(workspace)} -o {tmp_path / 'nmsw'} {flags} -npp 1 -nps 1 -k 3", workspace, **changes)
+    run(f"nmsw_predict -i {images(workspace)} -o {tmp_path / 'nmsw'} {flags} -npp 0 -nps 0 -k 3", workspace, **changes)
     folders = ["nmsw"]
     if architecture is primus:  # no deep supervision, and a global branch of another class
         stock = f"nnUNetv2_predict -i {images(workspace)} -o {tmp_path / 'stock'} {flags} -npp 0 -nps 0"
