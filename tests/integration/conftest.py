@@ -1,12 +1,9 @@
 """A trained model that the tests of all commands share."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from commands import DATASET, TRAINER, run
+from commands import DATASET, TRAINER, run_executable, write_tiny_plans
 
 from nnunet_nmsw.demo.phantom import write_dataset
 
@@ -16,16 +13,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model: plan, preprocess, train one epoch, validate."""
     folder = tmp_path_factory.mktemp("nnunet")
     write_dataset(folder / "nnUNet_raw" / DATASET, num_training=5, num_test=2, size=44)
-    run("nnUNetv2_plan_and_preprocess -d 998 -c 3d_fullres -np 2", folder)
+    run_executable("nnUNetv2_plan_and_preprocess -d 998 -c 3d_fullres -npfp 1 -np 1", folder)
     before = sorted((folder / "nnUNet_preprocessed" / DATASET).rglob("*"))
-    environment = {key: str(folder / key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    small_plans = [sys.executable, "-m", "nnunet_nmsw.demo.small_plans", "-d", "998"]
-    subprocess.run(
-        [*small_plans, "--patch_size", "16", "16", "16", "--features", "4", "8", "16"],
-        env={**os.environ, **environment},
-        check=True,
-    )
-    run(f"nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr {TRAINER} -device cpu", folder)
+    write_tiny_plans(folder, DATASET)
+    run_executable(f"nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr {TRAINER} -device cpu", folder)
     after = sorted((folder / "nnUNet_preprocessed" / DATASET).rglob("*"))
     new = {file.name for file in set(after) - set(before)}
     assert new == {"nnUNetPlans_small.json", "splits_final.json"}  # no second copy of the data

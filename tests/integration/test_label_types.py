@@ -11,7 +11,7 @@ from commands import prepare, run, set_configurations
 pytestmark = pytest.mark.integration
 
 TRAIN = "-p nnUNetPlans_small -tr nnUNetTrainerNMSW_tiny -device cpu"
-PREDICT = "-tr nnUNetTrainerNMSW_tiny -p nnUNetPlans_small -device cpu -npp 1 -nps 1 --disable_tta"
+PREDICT = "-tr nnUNetTrainerNMSW_tiny -p nnUNetPlans_small -device cpu -npp 0 -nps 0 --disable_tta"
 REGIONS = {"labels": {"background": 0, "kidney and lesion": [1, 2], "lesion": 2}, "regions_class_order": [1, 2]}
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from commands import prepare, run, set_configurations
+from commands import prepare, run_executable, set_configurations
 
 pytestmark = pytest.mark.integration
 
@@ -19,7 +19,9 @@ def test_torchrun_trains_and_validates(tmp_path):
     # Three validation cases: the first process has one more than the second.
     keys = [f"case_{number:03d}" for number in range(5)]
     (plans.parent / "splits_final.json").write_text(json.dumps([{"train": keys[:2], "val": keys[2:]}]))
-    result = run(f"torchrun --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 {TRAIN}", tmp_path)
+    result = run_executable(
+        f"torchrun --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 {TRAIN}", tmp_path
+    )
     assert result.stdout.count("predicting case_") == 3
 
     model = tmp_path / "nnUNet_results" / DATASET / "nnUNetTrainerNMSW_tiny__nnUNetPlans_small__3d_fullres"
