@@ -45,8 +45,8 @@ def run(command: str, workspace: Path, check: bool = True, **changes: str) -> su
 
 
 def run_all(*commands: str, workspace: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Run console commands by `in_one_process.py`, which saves most of the seconds that starting each takes."""
-    launcher = [sys.executable, str(Path(__file__).with_name("in_one_process.py")), *commands]
+    """Run console commands by `forked_commands.py`, which saves most of the seconds that starting each takes."""
+    launcher = [sys.executable, str(Path(__file__).with_name("forked_commands.py")), *commands]
     variables = {**environment(workspace), "nnUNet_def_n_proc": "1", **changes}
     result = subprocess.run(launcher, env=variables, cwd=workspace, capture_output=True, text=True, check=False)
     if result.returncode:

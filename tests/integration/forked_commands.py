@@ -1,6 +1,6 @@
 """Run console commands one after the other, each in a process of its own that starts with nnU-Net imported.
 
-    python in_one_process.py "nnUNetv2_train 4 3d_fullres 0" "VARIABLE=value nmsw_predict -i images -o out" ...
+    python forked_commands.py "nnUNetv2_train 4 3d_fullres 0" "VARIABLE=value nmsw_predict -i images -o out" ...
 
 What runs is the function of the installed command with its arguments: the same as the command, without the seconds that
 importing PyTorch and nnU-Net takes. Variables may be set as in a shell. It ends at the first command that fails, unless
