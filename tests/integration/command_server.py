@@ -4,7 +4,8 @@ What runs is the function of the installed command with its arguments, environme
 command, without the six seconds of computation that importing PyTorch and nnU-Net takes.
 
 Reads one request a line on standard input, an object in JSON: `arguments` (the name of the command first), `variables`
-(the whole environment), `folder`, and the files `stdout` and `stderr`. Writes one line when it has ended: the exit status.
+(the whole environment), `folder`, and the files `stdout` and `stderr`. Writes one line when the command has ended, its
+exit status.
 """
 
 import json
@@ -30,11 +31,8 @@ def main() -> None:
             os.chdir(request["folder"])
             os.environ.clear()
             os.environ.update(request["variables"])
-            for descriptor in (1, 2):
-                file = os.open(
-                    request["stdout" if descriptor == 1 else "stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                )
-                os.dup2(file, descriptor)
+            for descriptor, name in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             from nnunet_nmsw._register import register
 
             register()  # as at the start of every interpreter

@@ -9,8 +9,6 @@ import pytest
 import SimpleITK as sitk
 from commands import DATASET, run_all
 
-from nnunet_nmsw.inference.predictor import NMSWPredictor
-
 pytestmark = pytest.mark.integration
 
 NMSW, STOCK = "nnUNetTrainerNMSW_tiny", "nnUNetTrainer_tiny"
@@ -110,16 +108,3 @@ def test_postprocessing_and_sharing(folds):
         assert np.array_equal(read(folds / "shared" / f"{case}.nii.gz"), labels)
         kept = read(folds / "postprocessed" / f"{case}.nii.gz")
         assert ((kept == labels) | (kept == 0)).all()  # postprocessing takes components away
-
-
-@pytest.mark.compatibility("variants", "nnUNetTrainerNMSW_*_NoMirroring: nnUNetv2_train; its model is not mirrored")
-def test_a_model_without_mirroring(folds):
-    trainer = f"{NMSW}_NoMirroring"
-    run_all(f"nnUNetv2_train 998 {model(trainer).replace(' -p', ' 0 -p')} -device cpu", workspace=folds)
-    axes = {}
-    for name in (NMSW, trainer):
-        predictor = NMSWPredictor()
-        folder = folds / "nnUNet_results" / DATASET / f"{name}__nnUNetPlans_small__3d_fullres"
-        predictor.initialize_from_trained_model_folder(str(folder), (0,))
-        axes[name] = predictor.allowed_mirroring_axes
-    assert axes == {NMSW: (0, 1, 2), trainer: None}
