@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from commands import DATASET, TRAINER, run
+from commands import DATASET, TRAINER, run, run_executable
 
 from nnunet_nmsw.inference.command import main
 
@@ -58,7 +58,8 @@ def test_training_leaves_what_nnunet_leaves(model):
 
 def test_two_flags_are_enough(workspace, model):
     output = workspace / "two_flags"
-    result = run(f"nmsw_predict -i {images(workspace)} -o {output} -device cpu -npp 1 -nps 1", workspace)
+    command = f"nmsw_predict -i {images(workspace)} -o {output} -device cpu -npp 1 -nps 1"
+    result = run_executable(command, workspace)
     assert model.name in result.stdout
     for case in ("case_005", "case_006"):
         image = sitk.ReadImage(str(images(workspace) / f"{case}_0000.nii.gz"))
@@ -186,7 +187,7 @@ def test_bad_input_is_refused_before_any_work(workspace, model, flags, says, mon
 
 
 def test_an_error_is_one_line_without_a_traceback(workspace):
-    result = run(f"nmsw_predict -i {images(workspace)} -o out -device cpu -k foo", workspace, check=False)
+    result = run_executable(f"nmsw_predict -i {images(workspace)} -o out -device cpu -k foo", workspace, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith('-k is "foo"')
