@@ -284,22 +284,24 @@ def default_downsampling_factor(
     return factor[0], factor[1], factor[2]
 
 
-def parse_num_patches(value: int | str, source: str = "-k") -> int | str:
-    """Check a number of patches given as an integer, a percentage ("10%") or "all".
+def parse_num_patches(value: int | str, source: str = "-k", automatic: bool = False) -> int | str:
+    """Check a number of patches given as an integer, a percentage ("10%"), "all" or, where that may be, "auto".
 
     Args:
         value: what the user gave.
         source: the flag or setting it was given by, for the message.
+        automatic: allow "auto".
 
     Returns:
-        The integer, the percentage as it was, or "all".
+        The integer, the percentage as it was, "all" or "auto".
 
     Raises:
         UserError: it is none of these.
     """
     text = str(value).strip().lower()
-    if text == "all":
-        return "all"
+    words = ("all", "auto") if automatic else ("all",)
+    if text in words:
+        return text
     try:
         if text.endswith("%"):
             if 0 < float(text[:-1]) <= 100:
@@ -308,9 +310,10 @@ def parse_num_patches(value: int | str, source: str = "-k") -> int | str:
             return int(text)
     except ValueError:
         pass
+    or_words = " or ".join(f'"{word}"' for word in words)
     raise UserError(
         f'{source} is "{value}": give a number of patches (1 or more), a percentage of all windows '
-        'above 0% and up to 100% such as "10%", or "all"'
+        f'above 0% and up to 100% such as "10%", or {or_words}'
     )
 
 

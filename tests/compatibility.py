@@ -1,6 +1,6 @@
 """`docs/compatibility.md`, written by the tests themselves:
 
-    pytest -m compatibility --compatibility docs/compatibility.md
+    pytest -m compatibility --compatibility=docs/compatibility.md
 
 A test that shows that a feature of nnU-Net works says so with a marker, once for every feature it shows:
 
@@ -93,7 +93,7 @@ def document(tests: list[pytest.Item], results: dict[str, str]) -> str:
         "",
         "nnU-Net asks of every trainer to support all of its features or to raise `NotImplementedError`. Each line is",
         "a test that runs the commands on a tiny generated dataset. This file is written by",
-        "`pytest -m compatibility --compatibility docs/compatibility.md`.",
+        "`pytest -m compatibility --compatibility=docs/compatibility.md`.",
         "",
         f"nnunet_nmsw {version('nnunet_nmsw')}, nnunetv2 {version('nnunetv2')}, torch {version('torch')}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}.",

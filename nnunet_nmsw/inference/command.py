@@ -19,6 +19,7 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_nmsw.config import PLANS_KEY, parse_num_patches
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 
@@ -28,7 +29,7 @@ DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nn
 def main(arguments: Sequence[str] | None = None) -> None:
     """Predict a folder of images from the command line."""
     args = _parser().parse_args(arguments)
-    num_patches = None if args.k is None else parse_num_patches(args.k, "-k")
+    num_patches = None if args.k is None else parse_num_patches(args.k, "-k", automatic=True)
     if not 0 <= args.part_id < args.num_parts:
         raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
     _check_model_flags(args)
@@ -64,6 +65,7 @@ def make_predictor(args: argparse.Namespace, num_patches: int | str | None) -> N
         "allow_tqdm": not args.disable_progress_bar,
     }
     of_nmsw: dict[str, Any] = {"num_patches": num_patches, "save_patches": args.save_patches, **of_stock}
+    of_nmsw["max_drop"] = args.max_drop
     if args.global_model is None:
         return NMSWPredictor(**of_nmsw)
     folder = _checked_model(args.global_model)
@@ -174,6 +176,10 @@ def _check_model_flags(args: argparse.Namespace) -> None:
         raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
     if args.global_model is not None and any(flag is not None for flag in (args.m, args.d, args.tr, args.p, args.c)):
         raise UserError("--global_model and --local_model are folders, without -m, -d, -tr, -p and -c")
+    if args.global_model is not None and args.k == "auto":
+        raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; two stock models do not")
+    if not args.max_drop >= 0:
+        raise UserError(f"--max_drop is {args.max_drop}: give a Dice of 0 or more, such as {DEFAULT_MAX_DROP}")
 
 
 def _checked_model(folder: Path) -> Path:
@@ -266,8 +272,16 @@ def _parser() -> argparse.ArgumentParser:
         "--num_patches",
         dest="k",
         metavar="K",
-        help='patches a case: a number, a percentage of all windows such as "10%%", or "all". Default: the model\'s '
-        "setting",
+        help='patches a case: a number, a percentage of all windows such as "10%%", "all", or "auto": as many as are '
+        "expected to help. Default: the model's setting",
+    )
+    add(
+        "--max_drop",
+        type=float,
+        default=DEFAULT_MAX_DROP,
+        metavar="DICE",
+        help="with -k auto: Dice (of 1) that may be lost on the validation cases for fewer patches. "
+        f"Default: {DEFAULT_MAX_DROP}",
     )
     add(
         "--save_patches",

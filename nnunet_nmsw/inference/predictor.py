@@ -1,4 +1,4 @@
-"""nnU-Net's predictor with the sliding window replaced by chosen windows.
+"""From images to labels in files, without volumes of logits between.
 
 Tensor suffixes: 1 a batch of one, C channels or classes, D H W axes of the volume, d h w axes of the low-resolution
 view, K chosen windows.
@@ -6,12 +6,12 @@ view, K chosen windows.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,19 +24,18 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
-from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
-from nnunet_nmsw.config import parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.fusion import FusionWeights, fuse_volume_
-from nnunet_nmsw.geometry import Shape, WindowGrid, crop_windows, downsample, window_slices
+from nnunet_nmsw.fusion import FusionWeights
+from nnunet_nmsw.geometry import Shape, crop_windows
+from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, stop_at_of_folds
 from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.interpolation import Axis
+from nnunet_nmsw.inference.logits import LogitsPredictor, spatial_shape
 from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
-from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
+from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
 from nnunet_nmsw.precision import mixed_precision
 
 MEMORY_OF_PLANES = 1 << 30
@@ -46,15 +45,16 @@ VOXELS_AT_ONCE = 1 << 21
 """Voxels of a batch of patches, unless one patch has more."""
 
 
-class NMSWPredictor(nnUNetPredictor):
-    """Predicts with an NMSW model. Used as its parent is, on files and on arrays.
+class NMSWPredictor(LogitsPredictor):
+    """Predicts with an NMSW model. Used as nnU-Net's predictor is, on files and on arrays.
 
     Args:
-        num_patches: K, a number of patches, a percentage of the windows such as "10%", or "all"; the model's setting
-            where None.
+        num_patches: K, a number of patches, a percentage of the windows such as "10%", "all", or "auto": as many as
+            have a predicted benefit, by the calibration of the model's validation; the model's setting where None.
         save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
         use_global_branch: fuse with the coarse prediction. Without it and with all windows the result is nnU-Net's
             sliding window, bit for bit.
+        max_drop: with "auto", how much Dice, of 1, may be lost for fewer patches.
         **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
     """
 
@@ -63,125 +63,31 @@ class NMSWPredictor(nnUNetPredictor):
         num_patches: int | str | None = None,
         save_patches: bool = False,
         use_global_branch: bool = True,
+        max_drop: float = DEFAULT_MAX_DROP,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.num_patches = None if num_patches is None else parse_num_patches(num_patches, "num_patches")
+        super().__init__(num_patches, use_global_branch, **kwargs)
         self.save_patches = save_patches
-        self.use_global_branch = use_global_branch
-        self.chosen_windows: list[ChosenWindows] = []
-        """The windows of the case predicted last, one entry a fold of the ensemble."""
-        self._slicers: list[tuple[slice, ...]] = []
-        self._loaded: dict[str, Tensor] | None = None
+        self.max_drop = max_drop
         self._num_cases: int | None = None
-
-    network: Any
 
     keeps_logits = False
     """Build volumes of logits, whether or not they are needed for the labels."""
 
-    @property
-    def nmsw_network(self) -> NMSWNetwork:
-        """The network.
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """See the parent. With the number of patches "auto", reads the calibration of each fold.
 
         Raises:
-            UserError: the model was not trained with an NMSW trainer.
+            UserError: a fold has none.
         """
-        if not isinstance(self.network, NMSWNetwork):
-            raise UserError(
-                f"the model was trained with {self.trainer_name}, which is no NMSW trainer: "
-                "predict with nnUNetv2_predict, or train with -tr nnUNetTrainerNMSW"
-            )
-        return self.network
-
-    def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
-        """See the parent."""
-        super().initialize_from_trained_model_folder(*args, **kwargs)
-        self._compile_branches()
-
-    def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """See the parent."""
-        super().manual_initialization(*args, **kwargs)
-        self._compile_branches()
-
-    def _compile_branches(self) -> None:
-        """Compile the branches where nnU-Net has wrapped the network to be compiled as a whole."""
-        if isinstance(self.network, OptimizedModule) and isinstance(self.network._orig_mod, NMSWNetwork):
-            self.network = self.network._orig_mod
-            self.network.compile_branches()
-
-    @torch.inference_mode()
-    def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
-        """Fused logits of a preprocessed volume.
-
-        Args:
-            input_image: shape C, D, H, W.
-
-        Returns:
-            float16 logits of shape classes, D, H, W, on the device or the host as `nnUNetPredictor` decides.
-        """
-        network = self.nmsw_network.to(self.device)
-        network.eval()
-        self.tile_step_size = network.config.tile_step_size
-        padded, unpad = pad_nd_image(input_image, network.patch_size, "constant", {"value": 0}, True)
-        grid = network.grid(_spatial_shape(padded))
-        coarse = self.predict_coarse(padded)
-        windows = self.choose_windows(coarse, grid)
-        offset = [axis.start for axis in unpad[1:]]
-        self._remember(grid, windows, offset, _spatial_shape(input_image))
-
-        # The parent runs the windows of `_internal_get_sliding_window_slicers` and blends them; NaN where none is.
-        logits_CDHW: Tensor = super().predict_sliding_window_return_logits(input_image)
-        if not self.use_global_branch:
-            return logits_CDHW
-        covered_DHW = torch.zeros(grid.volume_shape, dtype=torch.bool, device=logits_CDHW.device)
-        for slicer in self._slicers:
-            covered_DHW[slicer[1:]] = True
-        return fuse_volume_(
-            logits_CDHW,
-            coarse.logits_Cdhw,
-            covered_DHW[unpad[1:]],
-            network.fusion_weights,
-            offset,
-            network.config.downsampling_factor,
-        )
-
-    def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[tuple[slice, ...]]:
-        return self._slicers
-
-    def _remember(self, grid: WindowGrid, windows: WindowChoice, offset: Sequence[int], volume_shape: Shape) -> None:
-        # In the order of nnU-Net's sliding window, so that sums over all windows round as they do there.
-        in_order = sorted(windows.starts_K3.tolist())
-        self._slicers = [(slice(None), *window_slices(start, grid.patch_size)) for start in in_order]
-        chosen_starts = windows.starts_K3.numpy() - np.array(offset)
-        self.chosen_windows.append(
-            ChosenWindows(chosen_starts, windows.scores_K.numpy(), grid.patch_size, volume_shape, len(grid))
-        )
-
-    def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
-        """The windows to spend patches on: `num_patches` of the grid by the model's selection."""
-        network = self.nmsw_network
-        num_patches = network.config.num_patches if self.num_patches is None else self.num_patches
-        return network.select(coarse, grid, resolve_num_patches(num_patches, len(grid)))
-
-    def predict_coarse(self, volume_CDHW: Tensor) -> CoarsePrediction:
-        """Coarse prediction of a padded volume, averaged over mirrorings where these are on."""
-        network = self.nmsw_network
-        low_1Cdhw = downsample(volume_CDHW[None].float(), network.config.downsampling_factor).to(self.device)
-        mirror_axes = self.allowed_mirroring_axes if self.use_mirroring else None
-        axes = [axis + 2 for axis in mirror_axes or ()]
-        flips = list(itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)))
-        with mixed_precision(self.device):
-            predictions = [(network.coarse(low_1Cdhw.flip(flip)), [axis - 2 for axis in flip]) for flip in flips]
-        logits = [prediction.logits_Cdhw.flip([axis + 1 for axis in flip]) for prediction, flip in predictions]
-        score_maps = [prediction.score_map_dhw.flip(flip) for prediction, flip in predictions]
-        return CoarsePrediction(torch.stack(logits).mean(0), torch.stack(score_maps).mean(0))
-
-    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
-        """Logits of a preprocessed volume, averaged over the folds of the ensemble."""
-        self._start_case(data)
-        logits: Tensor = super().predict_logits_from_preprocessed_data(data)
-        return logits
+        super().initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
+        if self.num_patches == "auto":
+            self.stop_at = stop_at_of_folds(Path(model_training_output_dir), use_folds, self.max_drop)
 
     @torch.inference_mode()
     def predict_segmentation(self, data: Tensor, properties: dict[str, Any]) -> np.ndarray:
@@ -195,22 +101,32 @@ class NMSWPredictor(nnUNetPredictor):
             Labels in the axis order and shape of nnU-Net's reader.
         """
         self._start_case(data)
+        axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, data.shape[1:])
+        return in_image(self.decide(data, axes), self.plans_manager, self.label_manager, properties)
+
+    @torch.inference_mode()
+    def decide(self, data: Tensor, axes: list[Axis]) -> Tensor:
+        """Labels of a preprocessed volume on another grid, see `streaming.segment`.
+
+        Args:
+            data: preprocessed volume, shape C, D, H, W.
+            axes: to the grid.
+        """
         network = self.nmsw_network.to(self.device)
         network.eval()
-        axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, data.shape[1:])
         padded, unpad = pad_nd_image(data, network.patch_size, "constant", {"value": 0}, True)
-        offset, grid = [axis.start for axis in unpad[1:]], network.grid(_spatial_shape(padded))
+        offset, grid = [axis.start for axis in unpad[1:]], network.grid(spatial_shape(padded))
         of_folds = []
         for parameters in self.list_of_parameters:
             self._load(parameters)
             coarse = self.predict_coarse(padded)
             windows = self.choose_windows(coarse, grid)
-            self._remember(grid, windows, offset, _spatial_shape(data))
+            self._remember(grid, windows, offset, spatial_shape(data))
             of_folds.append((parameters, coarse.logits_Cdhw, windows.starts_K3, network.fusion_weights))
         devices = [self.device, torch.device("cpu")] if self.perform_everything_on_device else [torch.device("cpu")]
         for device in devices:
             try:
-                return self._segment(padded, of_folds, axes, offset, _spatial_shape(data), properties, device)
+                return self._segment(padded, of_folds, axes, offset, spatial_shape(data), device)
             except torch.OutOfMemoryError:
                 if device.type == "cpu":
                     raise
@@ -225,9 +141,8 @@ class NMSWPredictor(nnUNetPredictor):
         axes: list[Axis],
         offset: list[int],
         inside: Shape,
-        properties: dict[str, Any],
         device: torch.device,
-    ) -> np.ndarray:
+    ) -> Tensor:
         network = self.nmsw_network
         total = sum(len(starts_K3) for _, _, starts_K3, _ in of_folds)
         with tqdm(total=total, desc="patches", disable=not self.allow_tqdm, leave=False) as bar:
@@ -246,14 +161,13 @@ class NMSWPredictor(nnUNetPredictor):
                 models,
                 network.patch_size,
                 network.config.downsampling_factor,
-                _spatial_shape(padded),
+                spatial_shape(padded),
                 LabelEncoding.of(self.label_manager),
                 patches_at_once(network.patch_size),
             )
             _, height, width = inside
             planes = planes_for(MEMORY_OF_PLANES, self.label_manager.num_segmentation_heads, height, width)
-            decisions_ZYX = segment(prediction, axes, offset, inside, planes)
-        return in_image(decisions_ZYX, self.plans_manager, self.label_manager, properties)
+            return segment(prediction, axes, offset, inside, planes)
 
     def _patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
         """Logits of patches, mirrored where that is on; in halves where the device has too little memory."""
@@ -268,16 +182,6 @@ class NMSWPredictor(nnUNetPredictor):
         empty_cache(self.device)
         half = len(patches_KCDHW) // 2
         return torch.cat([self._patch_logits(part) for part in (patches_KCDHW[:half], patches_KCDHW[half:])])
-
-    def _load(self, parameters: dict[str, Tensor]) -> None:
-        """Load a fold's weights, unless they are in the network."""
-        if self._loaded is not parameters:
-            self.nmsw_network.load_state_dict(parameters)
-            self._loaded = parameters
-
-    def _start_case(self, data: Tensor) -> None:
-        self.chosen_windows = []
-        self._loaded = None
 
     def predict_from_data_iterator(
         self,
@@ -409,8 +313,3 @@ def preprocessed_cases(
 def patches_at_once(patch_size: Sequence[int]) -> int:
     """Patches of a batch: small ones together, for which the cost of a call is more than that of the computation."""
     return max(1, min(16, VOXELS_AT_ONCE // math.prod(patch_size)))
-
-
-def _spatial_shape(volume_CDHW: Tensor) -> Shape:
-    d, h, w = volume_CDHW.shape[1:]
-    return d, h, w

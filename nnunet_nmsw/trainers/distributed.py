@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 class DistributedTrainer(nnUNetTrainer):
@@ -107,11 +109,17 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 def mean_over_processes(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Means of the processes' arrays by name, elementwise. All processes have to call this."""
-    gathered: list[Any] = [values]
-    if _distributed():
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, values)
+    gathered = gather_over_processes(values)
     return {name: np.mean([of_one[name] for of_one in gathered], 0) for name in values}
+
+
+def gather_over_processes(value: T) -> list[T]:
+    """What each process has, in the order of their ranks. All processes have to call this."""
+    if not _distributed():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def _distributed() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from nnunetv2.inference.export_prediction import resample_and_save
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
+from nnunet_nmsw.inference.automatic import FILE, STOP_AT, Measured, write_calibration
+from nnunet_nmsw.inference.interpolation import linear_axis
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import NMSWNetwork
-from nnunet_nmsw.trainers.distributed import DistributedTrainer
+from nnunet_nmsw.trainers.distributed import DistributedTrainer, gather_over_processes
 
 CASES_BETWEEN_BARRIERS = 20
 """As in nnU-Net: a process that waits too long for the others fails, so all wait for each other every so many cases."""
@@ -47,8 +51,9 @@ class TrainerWithNMSWValidation(DistributedTrainer):
         predictor.predict_from_data_iterator(
             self._validation_cases(keys, output_folder, predictor), save_probabilities, default_num_processes
         )
-        self.wait_for_all()
+        calibrations = gather_over_processes(self._calibrate(predictor, self.own_share(keys)))
         if self.local_rank == 0:
+            write_calibration(Path(output_folder, FILE), calibrations)
             labels = self.label_manager
             metrics = compute_metrics_on_folder(
                 join(self.preprocessed_dataset_folder_base, "gt_segmentations"),
@@ -66,6 +71,33 @@ class TrainerWithNMSWValidation(DistributedTrainer):
             self.logger.log_summary("final_val/foreground_dice", metrics["foreground_mean"]["Dice"])
             self.print_to_log_file("Mean Validation Dice: ", metrics["foreground_mean"]["Dice"])
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
+
+    @torch.inference_mode()
+    def _calibrate(self, predictor: NMSWPredictor, keys: list[str]) -> Measured:
+        """Measure on cases where -k auto may stop, at the spacing of training; see `inference.automatic`."""
+        encoding = LabelEncoding.of(self.label_manager)
+        measured: Measured = {stop_at: [] for stop_at in STOP_AT}
+        predictor.num_patches = "auto"
+        dataset = self.dataset_class(
+            self.preprocessed_dataset_folder,
+            keys,
+            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
+        )
+        numbers = np.array([0, *self.label_manager.regions_class_order] if encoding.has_regions else [])
+        for key in dataset.identifiers:
+            data, segmentation, previous, _ = dataset.load_case(key)
+            volume = self._with_previous(np.array(data[:]), previous)
+            labels_DHW = torch.from_numpy(np.asarray(segmentation[0], dtype=np.int64)).clamp_min(0)
+            axes = [linear_axis(n, n) for n in volume.shape[1:]]
+            for predictor.stop_at in STOP_AT:
+                predictor.chosen_windows = []
+                prediction_DHW = predictor.decide(volume, axes)
+                if encoding.has_regions:
+                    prediction_DHW = torch.from_numpy(numbers[prediction_DHW.numpy()])
+                hit_C, wrong_C, missed_C = (n.double() for n in encoding.hits(labels_DHW, prediction_DHW.long()))
+                dice_C = (2 * hit_C / (2 * hit_C + wrong_C + missed_C)).numpy()
+                measured[predictor.stop_at].append((len(predictor.chosen_windows[0].starts), dice_C))
+        return measured
 
     def _validation_cases(
         self, keys: list[str], output_folder: str, predictor: NMSWPredictor

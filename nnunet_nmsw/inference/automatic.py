@@ -1,0 +1,85 @@
+"""A number of patches by case: as many as have a predicted benefit.
+
+Where to stop is measured on the validation cases of a fold, for several smallest benefits, and written beside their
+predictions; how much Dice may be lost for fewer patches is decided when a model predicts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_nmsw.errors import UserError
+
+FILE = "automatic_patches.json"
+"""In the folder `validation` of a fold."""
+
+STOP_AT = (0.025, 0.05, 0.1, 0.2, 0.4)
+"""Smallest predicted benefits of a window, in units of the score map: a window's mean benefit over the root mean square
+of those that training measured."""
+
+DEFAULT_MAX_DROP = 0.005
+"""Dice, of 1, that may be lost for fewer patches."""
+
+
+Measured = dict[float, list[tuple[int, np.ndarray]]]
+"""By smallest benefit, for each case: windows taken, and the Dice of each foreground label or region, NaN where neither
+prediction nor reference has it."""
+
+
+def write_calibration(file: Path, measured: Sequence[Measured]) -> None:
+    """Write what was measured on the validation cases, in parts, to a JSON file."""
+    rows = []
+    for stop_at in measured[0]:
+        cases = [case for part in measured for case in part[stop_at]]
+        by_class = np.array([dice for _, dice in cases]).T
+        means = [np.nanmean(values) for values in by_class if not np.isnan(values).all()]
+        rows.append(
+            {
+                "stop_at": stop_at,
+                "mean_dice": float(np.mean(means)) if means else None,
+                "patches": [taken for taken, _ in cases],
+            }
+        )
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"cases": len(cases), "thresholds": rows}, indent=1))
+    unfinished.replace(file)
+
+
+def stop_at_of_folds(model_folder: Path, folds: Sequence[int | str] | None, max_drop: float) -> float:
+    """The largest of `STOP_AT` that costs no more Dice than allowed, on the validation cases of the folds together.
+
+    Args:
+        model_folder: of the model.
+        folds: of the ensemble; all that have a calibration where None.
+        max_drop: Dice, of 1, below the best of `STOP_AT`.
+
+    Raises:
+        UserError: a fold has no calibration.
+    """
+    files = (
+        sorted(model_folder.glob(f"fold_*/validation/{FILE}"))
+        if folds is None
+        else [model_folder / f"fold_{fold}" / "validation" / FILE for fold in folds]
+    )
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None or not files:
+        raise UserError(
+            f"-k auto needs {missing or model_folder / 'fold_X' / 'validation' / FILE}, which the validation after a "
+            "training writes: run nnUNetv2_train with --val for that fold, or give a number of patches"
+        )
+    calibrations: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
+    dice: dict[float, list[float]] = {}
+    for calibration in calibrations:
+        for row in calibration["thresholds"]:
+            if row["mean_dice"] is not None:
+                dice.setdefault(row["stop_at"], []).extend([row["mean_dice"]] * calibration["cases"])
+    if not dice:
+        return STOP_AT[0]
+    means = {stop_at: float(np.mean(values)) for stop_at, values in dice.items()}
+    best = max(means.values())
+    return max(stop_at for stop_at, mean in means.items() if mean >= best - max_drop)
