@@ -24,6 +24,11 @@ def read(file: Path) -> np.ndarray:
     return array
 
 
+def probabilities(folder: Path, case: str) -> np.ndarray:
+    array: np.ndarray = np.load(folder / f"{case}.npz")["probabilities"]
+    return array.astype(np.float32)
+
+
 @pytest.fixture(scope="module")
 def folds(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All folds of NMSW, two of them with probabilities, as have two folds of a stock model; and their predictions."""
@@ -43,7 +48,7 @@ def folds(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"nnUNetv2_predict -d 998 {stock} -f 0 1 -o {folder}/stock --save_probabilities",
         f"nnUNetv2_accumulate_crossval_results 998 -c {model(NMSW)}",
         f"nnUNetv2_find_best_configuration 998 -c {model(NMSW)} {STOCK} -f 0 1 -np 1",
-        f"nnUNetv2_ensemble -i {folder}/nmsw {folder}/stock -o {folder}/ensemble -np 1",
+        f"nnUNetv2_ensemble -i {folder}/nmsw {folder}/stock -o {folder}/ensemble -np 1 --save_npz",
         workspace=folder,
     )
     return folder
@@ -77,16 +82,17 @@ def test_cross_validation_results(folds):
 @pytest.mark.compatibility("folds", "nnUNetv2_ensemble of NMSW's and a stock model's probabilities")
 def test_ensemble_with_a_stock_model(folds):
     for case in CASES:
-        both = [np.load(folds / name / f"{case}.npz")["probabilities"] for name in ("nmsw", "stock")]
-        assert both[0].shape == both[1].shape
-        assert np.array_equal(np.mean(both, 0).argmax(0), read(folds / "ensemble" / f"{case}.nii.gz"))
+        nmsw, stock, both = (probabilities(folds / name, case) for name in ("nmsw", "stock", "ensemble"))
+        assert not np.array_equal(nmsw, stock)
+        assert np.allclose(both, (nmsw + stock) / 2, atol=1e-5)
+        assert np.array_equal(both.argmax(0), read(folds / "ensemble" / f"{case}.nii.gz"))
 
 
 @pytest.mark.compatibility("folds", "nnUNetv2_apply_postprocessing of what nnUNetv2_find_best_configuration determined")
 @pytest.mark.compatibility(
     "sharing",
     "nnUNetv2_export_model_to_zip, nnUNetv2_install_pretrained_model_from_zip, and nmsw_predict on another "
-    "nnUNet_results without nnUNet_raw and nnUNet_preprocessed: the same labels",
+    "nnUNet_results without nnUNet_raw and nnUNet_preprocessed: the same probabilities",
 )
 def test_postprocessing_and_sharing(folds):
     best = json.loads((folds / "nnUNet_results" / DATASET / "inference_information.json").read_text())
@@ -100,11 +106,12 @@ def test_postprocessing_and_sharing(folds):
         f"nnUNetv2_export_model_to_zip -d 998 -o {folds}/model.zip -c {model(NMSW)} -f 0 1 2 3 4",
         f"nnUNet_results={elsewhere} nnUNetv2_install_pretrained_model_from_zip {folds}/model.zip",
         f"nnUNet_results={elsewhere} nnUNet_raw=/nowhere nnUNet_preprocessed=/nowhere "
-        f"nmsw_predict -i {images} -o {folds}/shared -device cpu -npp 1 -nps 1 --disable_tta",
+        f"nmsw_predict -i {images} -o {folds}/shared -device cpu -npp 1 -nps 1 --disable_tta --save_probabilities",
         workspace=folds,
     )
     for case in CASES:
         labels = read(folds / "nmsw" / f"{case}.nii.gz")
         assert np.array_equal(read(folds / "shared" / f"{case}.nii.gz"), labels)
+        assert np.array_equal(probabilities(folds / "shared", case), probabilities(folds / "nmsw", case))
         kept = read(folds / "postprocessed" / f"{case}.nii.gz")
         assert ((kept == labels) | (kept == 0)).all()  # postprocessing takes components away

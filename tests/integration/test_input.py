@@ -120,8 +120,8 @@ def test_nrrd_and_mha_with_channels_flat_patch_and_thin_volumes(tmp_path, monkey
     for image in (raw / "imagesTs").iterdir():
         sitk.WriteImage(sitk.ReadImage(str(image)), str(mha_images / f"{image.stem}.mha"))
     run_all(
-        f"nmsw_predict -i {raw / 'imagesTs'} -o {tmp_path / 'nrrd'} -m {model} {PREDICT}",
-        f"nmsw_predict -i {mha_images} -o {tmp_path / 'mha'} -m {mha_model} {PREDICT}",
+        f"nmsw_predict -i {raw / 'imagesTs'} -o {tmp_path / 'nrrd'} -m {model} {PREDICT} --save_probabilities",
+        f"nmsw_predict -i {mha_images} -o {tmp_path / 'mha'} -m {mha_model} {PREDICT} --save_probabilities",
         workspace=tmp_path,
     )
     for case in ("case_005", "case_006"):
@@ -135,6 +135,8 @@ def test_nrrd_and_mha_with_channels_flat_patch_and_thin_volumes(tmp_path, monkey
             assert np.allclose(written.GetOrigin(), image.GetOrigin())
             assert np.allclose(written.GetDirection(), image.GetDirection())
         assert np.array_equal(sitk.GetArrayFromImage(labels), sitk.GetArrayFromImage(same))
+        nrrd, mha = (np.load(tmp_path / name / f"{case}.npz")["probabilities"] for name in ("nrrd", "mha"))
+        assert np.array_equal(nrrd, mha)
         check_windows(tmp_path / "nrrd", case, image.GetSize()[::-1], sitk.GetArrayFromImage(overlay))
 
 
