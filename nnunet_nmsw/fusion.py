@@ -65,7 +65,7 @@ class FusionWeights(NamedTuple):
 def fuse(patch_logits_CDHW: Tensor, coarse_logits_CDHW: Tensor, weights: FusionWeights) -> Tensor:
     """Fused logits, the weights broadcast over the trailing axes."""
     patch, coarse, bias = (part.view(-1, 1, 1, 1) for part in weights)
-    return patch * patch_logits_CDHW + coarse * coarse_logits_CDHW + bias
+    return torch.addcmul(torch.addcmul(bias, coarse, coarse_logits_CDHW), patch, patch_logits_CDHW)
 
 
 def gaussian_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:

@@ -30,7 +30,7 @@ def small_plans(plans: dict, patch_size: list[int], features: list[int], name: s
     )
     stages = len(kernels)
     if stages < 3:
-        # With two, the only weight of nnU-Net's deep supervision is 0 / 0, and every weight of the network NaN.
+        # With two, the only weight of nnU-Net's deep supervision is 0 / 0, and stock networks end as NaN.
         raise UserError(
             f"a network of {stages} stages cannot be trained: give three --features or more, or larger patches"
         )

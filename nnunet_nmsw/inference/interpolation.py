@@ -9,7 +9,7 @@ Tensor suffixes: D H W axes of the source, Z Y X axes of the target, P points, 3
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -80,25 +80,34 @@ def agreed(labels_DHW: Tensor, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
     """
     smallest = largest = labels_DHW
     for dimension, axis in enumerate(axes):
-        if torch.equal(axis.lower, axis.upper):
-            smallest, largest = (values.index_select(dimension, axis.lower) for values in (smallest, largest))
-            continue
-        # A source voxel of no weight has no say.
-        upper = torch.where(axis.weight > 0, axis.upper, axis.lower)
-        smallest, largest = (
-            combine(values.index_select(dimension, axis.lower), values.index_select(dimension, upper))
-            for combine, values in ((torch.minimum, smallest), (torch.maximum, largest))
-        )
-    return smallest, smallest != largest
+        size = smallest.shape[dimension]
+        # Pairs of neighbours are made in the source, which is mostly smaller, and looked up behind the voxels. A source
+        # voxel of no weight has no say.
+        index = torch.where((axis.weight > 0) & (axis.upper > axis.lower), size + axis.lower, axis.lower)
+        if int(index.max()) >= size:
+            smallest = _with_pairs(torch.minimum, smallest, dimension)
+            largest = _with_pairs(torch.maximum, largest, dimension)
+        if dimension < 2:
+            smallest, largest = (values.index_select(dimension, index) for values in (smallest, largest))
+    return smallest.index_select(2, index), (smallest != largest).index_select(2, index)
 
 
-def corners(points_P3: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The source voxels of some target voxels: eight times their indices (P, 3) and weights (P)."""
-    for of_upper in itertools.product((False, True), repeat=3):
-        index, weight_P = [], torch.ones(len(points_P3), device=points_P3.device)
-        for point_P, axis, upper in zip(points_P3.unbind(1), axes, of_upper, strict=True):
-            weight = axis.weight[point_P]
-            index.append((axis.upper if upper else axis.lower)[point_P])
-            weight_P = weight_P * (weight if upper else 1 - weight)
-        if weight_P.any():
-            yield torch.stack(index, 1), weight_P
+def _with_pairs(combine: Callable[[Tensor, Tensor], Tensor], values: Tensor, dimension: int) -> Tensor:
+    """Voxels along an axis, and behind them what each makes with the next."""
+    number = values.shape[dimension] - 1
+    pairs = combine(values.narrow(dimension, 0, number), values.narrow(dimension, 1, number))
+    return torch.cat([values, pairs], dimension)
+
+
+def corners(points_P3: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], Tensor]]:
+    """The source voxels of some target voxels, one of eight after the other: indices by axis (P) and weights (P).
+
+    Corners that have no weight for any of the voxels are left out.
+    """
+    sides = []
+    for point_P, axis in zip(points_P3.unbind(1), axes, strict=True):
+        weight_P = axis.weight[point_P]
+        lower = (axis.lower[point_P], 1 - weight_P)
+        sides.append((lower, (axis.upper[point_P], weight_P)) if weight_P.any() else (lower,))
+    for (d_P, of_d_P), (h_P, of_h_P), (w_P, of_w_P) in itertools.product(*sides):
+        yield (d_P, h_P, w_P), of_d_P * of_h_P * of_w_P

@@ -27,8 +27,8 @@ from nnunet_nmsw.geometry import Shape, upsample_window, window_slices
 from nnunet_nmsw.inference.interpolation import Axis, agreed, corners, upsampling_axis
 from nnunet_nmsw.labels import LabelEncoding
 
-TILE = 64
-"""Voxels of a tile along the second and third axis."""
+TILE = 32
+"""Voxels of a tile along each axis."""
 
 MOST_POINTS = 1 << 18
 """Points whose logits are interpolated at a time."""
@@ -154,11 +154,11 @@ class FusedPrediction:
                 here, there = overlap(start, size, window, self.patch_size)
                 gaussian_DHW = self.gaussian_DHW[there]
                 patch_CDHW = logits_CDHW[(slice(None), *there)].to(self.device, torch.float32)
-                sums_CDHW[(slice(None), *here)] += patch_CDHW * gaussian_DHW
+                sums_CDHW[(slice(None), *here)].addcmul_(patch_CDHW, gaussian_DHW)
                 weight_DHW[here] += gaussian_DHW
             covered_DHW = weight_DHW > 0
-            blended_CDHW = sums_CDHW / weight_DHW.clamp_min(torch.finfo(torch.float32).tiny)
-            fused_CDHW = torch.where(covered_DHW, fuse(blended_CDHW, coarse_CDHW, model.weights), coarse_CDHW)
+            sums_CDHW /= weight_DHW.clamp_min(torch.finfo(torch.float32).tiny)
+            fused_CDHW = torch.where(covered_DHW, fuse(sums_CDHW, coarse_CDHW, model.weights), coarse_CDHW)
             total_CDHW = fused_CDHW if total_CDHW is None else total_CDHW + fused_CDHW
         assert total_CDHW is not None
         return total_CDHW / len(self.models)
@@ -258,8 +258,8 @@ def _resampled(prediction: FusedPrediction, planes: Planes, axes: Sequence[Axis]
         return labels_ZYX
     shape = planes.labels_DHW.shape
     needed_DHW = torch.zeros(shape, dtype=torch.bool, device=prediction.device)
-    for index_P3, _ in corners(points_P3, axes):
-        needed_DHW[index_P3.unbind(1)] = True
+    for voxel_P, _ in corners(points_P3, axes):
+        needed_DHW[voxel_P] = True
     voxels_P3 = needed_DHW.nonzero()
     rows_PC = prediction.logits(planes, voxels_P3)
     row_DHW = torch.zeros(shape, dtype=torch.int64, device=prediction.device)
@@ -280,11 +280,11 @@ def weighted_rows(rows_PC: Tensor, row_DHW: Tensor, points_P3: Tensor, axes: Seq
         axes: to the target.
     """
     result_PC = torch.zeros(len(points_P3), rows_PC.shape[1], device=rows_PC.device)
-    for index_P3, weight_P in corners(points_P3, axes):
-        result_PC.addcmul_(rows_PC[row_DHW[index_P3.unbind(1)]], weight_P[:, None])
+    for voxel_P, weight_P in corners(points_P3, axes):
+        result_PC.addcmul_(rows_PC[row_DHW[voxel_P]], weight_P[:, None])
     return result_PC
 
 
 def planes_for(memory: float, num_channels: int, height: int, width: int) -> int:
-    """Planes of the volume whose logits, and what is made of them, fit into so many bytes; 4 at least."""
-    return max(4, math.floor(memory / (3 * 4 * num_channels * height * width)))
+    """Planes of the volume whose logits, and what is made of them, fit into so many bytes; from 4 to `TILE`."""
+    return max(4, min(TILE, math.floor(memory / (3 * 4 * num_channels * height * width))))
