@@ -47,8 +47,9 @@ class Experiment:
     flags: str
 
 
+HIPPOCAMPUS = Experiment(4, "Dataset004_Hippocampus", "16 16 16", "16 32 64", "0 1", "-timed_cases 3 -rounds 3")
 EXPERIMENTS = (
-    Experiment(4, "Dataset004_Hippocampus", "16 16 16", "16 32 64", "0 1", "-timed_cases 3 -rounds 3"),
+    HIPPOCAMPUS,
     Experiment(901, "Dataset901_KiTSPhantom", "32 32 32", "8 16 32 64", "0", "-timed_cases 1 -rounds 2"),
 )
 

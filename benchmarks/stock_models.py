@@ -2,10 +2,11 @@
 
     python benchmarks/stock_models.py -device cpu -o stock_models
 
-For each dataset of `results.py`, fold 0: trains stock 3d_fullres and 3d_lowres, and `nnUNetTrainerNMSW_retrofit` around
-the former, all for ten epochs, unless they are there; predicts the validation cases from file to file, one after the
-other, by the stock sliding window and by NMSW at 10% and 20% of the windows, without mirroring; and puts Dice and
-seconds into docs/results.md. On a CPU training runs in bfloat16 (`bfloat16.py`), prediction as the commands do it.
+On fold 0 of Hippocampus and of the phantom at 6 mm (`make_kits_phantom.py --spacing 6 --train 120 --test 0`): trains
+stock 3d_fullres and 3d_lowres, and `nnUNetTrainerNMSW_retrofit` around the former, all for ten epochs, unless they are
+there; predicts the validation cases from file to file, one after the other, by the stock sliding window and by NMSW at
+10% and 20% of the windows, without mirroring; and puts Dice and seconds into docs/results.md. On a CPU training runs in
+bfloat16 (`bfloat16.py`), prediction as the commands do it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from results import (
     BASELINE,
     CHECKPOINT,
-    EXPERIMENTS,
+    HIPPOCAMPUS,
     PLANS,
     ROOT,
     Experiment,
@@ -42,6 +43,10 @@ from nnunet_nmsw.inference.command import load_model, prepare_device
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 
+EXPERIMENTS = (
+    HIPPOCAMPUS,
+    Experiment(902, "Dataset902_KiTSPhantom6mm", "16 16 16", "8 16 32", "0", ""),
+)
 RETROFIT = "nnUNetTrainerNMSW_retrofit_10epochs"
 LOW_RESOLUTION = "3d_lowres"
 PERCENTAGES = ("10%", "20%")
