@@ -155,7 +155,6 @@ STARTED_BY_TORCHRUN = {**dict.fromkeys(torchrun.SET_BY_TORCHRUN, "1"), "LOCAL_RA
         (["--c", "--val"], None, "--val"),
         (["--val_best", "--disable_checkpointing"], None, "--disable_checkpointing"),
         (["-pretrained_weights", "x", "--c"], None, "--c"),
-        (["-pretrained_weights", "x", "-device", "cpu"], None, "GPU"),
         ([], None, "-device cpu"),
     ],
 )

@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.disable_checkpointing = args.disable_checkpointing
     if args.pretrained_weights is None:
         maybe_load_checkpoint(trainer, args.c, args.val)
-    else:
-        _load_pretrained_weights(trainer, args.pretrained_weights)
+    # Else the trainer takes the weights from the command line, in every process.
     if not args.val:
         trainer.run_training()
     if args.val_best:
@@ -64,8 +63,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--val_best needs the checkpoints that --disable_checkpointing keeps from being written")
     if args.pretrained_weights is not None and (args.c or args.val):
         raise UserError("-pretrained_weights are for the start of a training: leave out --c and --val")
-    if args.pretrained_weights is not None and args.device == "cpu":
-        raise UserError("-pretrained_weights with several processes needs GPUs, to which nnU-Net loads them")
 
 
 def _fold(name: str) -> int | str:
@@ -90,18 +87,6 @@ def _prepare_device(name: str) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
-
-
-def _load_pretrained_weights(trainer: DistributedTrainer, file: str) -> None:
-    """Load the weights in the first process and send them to the others.
-
-    nnU-Net loads them onto the GPU that has the rank's number, which the first process has on any machine.
-    """
-    trainer.initialize()
-    if dist.get_rank() == 0:
-        maybe_load_checkpoint(trainer, False, False, file)
-    for tensor in trainer.network.state_dict().values():
-        dist.broadcast(tensor, 0)
 
 
 def _parser() -> argparse.ArgumentParser:
