@@ -1,0 +1,104 @@
+"""From file to file: `nmsw_predict` against `nnUNetv2_predict` on one model, the sliding window of its local branch.
+
+    python benchmarks/prediction.py -m MODEL_FOLDER -i imagesTs -k 5% 10% -device cpu -rounds 2 -o prediction.json
+
+Each measurement is the installed command, with the seconds that Python takes to start; commands take turns. Memory is
+that of the largest of its processes. `--magnify 4` predicts copies of the images with four times as many voxels along
+each axis and the same voxel size, for large volumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import SimpleITK as sitk
+import torch
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", type=Path, required=True, help="folder of an NMSW model")
+    parser.add_argument("-i", type=Path, required=True, help="folder of images")
+    parser.add_argument("-f", default="0", help="fold")
+    parser.add_argument("-k", nargs="+", default=["5%", "10%"])
+    parser.add_argument("-cases", type=int, default=1, help="images to predict, the first ones")
+    parser.add_argument("--magnify", type=float, default=1.0)
+    parser.add_argument("--disable_tta", action="store_true")
+    parser.add_argument("-device", default="cuda")
+    parser.add_argument("-rounds", type=int, default=2)
+    parser.add_argument("-o", type=Path, help="JSON file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder, "images")
+        shape = copy_images(args.i, images, args.cases, args.magnify)
+        common = f"-m {shlex.quote(str(args.m))} -f {args.f} -i {images} -device {args.device} --disable_progress_bar"
+        common += " --disable_tta" if args.disable_tta else ""
+        commands = {"nnUNetv2_predict": f"nnUNetv2_predict_from_modelfolder {common}"}
+        commands |= {f"nmsw_predict -k {k}": f"nmsw_predict {common} -k {k}" for k in args.k}
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+        for number in range(args.rounds):
+            for name, command in commands.items():
+                runs[name].append(timed(f"{command} -o {folder}/{number}_{len(name)}{name[-3:].strip('% ')}"))
+                print(name, runs[name][-1], flush=True)
+    rows = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
+    stock = rows["nnUNetv2_predict"]
+    for name, row in rows.items():
+        row["times_faster"] = stock["seconds"] / row["seconds"]
+        row["share_of_memory"] = row["gib"] / stock["gib"]
+        print(name, {key: round(value, 2) for key, value in row.items()})
+    if args.o:
+        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
+        content: dict[str, Any] = {"command": sys.argv, "machine": machine, "voxels": shape, "rows": rows, "runs": runs}
+        args.o.write_text(json.dumps(content, indent=1))
+
+
+def copy_images(source: Path, target: Path, number: int, factor: float) -> list[int]:
+    """Copy the first images, with more voxels. Returns the shape of the last, x, y, z."""
+    target.mkdir()
+    for file in sorted(source.glob("*_0000*"))[:number]:
+        image = sitk.ReadImage(str(file))
+        if factor != 1:
+            size = [round(n * factor) for n in image.GetSize()]
+            scaled = sitk.Resample(
+                image,
+                size,
+                sitk.Transform(),
+                sitk.sitkLinear,
+                image.GetOrigin(),
+                [s / factor for s in image.GetSpacing()],
+                image.GetDirection(),
+            )
+            scaled.SetSpacing(image.GetSpacing())
+            image = scaled
+        sitk.WriteImage(image, str(target / file.name))
+    return list(image.GetSize())
+
+
+def timed(command: str) -> dict[str, float]:
+    """Seconds of a command, and the most memory of one of its processes in GiB."""
+    script = (
+        "import resource, subprocess, sys, time, json\n"
+        "started = time.perf_counter()\n"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "seconds = time.perf_counter() - started\n"
+        "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20\n"
+        "print(json.dumps({'seconds': seconds, 'gib': peak}))\n"
+    )
+    output = subprocess.run([sys.executable, "-c", script, *shlex.split(command)], check=True, stdout=subprocess.PIPE)
+    measured: dict[str, float] = json.loads(output.stdout)
+    return measured
+
+
+if __name__ == "__main__":
+    main()
