@@ -30,6 +30,9 @@ from nnunet_nmsw.labels import LabelEncoding
 TILE = 32
 """Voxels of a tile along each axis."""
 
+DENSE = 0.25
+"""Where a larger share of a tile's voxels needs logits, those of all are cheaper than those of some."""
+
 MOST_POINTS = 1 << 18
 """Points whose logits are interpolated at a time."""
 
@@ -58,7 +61,8 @@ class Planes(NamedTuple):
 
     Attributes:
         labels_DHW: int16, see `decided`.
-        tiles: by number, rows first, the tiles that windows touch: their logits, float32 of shape C, D, H, W.
+        tiles: by number, rows first, the tiles of which all logits are known, those that windows touch among them:
+            float32 of shape C, D, H, W.
         axes: from the low-resolution view to these planes.
     """
 
@@ -121,9 +125,10 @@ class FusedPrediction:
         corners_of_tiles = itertools.product(*(range(part.start, part.stop, TILE) for part in box))
         for number, (h, w) in enumerate(corners_of_tiles):
             start, size = (first, h, w), (end - first, min(TILE, box[0].stop - h), min(TILE, box[1].stop - w))
-            if any(windows.touching(start, size) for windows in self._open):
+            inside = window_slices((0, h - box[0].start, w - box[1].start), size)
+            touched = any(windows.touching(start, size) for windows in self._open)
+            if touched or disagree_DHW[inside].float().mean() > DENSE:
                 tiles[number] = self._fused(start, size)
-                inside = window_slices((0, h - box[0].start, w - box[1].start), size)
                 labels_DHW[inside] = decided(tiles[number], self.encoding)
                 disagree_DHW[inside] = False
         for some_P3 in disagree_DHW.nonzero().split(MOST_POINTS):

@@ -1,0 +1,120 @@
+"""Host memory and seconds of a prediction against the size of the volume and the number of classes: network and export.
+
+    python benchmarks/memory.py -size 128 256 512 768 -classes 30 -k 10% -o benchmarks/memory.json
+
+A network of few features with random weights, a volume of noise, no resampling; on the CPU. Random logits are the worst
+case for labels plane by plane: hardly any neighbours agree. Each measurement is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_nmsw.architecture import convolutional_architecture
+from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+
+RESAMPLING = "resample_data_or_seg_to_shape"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-size", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("-classes", type=int, nargs="+", default=[3, 30])
+    parser.add_argument("-patch", type=int, default=64)
+    parser.add_argument("-k", default="10%")
+    parser.add_argument("-o", type=Path, help="JSON file")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(measure(args.size[0], args.classes[0], args.patch, args.k)))
+        return
+    rows = []
+    for classes in args.classes:
+        for size in args.size:
+            command = [sys.executable, __file__, "--one", "-size", str(size), "-classes", str(classes), "-k", args.k]
+            process = subprocess.run(
+                [*command, "-patch", str(args.patch)], stdout=subprocess.PIPE, text=True, check=True
+            )
+            (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
+            rows.append({"size": size, "classes": classes, **json.loads(line.removeprefix("RESULT "))})
+            print(rows[-1], flush=True)
+    if args.o:
+        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
+        args.o.write_text(json.dumps({"command": sys.argv, "machine": machine, "rows": rows}, indent=1))
+
+
+def measure(size: int, classes: int, patch: int, num_patches: str) -> dict[str, Any]:
+    """GiB of the process at its peak and before, seconds, and patches."""
+    torch.manual_seed(0)
+    plans = PlansManager(plans_of(size, patch))
+    configuration = plans.get_configuration("3d_fullres")
+    network = nnUNetTrainerNMSW.build_network_architecture(plans, configuration, 1, classes, False)
+    predictor = NMSWPredictor(num_patches, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    labels = {"background": 0, **{f"organ {label}": label for label in range(1, classes)}}
+    dataset = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
+    predictor.manual_initialization(network, plans, configuration, [network.state_dict()], dataset, "", None)
+    shape = (size,) * 3
+    properties = {
+        "spacing": (1.0,) * 3,
+        "shape_before_cropping": shape,
+        "bbox_used_for_cropping": [[0, size]] * 3,
+        "shape_after_cropping_and_before_resampling": shape,
+    }
+    before = peak_gib()
+    volume = torch.randn(1, *shape)
+    started = time.perf_counter()
+    predictor.predict_segmentation(volume, properties)
+    seconds = time.perf_counter() - started
+    patches = len(predictor.chosen_windows[0].starts)
+    return {"gib": peak_gib(), "gib_before": before, "seconds": seconds, "patches": patches}
+
+
+def plans_of(size: int, patch: int) -> dict[str, Any]:
+    """Plans with a small network for patches of this size."""
+    keywords = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
+    configuration = {
+        "data_identifier": "none",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": [patch] * 3,
+        "median_image_size_in_voxels": [float(size)] * 3,
+        "spacing": [1.0] * 3,
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_probabilities": RESAMPLING,
+        "resampling_fn_probabilities_kwargs": keywords,
+        "architecture": convolutional_architecture([patch] * 3, [1.0] * 3, [1, 1, 1], 0.125),
+        "nmsw": {"downsampling_factor": [4, 4, 4], "global_width": 1.0},
+    }
+    return {
+        "dataset_name": "Dataset000_None",
+        "plans_name": "none",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "label_manager": "LabelManager",
+        "configurations": {"3d_fullres": configuration},
+    }
+
+
+def peak_gib() -> float:
+    """Most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()
