@@ -266,10 +266,18 @@ class NMSWPredictor(LogitsPredictor):
         return [None if isinstance(job, Future) else job for job in written]
 
     def _internal_get_data_iterator_from_lists_of_filenames(
-        self, input_list_of_lists: list[list[str]], *args: Any, **kwargs: Any
+        self,
+        input_list_of_lists: list[list[str]],
+        seg_from_prev_stage_files: list[str] | None,
+        output_filenames_truncated: list[str] | None,
+        num_processes: int,
     ) -> Any:
         self._num_cases = len(input_list_of_lists)
-        return preprocessed_cases(self, input_list_of_lists, *args, **kwargs)
+        if self._num_cases == 1:
+            num_processes = 0  # nothing to do meanwhile, and a process takes seconds to start
+        return preprocessed_cases(
+            self, input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
+        )
 
     def _follow(self, data_iterator: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass the cases on; each is predicted by the time the next is asked for."""
