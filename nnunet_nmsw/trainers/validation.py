@@ -74,10 +74,14 @@ class TrainerWithNMSWValidation(DistributedTrainer):
 
     @torch.inference_mode()
     def _calibrate(self, predictor: NMSWPredictor, keys: list[str]) -> Measured:
-        """Measure on cases where -k auto may stop, at the spacing of training; see `inference.automatic`."""
+        """Measure on cases where -k auto may stop; see `inference.automatic`.
+
+        At the spacing of training and without mirroring, so that all thresholds together cost no more than the
+        validation itself.
+        """
         encoding = LabelEncoding.of(self.label_manager)
         measured: Measured = {stop_at: [] for stop_at in STOP_AT}
-        predictor.num_patches = "auto"
+        predictor.num_patches, predictor.use_mirroring = "auto", False
         dataset = self.dataset_class(
             self.preprocessed_dataset_folder,
             keys,
