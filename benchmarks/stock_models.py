@@ -57,12 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-d", type=int, nargs="+", help="only these datasets")
+    parser.add_argument("-cases", type=int, help="only so many validation cases, the first ones")
     parser.add_argument("-o", type=Path, required=True, help="folder of predictions and results")
     args = parser.parse_args()
     for experiment in EXPERIMENTS:
         if args.d is None or experiment.dataset_id in args.d:
             models = train(experiment, args.device)
-            rows = compare(experiment, models, args.device, args.o / experiment.dataset)
+            rows = compare(experiment, models, args.device, args.o / experiment.dataset, args.cases)
             folder = ROOT / "docs" / "results" / experiment.dataset
             folder.mkdir(parents=True, exist_ok=True)
             machine = {"processor": platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
@@ -105,11 +106,13 @@ def add_low_resolution(experiment: Experiment) -> None:
         run(f"nnUNetv2_preprocess -d {experiment.dataset_id} -plans_name {PLANS} -c {LOW_RESOLUTION} -np 2")
 
 
-def compare(experiment: Experiment, models: dict[str, Path], device_name: str, folder: Path) -> list[dict[str, Any]]:
+def compare(
+    experiment: Experiment, models: dict[str, Path], device_name: str, folder: Path, num_cases: int | None
+) -> list[dict[str, Any]]:
     """Dice and seconds of each method on the validation cases."""
     raw = Path(os.environ["nnUNet_raw"]) / experiment.dataset
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / experiment.dataset
-    keys = json.loads((preprocessed / "splits_final.json").read_text())[0]["val"]
+    keys = json.loads((preprocessed / "splits_final.json").read_text())[0]["val"][:num_cases]
     device = prepare_device(device_name)
     common: dict[str, Any] = {"use_mirroring": False, "device": device, "allow_tqdm": False}
     common["perform_everything_on_device"] = device.type == "cuda"
