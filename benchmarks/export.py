@@ -133,9 +133,7 @@ def measure(args: argparse.Namespace, method: str, classes: int) -> dict[str, An
 
         before, started = peak_gib(), time.perf_counter()
         model = FusedModel(coarse_Cdhw, starts_K3, weights, computed)
-        prediction = FusedPrediction(
-            [model], grid.patch_size, (3, 3, 3), grid.volume_shape, LabelEncoding(classes), windows_at_once=4
-        )
+        prediction = FusedPrediction([model], grid.patch_size, (3, 3, 3), LabelEncoding(classes), windows_at_once=4)
         axes = [linear_axis(n, m) for n, m in zip(grid.volume_shape, image, strict=True)]
         planes = planes_for(MEMORY_OF_PLANES, classes, h, w)
         labels = segment(prediction, axes, (0, 0, 0), grid.volume_shape, planes)

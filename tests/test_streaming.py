@@ -85,7 +85,7 @@ def test_equals_stock_export(inside, target, factor, num_windows, regions, separ
         (nearest_axis if axis == separate else linear_axis)(n, m)
         for axis, (n, m) in enumerate(zip(inside, target, strict=True))
     ]
-    prediction = FusedPrediction(models, patch_size, factor, shape, encoding, windows_at_once=3)
+    prediction = FusedPrediction(models, patch_size, factor, encoding, windows_at_once=3)
     labels = segment(prediction, axes, offset, inside, planes_at_once)
     assert differences(labels, reference, encoding) == 0
 
@@ -97,7 +97,7 @@ def test_tiles_and_parts_of_points(monkeypatch):
 
 
 def test_windows_are_asked_for_once_when_their_planes_come_and_dropped_after():
-    patch_size, shape, asked, held = (4, 4, 4), (16, 8, 8), [], []
+    patch_size, asked, held = (4, 4, 4), [], []
     starts = torch.tensor([[12, 0, 0], [0, 4, 4], [4, 2, 2], [0, 0, 0]])
 
     def windows(starts_K3):
@@ -105,7 +105,7 @@ def test_windows_are_asked_for_once_when_their_planes_come_and_dropped_after():
         return torch.zeros(len(starts_K3), 5, *patch_size)
 
     model = FusedModel(torch.randn(5, 8, 4, 4), starts, FusionWeights(*torch.ones(3, 5)), windows)
-    prediction = FusedPrediction([model], patch_size, (2, 2, 2), shape, LABELS)
+    prediction = FusedPrediction([model], patch_size, (2, 2, 2), LABELS)
     for first in range(0, 16, 2):
         prediction.planes(first, first + 2, [slice(0, 8), slice(0, 8)])
         held.append((len(asked), len(prediction._open[0].windows)))

@@ -161,7 +161,6 @@ class NMSWPredictor(LogitsPredictor):
                 models,
                 network.patch_size,
                 network.config.downsampling_factor,
-                spatial_shape(padded),
                 LabelEncoding.of(self.label_manager),
                 patches_at_once(network.patch_size),
             )

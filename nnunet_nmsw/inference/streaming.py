@@ -78,7 +78,6 @@ class FusedPrediction:
         models: of the ensemble; their logits are averaged.
         patch_size: voxels of a window.
         factor: voxels of the volume per low-resolution voxel.
-        volume_shape: of the padded volume.
         encoding: of the labels.
         windows_at_once: how many windows to ask a model for at a time.
     """
@@ -88,12 +87,11 @@ class FusedPrediction:
         models: Sequence[FusedModel],
         patch_size: Shape,
         factor: Shape,
-        volume_shape: Shape,
         encoding: LabelEncoding,
         windows_at_once: int = 1,
     ) -> None:
         self.models = models
-        self.patch_size, self.factor, self.volume_shape = patch_size, factor, volume_shape
+        self.patch_size, self.factor = patch_size, factor
         self.encoding = encoding
         self.coarse_logits_Cdhw = torch.stack([model.coarse_logits_Cdhw for model in models]).mean(0)
         self.device = self.coarse_logits_Cdhw.device
