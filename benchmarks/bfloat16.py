@@ -34,8 +34,8 @@ def main() -> None:
 def leave_out_what_is_not_finite(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Let a step with a gradient that is not finite change nothing.
 
-    oneDNN's bfloat16 weight gradient of some small convolutions reads memory that nobody wrote: mostly noise, now and then
-    NaN, and one is the end of a training. In float32 it does not happen.
+    oneDNN's bfloat16 weight gradient of some small convolutions reads memory that nobody wrote: mostly noise, now and
+    then NaN, and one is the end of a training. In float32 it does not happen.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

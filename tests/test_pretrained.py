@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from tiny import build_network
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from test_backbones import folders, new_trainer  # noqa: F401
+from tiny import build_network, make_plans
 from torch import nn
 
 from nnunet_nmsw.errors import UserError
@@ -109,3 +111,20 @@ def test_a_frozen_local_branch_keeps_no_activations_and_stays_in_evaluation_mode
         logits = build_network(freeze_local_branch=True, windows_at_once=windows_at_once)._local_logits(patches)
         assert not logits.requires_grad
         assert torch.allclose(logits, network.local_branch(patches), atol=1e-5)
+
+
+@pytest.mark.usefixtures("folders")
+def test_the_trainer_loads_them_before_it_compiles_and_trains(tmp_path, monkeypatch):
+    file = tmp_path / "stock.pth"
+    torch.save({"network_weights": other_weights(build_network().local_branch)}, file)
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "4", "3d_fullres", "0", "-pretrained_weights", str(file)])
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)  # as on a GPU
+    trainer = new_trainer(make_plans())
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(file))  # what nnU-Net does next
+    network = trainer._plain_network()
+    assert network.local_branch._compiled_call_impl is not None
+    loaded = {name for name, weight in network.state_dict().items() if (weight == 0.25).all()}
+    assert {name for name in network.state_dict() if name.startswith("local_branch.encoder.")} <= loaded
+    trainer._unwrap_pretrained()
+    assert trainer.network is network

@@ -14,6 +14,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import resample_and_save
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_nmsw.inference.automatic import FILE, STOP_AT, Measured, write_calibration
 from nnunet_nmsw.inference.interpolation import linear_axis
@@ -21,6 +22,7 @@ from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import NMSWNetwork
 from nnunet_nmsw.trainers.distributed import DistributedTrainer, gather_over_processes
+from nnunet_nmsw.trainers.pretrained import AlreadyLoaded
 
 CASES_BETWEEN_BARRIERS = 20
 """As in nnU-Net: a process that waits too long for the others fails, so all wait for each other every so many cases."""
@@ -156,7 +158,9 @@ class TrainerWithNMSWValidation(DistributedTrainer):
             )
 
     def _plain_network(self) -> NMSWNetwork:
-        network = self.network.module if self.is_ddp else self.network
+        network = self.network.network if isinstance(self.network, AlreadyLoaded) else self.network
+        if isinstance(network, DistributedDataParallel):
+            network = network.module
         assert isinstance(network, NMSWNetwork)
         return network
 
