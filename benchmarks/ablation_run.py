@@ -112,7 +112,7 @@ def evaluate(trainer: nnUNetTrainer) -> dict[str, Any]:
             predictions = iter([("sliding window", "all", case.sliding_window())])
         sizes.append(len(case.grid))
         for method, k, prediction_DHW in predictions:
-            scores = dice_by_class(prediction_DHW, case.labels_DHW, case.encoding)
+            scores = case.encoding.dice(case.labels_DHW, prediction_DHW).numpy()
             dice.setdefault(method, {}).setdefault(str(k), []).append(scores)
         for stop_at, windows in case.automatic.items():
             taken.setdefault(str(stop_at), []).append(windows)
@@ -228,12 +228,6 @@ class Case:
         return fused_segmentation(
             patches, starts_K3, coarse_Cdhw, weights, self.grid.volume_shape, factor, self.encoding
         )
-
-
-def dice_by_class(prediction_DHW: Tensor, labels_DHW: Tensor, encoding: LabelEncoding) -> np.ndarray:
-    """Dice of the foreground classes; NaN for one that neither has, as in nnU-Net."""
-    hit_C, wrong_C, missed_C = (count.double() for count in encoding.hits(labels_DHW, prediction_DHW))
-    return (2 * hit_C / (2 * hit_C + wrong_C + missed_C)).numpy()
 
 
 if __name__ == "__main__":

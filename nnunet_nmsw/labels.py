@@ -133,6 +133,11 @@ class LabelEncoding:
         false_positive_C, false_negative_C = predicted_C - true_positive_C, reference_C - true_positive_C
         return true_positive_C[foreground], false_positive_C[foreground], false_negative_C[foreground]
 
+    def dice(self, labels_V: Tensor, prediction_V: Tensor) -> Tensor:
+        """Dice by foreground label or region, float64; NaN for one that neither has, as in nnU-Net. See `hits`."""
+        hit_C, wrong_C, missed_C = (count.double() for count in self.hits(labels_V, prediction_V))
+        return 2 * hit_C / (2 * hit_C + wrong_C + missed_C)
+
 
 def entropy(logits_CV: Tensor, regions: bool) -> Tensor:
     """Entropy of a prediction in nats, shape V: of the softmax over labels, or summed over the regions' sigmoids."""

@@ -63,6 +63,12 @@ def resampling_axes(
     ]
 
 
+def labels_of(decisions: Tensor, labels: LabelManager) -> np.ndarray:
+    """Labels, integers of any shape, of decisions: of regions their numbers, see `streaming.decided`."""
+    numbers: np.ndarray = decisions.numpy()
+    return np.array([0, *labels.regions_class_order])[numbers] if labels.has_regions else numbers
+
+
 def in_image(
     decisions_ZYX: Tensor, plans: PlansManager, labels: LabelManager, properties: dict[str, Any]
 ) -> np.ndarray:
@@ -75,11 +81,9 @@ def in_image(
         properties: nnU-Net's of the preprocessed image.
     """
     dtype = np.uint8 if len(labels.foreground_labels) < 255 else np.uint16
-    segmentation = decisions_ZYX.numpy()
-    if labels.has_regions:
-        segmentation = np.array([0, *labels.regions_class_order], dtype)[segmentation]
     image = np.zeros(properties["shape_before_cropping"], dtype)
-    image = insert_crop_into_image(image, segmentation.astype(dtype), properties["bbox_used_for_cropping"])
+    segmentation = labels_of(decisions_ZYX, labels).astype(dtype)
+    image = insert_crop_into_image(image, segmentation, properties["bbox_used_for_cropping"])
     transposed: np.ndarray = image.transpose(plans.transpose_backward)
     return transposed
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch, read_checkpoint
@@ -21,18 +19,12 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
 
     freezes_local_branch = True
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        # There is nothing to supervise.
+    has_local_branch = False
+
+    def initialize(self) -> None:
+        """See the parent. There is nothing to supervise in the local branch."""
         self.enable_deep_supervision = False
-        self.has_local_branch = False
+        super().initialize()
 
     def load_pretrained_weights(self, file: Path) -> None:
         """Load the local branch, segmentation layers included.

@@ -17,6 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_nmsw.inference.automatic import FILE, STOP_AT, Measured, write_calibration
+from nnunet_nmsw.inference.export import labels_of
 from nnunet_nmsw.inference.interpolation import linear_axis
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.labels import LabelEncoding
@@ -84,40 +85,33 @@ class TrainerWithNMSWValidation(DistributedTrainer):
         encoding = LabelEncoding.of(self.label_manager)
         measured: Measured = {stop_at: [] for stop_at in STOP_AT}
         predictor.num_patches, predictor.use_mirroring = "auto", False
+        for _, volume, segmentation, _ in self._preprocessed_cases(keys):
+            labels_DHW = torch.from_numpy(np.asarray(segmentation[0], dtype=np.int64)).clamp_min(0)
+            axes = [linear_axis(n, n) for n in volume.shape[1:]]
+            for predictor.stop_at in STOP_AT:
+                predictor.chosen_windows = []
+                prediction = labels_of(predictor.decide(volume, axes), self.label_manager)
+                dice_C = encoding.dice(labels_DHW, torch.from_numpy(prediction.astype(np.int64))).numpy()
+                measured[predictor.stop_at].append((len(predictor.chosen_windows[0].starts), dice_C))
+        return measured
+
+    def _preprocessed_cases(self, keys: list[str]) -> Iterator[tuple[str, torch.Tensor, Any, dict[str, Any]]]:
+        """Key, volume with the cascade's channels, segmentation as nnU-Net loads it, and properties of cases."""
         dataset = self.dataset_class(
             self.preprocessed_dataset_folder,
             keys,
             folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
         )
-        numbers = np.array([0, *self.label_manager.regions_class_order] if encoding.has_regions else [])
         for key in dataset.identifiers:
-            data, segmentation, previous, _ = dataset.load_case(key)
-            volume = self._with_previous(np.array(data[:]), previous)
-            labels_DHW = torch.from_numpy(np.asarray(segmentation[0], dtype=np.int64)).clamp_min(0)
-            axes = [linear_axis(n, n) for n in volume.shape[1:]]
-            for predictor.stop_at in STOP_AT:
-                predictor.chosen_windows = []
-                prediction_DHW = predictor.decide(volume, axes)
-                if encoding.has_regions:
-                    prediction_DHW = torch.from_numpy(numbers[prediction_DHW.numpy()])
-                hit_C, wrong_C, missed_C = (n.double() for n in encoding.hits(labels_DHW, prediction_DHW.long()))
-                dice_C = (2 * hit_C / (2 * hit_C + wrong_C + missed_C)).numpy()
-                measured[predictor.stop_at].append((len(predictor.chosen_windows[0].starts), dice_C))
-        return measured
+            data, segmentation, previous, properties = dataset.load_case(key)
+            yield key, self._with_previous(np.array(data[:]), previous), segmentation, properties
 
     def _validation_cases(
         self, keys: list[str], output_folder: str, predictor: NMSWPredictor
     ) -> Iterator[dict[str, Any]]:
-        dataset = self.dataset_class(
-            self.preprocessed_dataset_folder,
-            self.own_share(keys),
-            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
-        )
         cases_of_every_process = len(keys) // self.num_processes
-        for number, key in enumerate(dataset.identifiers, 1):
+        for number, (key, volume, _, properties) in enumerate(self._preprocessed_cases(self.own_share(keys)), 1):
             self.print_to_log_file(f"predicting {key}")
-            data, _, previous, properties = dataset.load_case(key)
-            volume = self._with_previous(np.array(data[:]), previous)
             yield {"data": volume, "data_properties": properties, "ofile": join(output_folder, key)}
             # It is predicted by the time the next one is asked for.
             if isinstance(predictor, PredictorThatRemembers):
