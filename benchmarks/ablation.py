@@ -60,6 +60,9 @@ PAPER = {
 
 BENEFIT = {**PAPER, "gradient_path": "none", "benefit_loss_weight": 0.1, "selection": "greedy_benefit"}
 FUSED = {**BENEFIT, "fuse_random_windows": True, "fusion": "affine"}
+DEFAULT = {**FUSED, "score_map": "gated"}
+PATH = {**DEFAULT, "benefit_loss_weight": 0.0}
+BATCH_NORM = {"arch_kwargs": {"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d"}}
 ARMS: dict[str, dict[str, Any]] = {
     STOCK: {},
     # how scores are trained
@@ -73,7 +76,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "benefit_fused": FUSED,
     "benefit_fused_class_weights": {**FUSED, "fusion": "class_weights"},
     "benefit_fused_1_3": {**FUSED, "sampled_windows": 1, "random_windows": 3},
-    "benefit_fused_gated": {**FUSED, "score_map": "gated"},
+    "benefit_fused_gated": DEFAULT,
     "benefit_fused_plus_entropy": {**FUSED, "score_map": "plus_entropy"},
     "benefit_fused_times_entropy": {**FUSED, "score_map": "times_entropy"},
     "benefit_fused_dice": {**FUSED, "benefit": "dice"},
@@ -81,6 +84,27 @@ ARMS: dict[str, dict[str, Any]] = {
     # branches that help each other, and which loss trains the local one
     "benefit_fused_distillation": {**FUSED, "distillation_weight": 0.3},
     "benefit_fused_local_3": {**FUSED, "local_loss_weight": 3.0},
+    # the default with one thing changed: how scores are trained,
+    "path_input": {**PATH, "gradient_path": "input"},
+    "path_logits": {**PATH, "gradient_path": "contribution_logits"},
+    "path_contribution": {**PATH, "gradient_path": "contribution"},
+    "path_contribution_baseline": {**PATH, "gradient_path": "contribution", "gradient_baseline": True},
+    "path_contribution_no_bonus": {**PATH, "gradient_path": "contribution", "entropy_weight": 0.0},
+    "path_input_temperature_2": {**PATH, "gradient_path": "input", "temperature": 2.0},
+    # which windows a step looks at,
+    "default_1_3": {**DEFAULT, "sampled_windows": 1, "random_windows": 3},
+    "default_3_1": {**DEFAULT, "sampled_windows": 3, "random_windows": 1},
+    "default_no_candidates": {**DEFAULT, "candidate_threshold": 0.0},
+    # fusion and distillation,
+    "default_class_weights": {**DEFAULT, "fusion": "class_weights"},
+    "default_sampled_fused": {**DEFAULT, "fuse_random_windows": False},
+    "default_distillation": {**DEFAULT, "distillation_weight": 0.3},
+    # and the global branch: width 1.0 makes the factor 4 on the phantom, so that the branch costs no more
+    "default_width_050": {**DEFAULT, "global_width": 0.5},
+    "default_width_100": {**DEFAULT, "global_width": 1.0},
+    "default_factor_2": {**DEFAULT, "downsampling_factor": [2, 2, 2]},
+    "default_factor_4": {**DEFAULT, "downsampling_factor": [4, 4, 4]},
+    "default_batch_norm": {**DEFAULT, "global_architecture": BATCH_NORM},
 }
 SELECTION_ARMS = ("benefit_fused_gated",)
 """Arms with whose networks all ways of picking windows are compared."""

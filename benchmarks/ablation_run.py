@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ablation_fusions import fused_labels, fusions
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -194,10 +195,29 @@ class Case:
         for method, windows in choose.items():
             for k in NUM_PATCHES:
                 yield method, k, self.fused(windows(resolve_num_patches(k, len(self.grid))))
+        yield from self.other_fusions()
         for stop_at in STOP_AT:
             starts_K3 = self.network.select(self.coarse, self.grid, len(self.grid), "greedy_benefit", stop_at).starts_K3
             self.automatic[stop_at] = len(starts_K3)
             yield "automatic", str(stop_at), self.fused(starts_K3)
+
+    def other_fusions(self) -> Iterator[tuple[str, int | str, Tensor]]:
+        """Labels of the same patches, fused in other ways than the trained one."""
+        for k in (10, len(self.grid)):
+            chosen = self.network.select(self.coarse, self.grid, k)
+            # The fusion by window trusts the window with the largest predicted benefit fully, the others less.
+            weight_K = (chosen.scores_K / chosen.scores_K.max().clamp_min(1e-6)).clamp(0, 1)
+            for name, fusion in fusions(self.network.fusion_weights).items():
+                labels_DHW = fused_labels(
+                    fusion,
+                    self.patches(chosen.starts_K3),
+                    chosen.starts_K3,
+                    weight_K,
+                    self.coarse.logits_Cdhw.float(),
+                    self.grid.volume_shape,
+                    self.grid.downsampling_factor,
+                )
+                yield name, "all" if k == len(self.grid) else k, labels_DHW
 
     def learned(self, selection: str, k: int) -> Tensor:
         """First voxels of the windows of one of the network's selections."""
