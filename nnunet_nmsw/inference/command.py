@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
         "-npp",
         type=int,
         default=int(os.environ.get("nnUNet_npp") or 3),
-        help="preprocessing processes, 0 for none beside this. Default: 3",
+        help="cases that are preprocessed while others are predicted. Default: 3",
     )
     add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="files written at a time. Default: 3")
     add("-num_parts", type=int, default=1, help="number of nmsw_predict calls that share the folder. Default: 1")

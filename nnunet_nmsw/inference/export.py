@@ -19,23 +19,13 @@ from torch import Tensor
 
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.inference.interpolation import Axis, linear_axis, nearest_axis
-
-KNOWN_RESAMPLING = "resample_data_or_seg_to_shape"
-"""nnU-Net's default for probabilities: linear, of order 0 along the axis of an anisotropic image."""
+from nnunet_nmsw.inference.resampling import is_known
 
 
 def can_stream(configuration: ConfigurationManager) -> bool:
-    """Whether the plans resample probabilities in a way that `resampling_axes` knows."""
-    settings = configuration.configuration
-    keywords = settings["resampling_fn_probabilities_kwargs"]
-    known = {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"}
-    return (
-        settings["resampling_fn_probabilities"] == KNOWN_RESAMPLING
-        and keywords.get("order") == 1
-        and keywords.get("order_z", 0) == 0
-        and not keywords.get("is_seg", False)
-        and set(keywords) <= known
-    )
+    """Whether the plans resample probabilities in a way that `resampling_axes` knows: linearly."""
+    linear = configuration.configuration["resampling_fn_probabilities_kwargs"].get("order") == 1
+    return linear and is_known(configuration, "probabilities")
 
 
 def resampling_axes(

@@ -17,10 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.inference.data_iterators import PreprocessAdapter
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
@@ -33,6 +30,7 @@ from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, stop_at_of_folds
 from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.interpolation import Axis
 from nnunet_nmsw.inference.logits import LogitsPredictor, spatial_shape
+from nnunet_nmsw.inference.preprocessing import preprocessed_cases
 from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.labels import LabelEncoding
@@ -194,18 +192,19 @@ class NMSWPredictor(LogitsPredictor):
         one; then a list of them, or of None where they are written, comes back.
 
         Raises:
-            UserError: labels cannot be written; all other cases are.
+            UserError: an image cannot be read or labels cannot be written; all other cases are there.
         """
-        cases = self._follow(data_iterator)
+        failed: list[UserError] = []
+        cases = self._follow(data_iterator, failed)
         reason_for_logits = self._reason_for_logits(save_probabilities)
         if reason_for_logits is None:
-            results = self._predict_and_write(cases, num_processes_segmentation_export)
+            results = self._predict_and_write(cases, num_processes_segmentation_export, failed)
         else:
             print(f"Logits of whole volumes are kept, which takes time and memory: {reason_for_logits}")
             num_processes = max(1, num_processes_segmentation_export)
             results = super().predict_from_data_iterator(cases, save_probabilities, num_processes)
-        if isinstance(data_iterator, MultiThreadedAugmenter):
-            data_iterator._finish()
+        if failed:
+            raise UserError("; ".join(map(str, failed)))
         return results
 
     def predict_from_files_sequential(
@@ -241,7 +240,9 @@ class NMSWPredictor(LogitsPredictor):
             return f"the plans resample probabilities with {function} and settings of their own"
         return None
 
-    def _predict_and_write(self, cases: Iterable[dict[str, Any]], num_writers: int) -> list[Any]:
+    def _predict_and_write(
+        self, cases: Iterable[dict[str, Any]], num_writers: int, failed: list[UserError]
+    ) -> list[Any]:
         """Labels of the cases without a file; the others' are written while the next are predicted."""
         written: list[Any] = []
         with ThreadPoolExecutor(max(1, num_writers)) as writers:
@@ -259,9 +260,12 @@ class NMSWPredictor(LogitsPredictor):
                 written.append(writers.submit(write_labels, segmentation, *arguments))
         compute_gaussian.cache_clear()
         empty_cache(self.device)
-        failed = [str(job.exception()) for job in written if isinstance(job, Future) and job.exception() is not None]
-        if failed:
-            raise UserError("; ".join(failed))
+        for job in written:
+            error = job.exception() if isinstance(job, Future) else None
+            if isinstance(error, UserError):
+                failed.append(error)
+            elif error is not None:
+                raise error
         return [None if isinstance(job, Future) else job for job in written]
 
     def _internal_get_data_iterator_from_lists_of_filenames(
@@ -272,16 +276,19 @@ class NMSWPredictor(LogitsPredictor):
         num_processes: int,
     ) -> Any:
         self._num_cases = len(input_list_of_lists)
-        if self._num_cases == 1:
-            num_processes = 0  # nothing to do meanwhile, and a process takes seconds to start
         return preprocessed_cases(
             self, input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
         )
 
-    def _follow(self, data_iterator: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Pass the cases on; each is predicted by the time the next is asked for."""
+    def _follow(self, data_iterator: Iterable[dict[str, Any]], failed: list[UserError]) -> Iterator[dict[str, Any]]:
+        """Pass the cases on, but for those that cannot be read; each is predicted by the time the next is asked for."""
         with tqdm(total=self._num_cases, desc="cases", disable=not self.allow_tqdm, position=1, leave=False) as bar:
             for case in data_iterator:
+                if "error" in case:
+                    print(case["error"])
+                    failed.append(case["error"])
+                    bar.update()
+                    continue
                 yield case
                 if self.save_patches and case["ofile"] is not None:
                     folder, name = os.path.split(case["ofile"])
@@ -294,27 +301,6 @@ class NMSWPredictor(LogitsPredictor):
                         self.dataset_json["file_ending"],
                     )
                 bar.update()
-
-
-def preprocessed_cases(
-    predictor: nnUNetPredictor,
-    images: list[list[str]],
-    previous_stage: list[str] | None,
-    outputs: list[str] | None,
-    num_processes: int,
-) -> Iterable[dict[str, Any]]:
-    """Cases as a predictor's plans preprocess them, by so many processes beside this or, with 0, by this one."""
-    if num_processes > 0:
-        cases: Iterable[dict[str, Any]] = nnUNetPredictor._internal_get_data_iterator_from_lists_of_filenames(
-            predictor, images, previous_stage, outputs, num_processes
-        )
-        return cases
-    configuration = predictor.configuration_manager
-    preprocessor = configuration.preprocessor_class(verbose=predictor.verbose_preprocessing)
-    in_this: Iterable[dict[str, Any]] = PreprocessAdapter(
-        images, previous_stage, preprocessor, outputs, predictor.plans_manager, predictor.dataset_json, configuration
-    )
-    return in_this
 
 
 def patches_at_once(patch_size: Sequence[int]) -> int:

@@ -21,7 +21,8 @@ from torch._dynamo import OptimizedModule
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.geometry import Shape, low_shape
-from nnunet_nmsw.inference.predictor import NMSWPredictor, preprocessed_cases
+from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.inference.preprocessing import preprocessed_cases
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
 
 
@@ -115,6 +116,9 @@ class TwoModelPredictor(NMSWPredictor):
 
         def both() -> Iterator[dict[str, Any]]:
             for case, coarse in zip(of_local, of_global, strict=True):
+                if "error" in coarse:
+                    yield coarse
+                    continue
                 self._volume_of_global_model = coarse["data"]
                 yield case  # predicted by the time the next is asked for
 
