@@ -178,6 +178,7 @@ def train_and_evaluate(
     }
     command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset_id), "-p", plans]
     command += ["--evaluate"] if args.evaluate else []
+    command += [] if arm in SELECTION_ARMS else ["--own_selection"]
     command += ["-tr", f"{trainer}_{length}", "-seed", str(seed), "-device", args.device, "-o", str(results)]
     print(f"{dataset.name} {arm} seed {seed}", flush=True)
     with open(results.with_suffix(".log"), "w") as log:

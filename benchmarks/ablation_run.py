@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, required=True, help="JSON file")
     parser.add_argument("--evaluate", action="store_true", help="only measure again what was trained")
+    parser.add_argument("--own_selection", action="store_true", help="leave out the ways to pick windows of other arms")
     args = parser.parse_args()
     device = torch.device(args.device)
     # The cache of cast weights lives until autocast ends, which here is after the last optimiser step.
@@ -68,7 +69,7 @@ def main() -> None:
             started = time.perf_counter()
             trainer.run_training()
             seconds = time.perf_counter() - started
-        results = evaluate(trainer)
+        results = evaluate(trainer, args.own_selection)
     if args.evaluate:
         results = {**json.loads(args.o.read_text()), **results}
     else:
@@ -91,8 +92,12 @@ def keep_gradients_finite(network: torch.nn.Module) -> None:
 
 
 @torch.inference_mode()
-def evaluate(trainer: nnUNetTrainer) -> dict[str, Any]:
+def evaluate(trainer: nnUNetTrainer, own_selection: bool) -> dict[str, Any]:
     """Dice of every method on the validation cases, at the spacing of training.
+
+    Args:
+        trainer: trained.
+        own_selection: pick windows as the settings say, and by the oracle.
 
     Returns:
         `dice`: by method and K, a list of Dice by class, means over the cases that have a value; `windows`: mean number
@@ -107,7 +112,7 @@ def evaluate(trainer: nnUNetTrainer) -> dict[str, Any]:
     for key, volume_CDHW, labels_DHW in validation_cases(trainer, patch_size):
         if isinstance(network, NMSWNetwork):
             case = Case(network, volume_CDHW, labels_DHW, trainer.device, seed=sum(map(ord, key)))
-            predictions = case.predictions()
+            predictions = case.predictions(own_selection)
         else:
             case = Case(as_nmsw(network, trainer), volume_CDHW, labels_DHW, trainer.device, seed=0)
             predictions = iter([("sliding window", "all", case.sliding_window())])
@@ -172,8 +177,8 @@ class Case:
             self.logits.update({tuple(start): patch.half() for start, patch in zip(starts, logits, strict=True)})
         return torch.stack([self.logits[tuple(start)].float() for start in starts_K3.tolist()])
 
-    def predictions(self) -> Iterator[tuple[str, int | str, Tensor]]:
-        """Method, K and labels of each method at each K."""
+    def predictions(self, own_selection: bool) -> Iterator[tuple[str, int | str, Tensor]]:
+        """Method, K and labels of each method at each K, of all methods or of those that every arm needs."""
         yield "sliding window", "all", self.sliding_window()
         yield "global branch", "0", self.fused(self.grid.starts_N3[:0])
         yield "all windows", "all", self.fused(self.grid.starts_N3)
@@ -192,9 +197,13 @@ class Case:
             "random": lambda k: random_windows(*arguments, k, self.seed).starts_K3,
             "oracle": lambda k: self.grid.starts_N3[oracle[:k]],
         }
+        if own_selection:
+            choose = {name: choose[name] for name in (self.network.config.selection, "oracle")}
         for method, windows in choose.items():
             for k in NUM_PATCHES:
                 yield method, k, self.fused(windows(resolve_num_patches(k, len(self.grid))))
+        if own_selection:
+            return
         yield from self.other_fusions()
         for stop_at in STOP_AT:
             starts_K3 = self.network.select(self.coarse, self.grid, len(self.grid), "greedy_benefit", stop_at).starts_K3
