@@ -1,5 +1,7 @@
 """Labels without logits volumes, against stock export of the same fused logits."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -85,7 +87,8 @@ def test_equals_stock_export(inside, target, factor, num_windows, regions, separ
         (nearest_axis if axis == separate else linear_axis)(n, m)
         for axis, (n, m) in enumerate(zip(inside, target, strict=True))
     ]
-    prediction = FusedPrediction(models, patch_size, factor, encoding, windows_at_once=3)
+    memory = (math.inf, 0, 2000 * encoding.num_channels)[seed % 3]  # for all windows, for none, for two
+    prediction = FusedPrediction(models, patch_size, factor, encoding, windows_at_once=3, memory_of_windows=memory)
     labels = segment(prediction, axes, offset, inside, planes_at_once)
     assert differences(labels, reference, encoding) == 0
 

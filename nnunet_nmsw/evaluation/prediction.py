@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -32,6 +30,7 @@ from nnunet_nmsw.evaluation.selectors import entropy_windows, no_windows, object
 from nnunet_nmsw.geometry import WindowGrid, crop, window_slices
 from nnunet_nmsw.inference.command import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.inference.tensor_file import TensorFile
 from nnunet_nmsw.network import CoarsePrediction, WindowChoice
 from nnunet_nmsw.precision import mixed_precision
 
@@ -53,9 +52,7 @@ def count_macs(call: Callable[[], Result]) -> tuple[Result, int]:
 
 
 class PatchStore:
-    """Patch logits of one network on one case, in a temporary file that the page cache keeps in memory if it can.
-
-    The file lies where the environment variable TMPDIR says.
+    """Patch logits of one network on one case, in a `TensorFile`.
 
     Args:
         positions: what to keep; other patches are for one method alone.
@@ -63,29 +60,20 @@ class PatchStore:
 
     def __init__(self, positions: Iterable[Position]) -> None:
         self.positions = frozenset(positions)
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        self._file = TensorFile()
         self._offsets: dict[Position, int] = {}
-        self._shape = torch.Size()
-        self._dtype = torch.float32
 
     def __contains__(self, position: Position) -> bool:
         return position in self._offsets
 
     def put(self, position: Position, logits: Tensor) -> None:
         """Keep a patch if its position is to be kept; all have one shape and type."""
-        if position not in self.positions:
-            return
-        if not self._offsets:
-            self._shape, self._dtype = logits.shape, logits.dtype
-        assert (logits.shape, logits.dtype) == (self._shape, self._dtype)
-        self._offsets[position] = self._file.seek(0, os.SEEK_END)
-        self._file.write(logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if position in self.positions:
+            self._offsets[position] = self._file.put(logits)
 
     def get(self, position: Position) -> Tensor:
         """A patch that was put, as a new tensor on the host."""
-        self._file.seek(self._offsets[position])
-        size = self._shape.numel() * self._dtype.itemsize
-        return torch.frombuffer(bytearray(self._file.read(size)), dtype=self._dtype).view(self._shape)
+        return self._file.get(self._offsets[position])
 
     def close(self) -> None:
         """Delete the file."""

@@ -20,6 +20,7 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from nnunet_nmsw.config import PLANS_KEY, parse_num_patches
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP
+from nnunet_nmsw.inference.memory import parse_memory
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 
@@ -65,7 +66,7 @@ def make_predictor(args: argparse.Namespace, num_patches: int | str | None) -> N
         "allow_tqdm": not args.disable_progress_bar,
     }
     of_nmsw: dict[str, Any] = {"num_patches": num_patches, "save_patches": args.save_patches, **of_stock}
-    of_nmsw["max_drop"] = args.max_drop
+    of_nmsw |= {"max_drop": args.max_drop, "max_memory": args.max_memory and parse_memory(args.max_memory)}
     if args.global_model is None:
         return NMSWPredictor(**of_nmsw)
     folder = _checked_model(args.global_model)
@@ -178,6 +179,8 @@ def _check_model_flags(args: argparse.Namespace) -> None:
         raise UserError("--global_model and --local_model are folders, without -m, -d, -tr, -p and -c")
     if args.global_model is not None and args.k == "auto":
         raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; two stock models do not")
+    if args.global_model is not None and args.max_memory is not None:
+        raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
     if not args.max_drop >= 0:
         raise UserError(f"--max_drop is {args.max_drop}: give a Dice of 0 or more, such as {DEFAULT_MAX_DROP}")
 
@@ -303,6 +306,11 @@ def _parser() -> argparse.ArgumentParser:
         help="cases that are preprocessed while others are predicted. Default: 3",
     )
     add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="files written at a time. Default: 3")
+    add(
+        "--max_memory",
+        metavar="AMOUNT",
+        help="memory of the host to keep within, such as 8G: fewer things go on at a time. Default: no bound",
+    )
     add("-num_parts", type=int, default=1, help="number of nmsw_predict calls that share the folder. Default: 1")
     add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
     add(

@@ -56,7 +56,7 @@ def resampling_axes(
 def labels_of(decisions: Tensor, labels: LabelManager) -> np.ndarray:
     """Labels, integers of any shape, of decisions: of regions their numbers, see `streaming.decided`."""
     numbers: np.ndarray = decisions.numpy()
-    return np.array([0, *labels.regions_class_order])[numbers] if labels.has_regions else numbers
+    return np.array([0, *labels.regions_class_order], numbers.dtype)[numbers] if labels.has_regions else numbers
 
 
 def in_image(

@@ -149,11 +149,13 @@ class LogitsPredictor(nnUNetPredictor):
         mirror_axes = self.allowed_mirroring_axes if self.use_mirroring else None
         axes = [axis + 2 for axis in mirror_axes or ()]
         flips = list(itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)))
-        with mixed_precision(self.device):
-            predictions = [(network.coarse(low_1Cdhw.flip(flip)), [axis - 2 for axis in flip]) for flip in flips]
-        logits = [prediction.logits_Cdhw.flip([axis + 1 for axis in flip]) for prediction, flip in predictions]
-        score_maps = [prediction.score_map_dhw.flip(flip) for prediction, flip in predictions]
-        return CoarsePrediction(torch.stack(logits).mean(0), torch.stack(score_maps).mean(0))
+        logits_Cdhw, score_map_dhw = torch.zeros(()), torch.zeros(())
+        for flip in flips:
+            with mixed_precision(self.device):
+                coarse = network.coarse(low_1Cdhw.flip(flip))
+            logits_Cdhw = logits_Cdhw.to(self.device) + coarse.logits_Cdhw.flip([axis - 1 for axis in flip])
+            score_map_dhw = score_map_dhw.to(self.device) + coarse.score_map_dhw.flip([axis - 2 for axis in flip])
+        return CoarsePrediction(logits_Cdhw / len(flips), score_map_dhw / len(flips))
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """Logits of a preprocessed volume, averaged over the folds of the ensemble."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,8 +32,17 @@ from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, stop_at_of_folds
 from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.interpolation import Axis
 from nnunet_nmsw.inference.logits import LogitsPredictor, spatial_shape
+from nnunet_nmsw.inference.memory import (
+    Share,
+    in_words,
+    memory_of_process,
+    most_memory_of_process,
+    needs_of,
+    share_out,
+    size_of,
+)
 from nnunet_nmsw.inference.preprocessing import preprocessed_cases
-from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
+from nnunet_nmsw.inference.streaming import FEWEST_PLANES, FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.precision import mixed_precision
@@ -53,6 +64,7 @@ class NMSWPredictor(LogitsPredictor):
         use_global_branch: fuse with the coarse prediction. Without it and with all windows the result is nnU-Net's
             sliding window, bit for bit.
         max_drop: with "auto", how much Dice, of 1, may be lost for fewer patches.
+        max_memory: bytes that this process may have on the host while it predicts files; see `inference.memory`.
         **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
     """
 
@@ -62,11 +74,14 @@ class NMSWPredictor(LogitsPredictor):
         save_patches: bool = False,
         use_global_branch: bool = True,
         max_drop: float = DEFAULT_MAX_DROP,
+        max_memory: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_patches, use_global_branch, **kwargs)
         self.save_patches = save_patches
         self.max_drop = max_drop
+        self.max_memory = max_memory
+        self._share: Share | None = None
         self._num_cases: int | None = None
 
     keeps_logits = False
@@ -141,7 +156,7 @@ class NMSWPredictor(LogitsPredictor):
         inside: Shape,
         device: torch.device,
     ) -> Tensor:
-        network = self.nmsw_network
+        network, share = self.nmsw_network, self._share or self._unbounded()
         total = sum(len(starts_K3) for _, _, starts_K3, _ in of_folds)
         with tqdm(total=total, desc="patches", disable=not self.allow_tqdm, leave=False) as bar:
 
@@ -160,10 +175,11 @@ class NMSWPredictor(LogitsPredictor):
                 network.patch_size,
                 network.config.downsampling_factor,
                 LabelEncoding.of(self.label_manager),
-                patches_at_once(network.patch_size),
+                share.patches_at_once,
+                share.windows / len(models) if device.type == "cpu" else math.inf,
             )
             _, height, width = inside
-            planes = planes_for(MEMORY_OF_PLANES, self.label_manager.num_segmentation_heads, height, width)
+            planes = planes_for(share.planes, self.label_manager.num_segmentation_heads, height, width)
             return segment(prediction, axes, offset, inside, planes)
 
     def _patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
@@ -197,6 +213,8 @@ class NMSWPredictor(LogitsPredictor):
         failed: list[UserError] = []
         cases = self._follow(data_iterator, failed)
         reason_for_logits = self._reason_for_logits(save_probabilities)
+        if reason_for_logits is not None and self.max_memory is not None:
+            raise UserError(f"--max_memory cannot be kept with volumes of logits, and {reason_for_logits}")
         if reason_for_logits is None:
             results = self._predict_and_write(cases, num_processes_segmentation_export, failed)
         else:
@@ -245,7 +263,8 @@ class NMSWPredictor(LogitsPredictor):
     ) -> list[Any]:
         """Labels of the cases without a file; the others' are written while the next are predicted."""
         written: list[Any] = []
-        with ThreadPoolExecutor(max(1, num_writers)) as writers:
+        num_writers = max(1, num_writers if self._share is None else min(num_writers, self._share.num_writers))
+        with ThreadPoolExecutor(num_writers) as writers:
             for case in cases:
                 data, file = case["data"], case["ofile"]
                 if isinstance(data, str):  # nnU-Net passes large volumes in files
@@ -256,6 +275,9 @@ class NMSWPredictor(LogitsPredictor):
                 if file is None:
                     written.append(segmentation)
                     continue
+                unfinished = [job for job in written if isinstance(job, Future) and not job.done()]
+                if len(unfinished) >= num_writers:  # labels must not pile up before a slow disk
+                    wait(unfinished, return_when=FIRST_COMPLETED)
                 arguments = (file, self.dataset_json["file_ending"], self.plans_manager, case["data_properties"])
                 written.append(writers.submit(write_labels, segmentation, *arguments))
         compute_gaussian.cache_clear()
@@ -276,9 +298,41 @@ class NMSWPredictor(LogitsPredictor):
         num_processes: int,
     ) -> Any:
         self._num_cases = len(input_list_of_lists)
+        if self.max_memory is not None:
+            self._share = self._share_out(self.max_memory, input_list_of_lists, num_processes)
+            num_processes = self._share.num_preprocessing
         return preprocessed_cases(
             self, input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
         )
+
+    def _unbounded(self, num_preprocessing: int = 0) -> Share:
+        """What may go on at a time without a bound on memory."""
+        at_once = patches_at_once(self.nmsw_network.patch_size)
+        return Share(num_preprocessing, default_num_processes, MEMORY_OF_PLANES, sys.maxsize, at_once)
+
+    def _share_out(self, limit: int, cases: list[list[str]], num_preprocessing: int) -> Share:
+        """What may go on at a time for these cases. Predicts a patch to see what it takes.
+
+        Raises:
+            UserError: the bound is too small for one of them.
+        """
+        plans, configuration, network = self.plans_manager, self.configuration_manager, self.nmsw_network
+        channels = determine_num_input_channels(plans, configuration, self.dataset_json)
+        classes, factor = self.label_manager.num_segmentation_heads, network.config.downsampling_factor
+        sizes = [size_of(files, plans, configuration) for files in cases]
+        needs = [needs_of(size, configuration, channels, classes, factor) for size in sizes]
+        size, largest = max(zip(sizes, needs, strict=True), key=lambda case: sum(case[1][:3]))
+        used = memory_of_process()
+        with torch.inference_mode():
+            network.to(self.device).eval()
+            self._patch_logits(torch.zeros(1, channels, *network.patch_size))
+        patch = max(0, most_memory_of_process() - used)
+        if self.device.type == "cpu":  # the global branch sees a volume of its own
+            patch = max(patch, patch * math.prod(size.volume) // math.prod(factor) // math.prod(network.patch_size))
+        share = share_out(limit, used, largest, patch, self._unbounded(num_preprocessing), FEWEST_PLANES, size.case)
+        if self.verbose:
+            print(f"within {in_words(limit)}: {share}")
+        return share
 
     def _follow(self, data_iterator: Iterable[dict[str, Any]], failed: list[UserError]) -> Iterator[dict[str, Any]]:
         """Pass the cases on, but for those that cannot be read; each is predicted by the time the next is asked for."""

@@ -109,15 +109,15 @@ def resample_image(
     separate, axis = determine_do_sep_z_and_axis(
         force_separate_z, current_spacing, new_spacing, separate_z_anisotropy_threshold
     )
-    new_data = np.empty((len(data), *new_shape), data.dtype)
-    for channel_DHW, new_channel in zip(data, new_data, strict=True):
+    channels = []
+    for channel_DHW in data:
         arguments = (torch.from_numpy(np.ascontiguousarray(channel_DHW)), new_shape, order, axis if separate else None)
         try:
             resampled = _resampled(*arguments, device or torch.device("cpu"))
         except torch.OutOfMemoryError:
             resampled = _resampled(*arguments, torch.device("cpu"))
-        new_channel[:] = resampled.numpy()
-    return new_data
+        channels.append(resampled.numpy().astype(data.dtype, copy=False))
+    return channels[0][None] if len(channels) == 1 else np.stack(channels)
 
 
 def _resampled(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
 from nnunet_nmsw.geometry import Shape, upsample_window, window_slices
 from nnunet_nmsw.inference.interpolation import Axis, agreed, corners, upsampling_axis
+from nnunet_nmsw.inference.tensor_file import TensorFile
 from nnunet_nmsw.labels import LabelEncoding
 
 TILE = 32
@@ -80,6 +81,7 @@ class FusedPrediction:
         factor: voxels of the volume per low-resolution voxel.
         encoding: of the labels.
         windows_at_once: how many windows to ask a model for at a time.
+        memory_of_windows: bytes for the logits of windows of a model; those of further ones lie in a temporary file.
     """
 
     def __init__(
@@ -89,11 +91,12 @@ class FusedPrediction:
         factor: Shape,
         encoding: LabelEncoding,
         windows_at_once: int = 1,
+        memory_of_windows: float = math.inf,
     ) -> None:
         self.models = models
         self.patch_size, self.factor = patch_size, factor
         self.encoding = encoding
-        self.coarse_logits_Cdhw = torch.stack([model.coarse_logits_Cdhw for model in models]).mean(0)
+        self.coarse_logits_Cdhw = mean([model.coarse_logits_Cdhw for model in models])
         self.device = self.coarse_logits_Cdhw.device
         self.coarse_rows = self.coarse_logits_Cdhw.flatten(1).T.contiguous()
         self.coarse_row_dhw = torch.arange(len(self.coarse_rows), device=self.device).view(
@@ -101,7 +104,7 @@ class FusedPrediction:
         )
         self.coarse_labels_dhw = decided(self.coarse_logits_Cdhw, encoding)
         self.gaussian_DHW = gaussian_weights(patch_size, self.device)
-        self._open = [OpenWindows(model, patch_size, windows_at_once) for model in models]
+        self._open = [OpenWindows(model, patch_size, windows_at_once, memory_of_windows) for model in models]
 
     def planes(self, first: int, end: int, box: Sequence[slice]) -> Planes:
         """Planes `first` to `end`. Planes before `first` cannot be asked for any more.
@@ -124,7 +127,7 @@ class FusedPrediction:
         for number, (h, w) in enumerate(corners_of_tiles):
             start, size = (first, h, w), (end - first, min(TILE, box[0].stop - h), min(TILE, box[1].stop - w))
             inside = window_slices((0, h - box[0].start, w - box[1].start), size)
-            touched = any(windows.touching(start, size) for windows in self._open)
+            touched = any(windows.touched(start, size) for windows in self._open)
             if touched or disagree_DHW[inside].float().mean() > DENSE:
                 tiles[number] = self._fused(start, size)
                 labels_DHW[inside] = decided(tiles[number], self.encoding)
@@ -171,30 +174,66 @@ class FusedPrediction:
 
 
 class OpenWindows:
-    """The windows of one model that the present planes touch; asked for when they begin, dropped when they end."""
+    """The windows of one model that the present planes touch; asked for when they begin, dropped when they end.
 
-    def __init__(self, model: FusedModel, patch_size: Shape, at_once: int) -> None:
+    Args:
+        model: whose they are.
+        patch_size: voxels of a window.
+        at_once: how many windows to ask for at a time.
+        memory: bytes for their logits; those of further ones lie in a temporary file.
+    """
+
+    def __init__(self, model: FusedModel, patch_size: Shape, at_once: int, memory: float) -> None:
         self.model, self.patch_size, self.at_once = model, patch_size, at_once
         order = sorted(range(len(model.starts_K3)), key=lambda index: model.starts_K3[index].tolist())
         self.left_K3 = model.starts_K3[order]
-        self.windows: list[tuple[list[int], Tensor]] = []
+        self.windows: list[tuple[list[int], Tensor | int]] = []
+        """First voxel and logits, or where these are in the file."""
+        self.free_memory = memory
+        self.file: TensorFile | None = None
 
     def move_to(self, first: int, end: int) -> None:
         """Hold all windows that touch planes `first` to `end`, and maybe some later ones."""
+        for start, logits in self.windows:
+            if start[0] + self.patch_size[0] <= first:
+                self._drop(logits)
         self.windows = [(start, logits) for start, logits in self.windows if start[0] + self.patch_size[0] > first]
         while len(self.left_K3) and int(self.left_K3[0, 0]) < end:
             starts_K3, self.left_K3 = self.left_K3[: self.at_once], self.left_K3[self.at_once :]
             for start, logits_CDHW in zip(starts_K3.tolist(), self.model.windows(starts_K3), strict=True):
                 if start[0] + self.patch_size[0] > first:
-                    self.windows.append((start, logits_CDHW))
+                    self.windows.append((start, self._keep(logits_CDHW)))
 
-    def touching(self, start: Shape, size: Shape) -> list[tuple[list[int], Tensor]]:
+    def touching(self, start: Shape, size: Shape) -> Iterator[tuple[list[int], Tensor]]:
         """First voxel and logits of the windows that overlap a box."""
-        return [
-            (window, logits)
-            for window, logits in self.windows
-            if all(a < b + n and b < a + m for a, m, b, n in zip(window, self.patch_size, start, size, strict=True))
-        ]
+        for window, logits in self.windows:
+            if not self._overlaps(window, start, size):
+                continue
+            if isinstance(logits, int):
+                assert self.file is not None
+                logits = self.file.get(logits)
+            yield window, logits
+
+    def touched(self, start: Shape, size: Shape) -> bool:
+        """Whether a window overlaps a box."""
+        return any(self._overlaps(window, start, size) for window, _ in self.windows)
+
+    def _overlaps(self, window: Sequence[int], start: Shape, size: Shape) -> bool:
+        return all(a < b + n and b < a + m for a, m, b, n in zip(window, self.patch_size, start, size, strict=True))
+
+    def _keep(self, logits_CDHW: Tensor) -> Tensor | int:
+        if logits_CDHW.nbytes <= self.free_memory:
+            self.free_memory -= logits_CDHW.nbytes
+            return logits_CDHW.clone()  # without the others of its batch
+        self.file = self.file or TensorFile()
+        return self.file.put(logits_CDHW)
+
+    def _drop(self, logits: Tensor | int) -> None:
+        if isinstance(logits, Tensor):
+            self.free_memory += logits.nbytes
+        else:
+            assert self.file is not None
+            self.file.free(logits)
 
 
 def overlap(
@@ -207,6 +246,14 @@ def overlap(
         here.append(slice(first - a, end - a))
         there.append(slice(first - b, end - b))
     return tuple(here), tuple(there)
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean of tensors of one shape, without all of them in one."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total / len(tensors) if len(tensors) > 1 else total
 
 
 def decided(logits_CV: Tensor, encoding: LabelEncoding) -> Tensor:
@@ -288,6 +335,15 @@ def weighted_rows(rows_PC: Tensor, row_DHW: Tensor, points_P3: Tensor, axes: Seq
     return result_PC
 
 
+FEWEST_PLANES = 4
+
+
+def bytes_of_plane(num_channels: int, voxels: int) -> int:
+    """Memory for the logits of a plane of so many voxels, and for what is made of them."""
+    return 3 * 4 * num_channels * voxels
+
+
 def planes_for(memory: float, num_channels: int, height: int, width: int) -> int:
-    """Planes of the volume whose logits, and what is made of them, fit into so many bytes; from 4 to `TILE`."""
-    return max(4, min(TILE, math.floor(memory / (3 * 4 * num_channels * height * width))))
+    """Planes of the volume whose logits, and what is made of them, fit into so many bytes; some at least."""
+    planes = math.floor(memory / bytes_of_plane(num_channels, height * width))
+    return max(FEWEST_PLANES, min(TILE, planes))
