@@ -7,7 +7,8 @@ import json
 import multiprocessing
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.memory import parse_memory
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.inference.ray_engine import RayPredictor, Workers
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 
 DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
@@ -34,13 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 0 <= args.part_id < args.num_parts:
         raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
     _check_model_flags(args)
-    folder = find_model(args)
+    folder = find_model(args).resolve()
     folds = find_folds(folder, args.f, args.chk)
     cases = find_cases(args.i, folder)
-    predictor = make_predictor(args, num_patches)
-    load_model(predictor, folder, folds, args.chk)
+    make = partial(make_predictor, args, num_patches, folder, folds)
+    predictor: nnUNetPredictor = make("cpu" if args.engine == "ray" else args.device)
     _check_channels(cases, predictor)
     _check_previous_stage(cases, predictor, args.prev_stage_predictions)
+    if args.engine == "ray":
+        predictor = for_ray(predictor, args, make)
     os.makedirs(args.o, exist_ok=True)
     predictor.predict_from_files(
         args.i,
@@ -55,12 +59,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def make_predictor(args: argparse.Namespace, num_patches: int | str | None) -> NMSWPredictor:
-    """A predictor as the flags ask for, without its model; with --global_model that one is loaded."""
+def for_ray(predictor: nnUNetPredictor, args: argparse.Namespace, make: Callable[[str], NMSWPredictor]) -> RayPredictor:
+    """A predictor of the same model whose work is done by Ray's workers."""
+    workers = Workers(
+        partial(make, args.device), args.ray_address, args.device == "cuda", args.cores_per_worker, args.verbose
+    )
+    by_ray = RayPredictor(workers, device=torch.device("cpu"), allow_tqdm=not args.disable_progress_bar)
+    by_ray.manual_initialization(
+        predictor.network,
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.list_of_parameters,
+        predictor.dataset_json,
+        predictor.trainer_name,
+        predictor.allowed_mirroring_axes,
+    )
+    return by_ray
+
+
+def make_predictor(
+    args: argparse.Namespace, num_patches: int | str | None, folder: Path, folds: list[int | str], device: str
+) -> NMSWPredictor:
+    """A predictor as the flags ask for, with its model."""
     of_stock: dict[str, Any] = {
         "use_mirroring": not args.disable_tta,
         "perform_everything_on_device": not args.not_on_device,
-        "device": prepare_device(args.device),
+        "device": prepare_device(device),
         "verbose": args.verbose,
         "verbose_preprocessing": args.verbose,
         "allow_tqdm": not args.disable_progress_bar,
@@ -68,11 +92,14 @@ def make_predictor(args: argparse.Namespace, num_patches: int | str | None) -> N
     of_nmsw: dict[str, Any] = {"num_patches": num_patches, "save_patches": args.save_patches, **of_stock}
     of_nmsw |= {"max_drop": args.max_drop, "max_memory": args.max_memory and parse_memory(args.max_memory)}
     if args.global_model is None:
-        return NMSWPredictor(**of_nmsw)
-    folder = _checked_model(args.global_model)
-    coarse = nnUNetPredictor(**of_stock)
-    load_model(coarse, folder, find_folds(folder, args.f, args.chk), args.chk)
-    return TwoModelPredictor(coarse, **of_nmsw)
+        predictor = NMSWPredictor(**of_nmsw)
+    else:
+        of_global = _checked_model(args.global_model)
+        coarse = nnUNetPredictor(**of_stock)
+        load_model(coarse, of_global, find_folds(of_global, args.f, args.chk), args.chk)
+        predictor = TwoModelPredictor(coarse, **of_nmsw)
+    load_model(predictor, folder, folds, args.chk)
+    return predictor
 
 
 def find_model(args: argparse.Namespace) -> Path:
@@ -181,6 +208,12 @@ def _check_model_flags(args: argparse.Namespace) -> None:
         raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; two stock models do not")
     if args.global_model is not None and args.max_memory is not None:
         raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
+    if args.engine != "ray" and (args.ray_address is not None or args.cores_per_worker is not None):
+        raise UserError("--ray_address and --cores_per_worker are for --engine ray")
+    if args.engine == "ray" and args.device == "mps":
+        raise UserError("--engine ray works on GPUs or processors: give -device cuda or -device cpu")
+    if args.cores_per_worker is not None and args.cores_per_worker < 1:
+        raise UserError(f"--cores_per_worker is {args.cores_per_worker}: give 1 or more")
     if not args.max_drop >= 0:
         raise UserError(f"--max_drop is {args.max_drop}: give a Dice of 0 or more, such as {DEFAULT_MAX_DROP}")
 
@@ -207,7 +240,7 @@ def _trained_with_nmsw(folder: Path) -> bool:
     return "NMSW" in trainer or "downsampling_factor" in settings
 
 
-def _check_channels(cases: list[list[str]], predictor: NMSWPredictor) -> None:
+def _check_channels(cases: list[list[str]], predictor: nnUNetPredictor) -> None:
     channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
     for files in cases:
         if len(files) != channels:
@@ -215,7 +248,7 @@ def _check_channels(cases: list[list[str]], predictor: NMSWPredictor) -> None:
             raise UserError(f"the model takes {channels} channel(s) a case, the input folder has {names}")
 
 
-def _check_previous_stage(cases: list[list[str]], predictor: NMSWPredictor, folder: str | None) -> None:
+def _check_previous_stage(cases: list[list[str]], predictor: nnUNetPredictor, folder: str | None) -> None:
     previous_stage = predictor.configuration_manager.previous_stage_name
     if previous_stage is None:
         if folder is not None:
@@ -243,6 +276,10 @@ def prepare_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _absolute(path: str) -> Path:
+    return Path(path).resolve()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Predict with an nnU-Net model trained with nnUNetTrainerNMSW: a few chosen patches instead of a "
@@ -259,13 +296,13 @@ def _parser() -> argparse.ArgumentParser:
     add("-m", help="model folder (with plans.json and fold_X in it) instead of -d, -p, -tr and -c")
     add(
         "--global_model",
-        type=Path,
+        type=_absolute,
         metavar="FOLDER",
         help="without an NMSW model: folder of a stock model for the coarse prediction, such as 3d_lowres",
     )
     add(
         "--local_model",
-        type=Path,
+        type=_absolute,
         metavar="FOLDER",
         help="and folder of a stock model of the same dataset for the patches, such as 3d_fullres",
     )
@@ -319,6 +356,18 @@ def _parser() -> argparse.ArgumentParser:
         default="cuda",
         help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
     )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: share the folder out to many machines or GPUs. They need the same folders and this package with its "
+        "extra [ray]. Default: local",
+    )
+    add(
+        "--ray_address",
+        help="of a running Ray cluster. Default: RAY_ADDRESS, else the one that runs here, else one is started here",
+    )
+    add("--cores_per_worker", type=int, help="with Ray on a CPU: cores of a worker. Default: those of a machine")
     add("--verbose", action="store_true", help="tell what is being done")
     add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
     add("--not_on_device", action="store_true", help="keep results on the host: for volumes too large for the device")

@@ -41,7 +41,7 @@ from nnunet_nmsw.inference.memory import (
     share_out,
     size_of,
 )
-from nnunet_nmsw.inference.preprocessing import preprocessed_cases
+from nnunet_nmsw.inference.preprocessing import Case, preprocessed_cases
 from nnunet_nmsw.inference.streaming import FEWEST_PLANES, FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.labels import LabelEncoding
@@ -298,12 +298,36 @@ class NMSWPredictor(LogitsPredictor):
         num_processes: int,
     ) -> Any:
         self._num_cases = len(input_list_of_lists)
-        if self.max_memory is not None:
-            self._share = self._share_out(self.max_memory, input_list_of_lists, num_processes)
-            num_processes = self._share.num_preprocessing
-        return preprocessed_cases(
-            self, input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
-        )
+        num_threads = self.bound_memory(input_list_of_lists, num_processes)
+        return self.preprocess(input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_threads)
+
+    def preprocess(
+        self,
+        images: list[list[str]],
+        previous_stage: list[str] | None,
+        outputs: list[str] | None,
+        num_threads: int,
+    ) -> Iterator[Case]:
+        """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_cases`."""
+        return preprocessed_cases(self, images, previous_stage, outputs, num_threads)
+
+    def bound_memory(self, cases: list[list[str]], num_preprocessing: int) -> int:
+        """Keep within `max_memory` with these cases from now on. Predicts a patch to see what that takes.
+
+        Args:
+            cases: files by case and channel.
+            num_preprocessing: cases to preprocess beside the prediction, if memory allows.
+
+        Returns:
+            How many it allows.
+
+        Raises:
+            UserError: it is too small for one of the cases.
+        """
+        if self.max_memory is None:
+            return num_preprocessing
+        self._share = self._share_out(self.max_memory, cases, num_preprocessing)
+        return self._share.num_preprocessing
 
     def _unbounded(self, num_preprocessing: int = 0) -> Share:
         """What may go on at a time without a bound on memory."""

@@ -7,7 +7,7 @@ one axis, m voxels of the coarse model's volume along it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -22,7 +22,7 @@ from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.geometry import Shape, low_shape
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.preprocessing import preprocessed_cases
+from nnunet_nmsw.inference.preprocessing import Case, preprocessed_cases
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
 
 
@@ -109,20 +109,26 @@ class TwoModelPredictor(NMSWPredictor):
         self._volume_of_global_model = next(preprocess)["data"]
         return super().predict_single_npy_array(input_image, image_properties, *args, **kwargs)
 
-    def _internal_get_data_iterator_from_lists_of_filenames(self, *args: Any, **kwargs: Any) -> Any:
+    def preprocess(self, *args: Any) -> Iterator[Case]:
+        """See the parent."""
         # Both preprocess the same files in the same order.
-        of_local = super()._internal_get_data_iterator_from_lists_of_filenames(*args, **kwargs)
-        of_global = preprocessed_cases(self.global_model, *args, **kwargs)
+        of_both = zip(super().preprocess(*args), preprocessed_cases(self.global_model, *args), strict=True)
+        for case, coarse in of_both:
+            yield coarse if "error" in coarse else {**case, VOLUME_OF_GLOBAL_MODEL: coarse["data"]}
 
-        def both() -> Iterator[dict[str, Any]]:
-            for case, coarse in zip(of_local, of_global, strict=True):
-                if "error" in coarse:
-                    yield coarse
-                    continue
-                self._volume_of_global_model = coarse["data"]
+    def predict_from_data_iterator(self, data_iterator: Iterable[Case], *args: Any, **kwargs: Any) -> list[Any]:
+        """See the parent."""
+
+        def one_after_the_other() -> Iterator[Case]:
+            for case in data_iterator:
+                self._volume_of_global_model = case.get(VOLUME_OF_GLOBAL_MODEL)
                 yield case  # predicted by the time the next is asked for
 
-        return both()
+        return super().predict_from_data_iterator(one_after_the_other(), *args, **kwargs)
+
+
+VOLUME_OF_GLOBAL_MODEL = "data_of_global_model"
+"""Key of a preprocessed case: the volume as the coarse model sees it."""
 
 
 def check_pair(coarse: nnUNetPredictor, fine: nnUNetPredictor) -> None:
