@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from synthetic import dataset_of, plans_of
 
-from nnunet_nmsw.architecture import convolutional_architecture
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
-RESAMPLING = "resample_data_or_seg_to_shape"
+FEATURES = 4
 
 
 def main() -> None:
@@ -60,12 +60,12 @@ def main() -> None:
 def measure(size: int, classes: int, patch: int, num_patches: str) -> dict[str, Any]:
     """GiB of the process at its peak and before, seconds, and patches."""
     torch.manual_seed(0)
-    plans = PlansManager(plans_of(size, patch))
+    nmsw = {"downsampling_factor": [4, 4, 4], "global_width": 1.0}
+    plans = PlansManager(plans_of([size] * 3, 1.0, patch, FEATURES, **nmsw))
     configuration = plans.get_configuration("3d_fullres")
     network = nnUNetTrainerNMSW.build_network_architecture(plans, configuration, 1, classes, False)
     predictor = NMSWPredictor(num_patches, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-    labels = {"background": 0, **{f"organ {label}": label for label in range(1, classes)}}
-    dataset = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
+    dataset = dataset_of(classes)
     predictor.manual_initialization(network, plans, configuration, [network.state_dict()], dataset, "", None)
     shape = (size,) * 3
     properties = {
@@ -81,34 +81,6 @@ def measure(size: int, classes: int, patch: int, num_patches: str) -> dict[str, 
     seconds = time.perf_counter() - started
     patches = len(predictor.chosen_windows[0].starts)
     return {"gib": peak_gib(), "gib_before": before, "seconds": seconds, "patches": patches}
-
-
-def plans_of(size: int, patch: int) -> dict[str, Any]:
-    """Plans with a small network for patches of this size."""
-    keywords = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
-    configuration = {
-        "data_identifier": "none",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": 2,
-        "patch_size": [patch] * 3,
-        "median_image_size_in_voxels": [float(size)] * 3,
-        "spacing": [1.0] * 3,
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        "resampling_fn_probabilities": RESAMPLING,
-        "resampling_fn_probabilities_kwargs": keywords,
-        "architecture": convolutional_architecture([patch] * 3, [1.0] * 3, [1, 1, 1], 0.125),
-        "nmsw": {"downsampling_factor": [4, 4, 4], "global_width": 1.0},
-    }
-    return {
-        "dataset_name": "Dataset000_None",
-        "plans_name": "none",
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "label_manager": "LabelManager",
-        "configurations": {"3d_fullres": configuration},
-    }
 
 
 def peak_gib() -> float:
