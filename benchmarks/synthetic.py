@@ -5,9 +5,9 @@
     python -m nnunet_nmsw.demo.small_plans -d 930 --patch_size 64 64 64 --features 8 16 32 64
     nnUNetv2_train 930 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_1epoch -device cpu
 
-Organs are ellipsoids, and their brightness says which. An epoch is enough for labels with surfaces as organs have, which is
-what the export of `nmsw_predict` depends on. An untrained network's labels are speckled: for memory, and for the network's
-part of a prediction, which does not depend on weights.
+Organs are ellipsoids, and their brightness says which. An epoch is enough for labels with surfaces as organs have,
+which is what the export of `nmsw_predict` depends on. An untrained network's labels are speckled: for memory, and for
+the network's part of a prediction, which does not depend on weights.
 """
 
 from __future__ import annotations
