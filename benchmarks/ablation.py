@@ -195,6 +195,12 @@ SELECTION_NAMES = {
     "random": "random, with predicted foreground",
     "oracle": "oracle",
 }
+FUSION_NAMES = {
+    "fusion by patch alone": "the patch's logits",
+    "fusion by mean of logits": "mean of both logits",
+    "fusion by confidence": "probabilities weighted with the confidence of each",
+    "fusion by window": "affine, less in windows of less predicted benefit",
+}
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -254,6 +260,8 @@ def table(folder: Path, dataset_ids: list[int]) -> str:
             for arm in SELECTION_ARMS:
                 if arm in runs:
                     lines += [f"\nWays to pick windows with the networks of `{arm}`:\n", *selections_table(runs[arm])]
+                    if any("fusion by window" in run["dice"] for run in runs[arm]):
+                        lines += [f"\nWays to fuse the patches of `{arm}`:\n", *fusions_table(runs[arm], arm)]
                     lines += [
                         f"\nAs many windows as have a predicted benefit above a threshold, greedily, `{arm}`:\n",
                         *automatic_table(runs[arm]),
@@ -292,6 +300,15 @@ def selections_table(of_arm: list[dict[str, Any]]) -> list[str]:
     for selection, name in SELECTION_NAMES.items():
         shares = cell(share_of_oracles_gain(of_arm, selection, "10"))
         lines += [row(name, *(cell(dice(of_arm, selection, k)) for k in KS), shares)]
+    return lines
+
+
+def fusions_table(of_arm: list[dict[str, Any]], arm: str) -> list[str]:
+    """Ways to fuse the same patches of the same networks."""
+    trained = (cell(dice(of_arm, own_selection(arm), "10")), cell(dice(of_arm, "all windows", "all")))
+    lines = [*head("fused by", "K = 10", "all windows"), row("affine weights by class, trained (default)", *trained)]
+    for fusion, name in FUSION_NAMES.items():
+        lines += [row(name, cell(dice(of_arm, fusion, "10")), cell(dice(of_arm, fusion, "all")))]
     return lines
 
 
