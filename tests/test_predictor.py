@@ -1,4 +1,5 @@
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import DATASET_JSON, build_network, make_plans
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.export import write_labels
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.windows import ChosenWindows, edges_in_image, index_to_world, write_windows
 
@@ -231,3 +233,19 @@ def test_a_case_that_cannot_be_written_is_reported_and_the_others_are_there(tiny
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
     image = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "c.nii.gz")))
     assert np.array_equal(image, predictor.predict_segmentation(cases[2]["data"], properties))
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+def test_a_disk_that_is_full_leaves_no_part_of_a_file(tmp_path, ending):
+    geometry = {"spacing": (1, 1, 1), "origin": (0, 0, 0), "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)}
+    labels = np.random.default_rng(0).integers(0, 3, (60, 60, 60)).astype(np.uint8)
+    file, before = str(tmp_path / "case"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # as a full disk: writing ends with an error
+    try:
+        with pytest.raises(UserError, match=f"cannot write .*case{ending}"):
+            write_labels(labels, file, ending, PlansManager(make_plans()), {"sitk_stuff": geometry})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    write_labels(labels, file, ending, PlansManager(make_plans()), {"sitk_stuff": geometry})
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(file + ending)), labels)

@@ -5,6 +5,7 @@ Tensor suffixes: Z Y X axes of the cropped image, transposed as the plans say.
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 from collections.abc import Sequence
@@ -100,7 +101,20 @@ def write_labels(
             plans.image_reader_writer_class().write_seg(
                 segmentation, os.path.join(unfinished, name + file_ending), properties
             )
+            check_whole(os.path.join(unfinished, name + file_ending))
             for written in sorted(os.listdir(unfinished), key=lambda other: other == name + file_ending):
                 os.replace(os.path.join(unfinished, written), os.path.join(folder, written))
-    except (OSError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError) as error:
         raise UserError(f"cannot write {file}{file_ending}: {reason(error)}") from error
+
+
+def check_whole(file: str) -> None:
+    """See that a compressed file is complete: SimpleITK's writer of NIfTI says nothing when the disk is full.
+
+    Raises:
+        EOFError: it is not.
+    """
+    if file.endswith(".gz"):
+        with gzip.open(file) as compressed:
+            while compressed.read(1 << 20):
+                pass

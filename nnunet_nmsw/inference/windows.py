@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_nmsw.inference.export import write_labels
+
 MAX_OVERLAY_RANK = 255
 """Windows of this rank and later share one value in the overlay, so that it fits the smallest label type."""
 
@@ -81,9 +83,9 @@ def write_windows(
                     "centre_mm_lps": centre[:3].round(3).tolist(),
                 }
             )
-    reader_writer = plans_manager.image_reader_writer_class()
-    ending = ".nii.gz" if ".nii.gz" in reader_writer.supported_file_endings else file_ending
-    reader_writer.write_seg(overlay, os.path.join(folder, case + ending), properties)
+    endings = plans_manager.image_reader_writer_class().supported_file_endings
+    ending = ".nii.gz" if ".nii.gz" in endings else file_ending
+    write_labels(overlay, os.path.join(folder, case), ending, plans_manager, properties)
     content = {
         "case": case,
         "windows_to_choose_from": chosen[0].num_windows,
