@@ -18,6 +18,8 @@ from nnunet_nmsw.geometry import Shape, upsample_window, window_slices
 Fusion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Blended patch logits, coarse logits (C, D, H, W each) and windows' weights (D, H, W) to fused scores (C, D, H, W)."""
 
+Trust = Callable[[Tensor], Tensor]
+
 
 def confidence(logits_CDHW: Tensor) -> Tensor:
     """1 minus the entropy of a prediction as a share of the largest possible one, shape D, H, W."""
@@ -32,21 +34,22 @@ def by_confidence(patch_CDHW: Tensor, coarse_CDHW: Tensor, _: Tensor) -> Tensor:
     return weight_DHW * patch_CDHW.softmax(0) + (1 - weight_DHW) * coarse_CDHW.softmax(0)
 
 
-def fusions(weights: FusionWeights) -> dict[str, Fusion]:
-    """The ways by name.
+def fusions(weights: FusionWeights) -> dict[str, tuple[Fusion, Trust]]:
+    """The ways by name, each with what it makes of the windows' shares of the largest predicted benefit.
 
     Args:
         weights: those that were trained.
     """
 
     def by_window(patch_CDHW: Tensor, coarse_CDHW: Tensor, weight_DHW: Tensor) -> Tensor:
-        return torch.lerp(coarse_CDHW, fuse(patch_CDHW, coarse_CDHW, weights), weight_DHW)
+        return fuse(patch_CDHW, coarse_CDHW, weights, weight_DHW)
 
     return {
-        "fusion by patch alone": lambda patch_CDHW, *_: patch_CDHW,
-        "fusion by mean of logits": lambda patch_CDHW, coarse_CDHW, _: patch_CDHW + coarse_CDHW,
-        "fusion by confidence": by_confidence,
-        "fusion by window": by_window,
+        "fusion by patch alone": (lambda patch_CDHW, *_: patch_CDHW, torch.ones_like),
+        "fusion by mean of logits": (lambda patch_CDHW, coarse_CDHW, _: patch_CDHW + coarse_CDHW, torch.ones_like),
+        "fusion by confidence": (by_confidence, torch.ones_like),
+        "fusion by window": (by_window, torch.clone),
+        "fusion by root": (by_window, torch.sqrt),
     }
 
 

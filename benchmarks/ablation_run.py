@@ -30,7 +30,7 @@ from nnunet_nmsw.evaluation.selectors import entropy_windows, random_windows
 from nnunet_nmsw.fusion import FusionWeights, fused_segmentation
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, downsample, upsample_window
 from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.network import NMSWNetwork, WindowChoice
 from nnunet_nmsw.views import seed_everything
 
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
@@ -180,8 +180,8 @@ class Case:
     def predictions(self, own_selection: bool) -> Iterator[tuple[str, int | str, Tensor]]:
         """Method, K and labels of each method at each K, of all methods or of those that every arm needs."""
         yield "sliding window", "all", self.sliding_window()
-        yield "global branch", "0", self.fused(self.grid.starts_N3[:0])
-        yield "all windows", "all", self.fused(self.grid.starts_N3)
+        yield "global branch", "0", self.fused(self.grid_windows([]))
+        yield "all windows", "all", self.fused(self.grid_windows(slice(None)))
         oracle, _ = oracle_windows(
             lambda window: self.patches(self.grid.starts_N3[window, None])[0],
             self.coarse.logits_Cdhw,
@@ -190,12 +190,12 @@ class Case:
             self.grid,
         )
         arguments = (self.network, self.coarse, self.grid)
-        choose: dict[str, Callable[[int], Tensor]] = {
+        choose: dict[str, Callable[[int], WindowChoice]] = {
             **{selection: partial(self.learned, selection) for selection in SELECTIONS},
-            "entropy": lambda k: entropy_windows(*arguments, k).starts_K3,
+            "entropy": lambda k: entropy_windows(*arguments, k),
             "entropy greedy": self.entropy_greedy,
-            "random": lambda k: random_windows(*arguments, k, self.seed).starts_K3,
-            "oracle": lambda k: self.grid.starts_N3[oracle[:k]],
+            "random": lambda k: random_windows(*arguments, k, self.seed),
+            "oracle": lambda k: self.grid_windows(oracle[:k]),
         }
         if own_selection:
             choose = {name: choose[name] for name in (self.network.config.selection, "oracle")}
@@ -206,56 +206,65 @@ class Case:
             return
         yield from self.other_fusions()
         for stop_at in STOP_AT:
-            starts_K3 = self.network.select(self.coarse, self.grid, len(self.grid), "greedy_benefit", stop_at).starts_K3
-            self.automatic[stop_at] = len(starts_K3)
-            yield "automatic", str(stop_at), self.fused(starts_K3)
+            windows = self.network.select(self.coarse, self.grid, len(self.grid), "greedy_benefit", stop_at)
+            self.automatic[stop_at] = len(windows.starts_K3)
+            yield "automatic", str(stop_at), self.fused(windows)
 
     def other_fusions(self) -> Iterator[tuple[str, int | str, Tensor]]:
         """Labels of the same patches, fused in other ways than the trained one."""
-        for k in (10, len(self.grid)):
-            chosen = self.network.select(self.coarse, self.grid, k)
+        for k in (10, "10%", "all"):
+            chosen = self.network.select(self.coarse, self.grid, resolve_num_patches(k, len(self.grid)))
             # The fusion by window trusts the window with the largest predicted benefit fully, the others less.
-            weight_K = (chosen.scores_K / chosen.scores_K.max().clamp_min(1e-6)).clamp(0, 1)
-            for name, fusion in fusions(self.network.fusion_weights).items():
+            share_K = (chosen.scores_K / chosen.scores_K.max().clamp_min(1e-6)).clamp(0, 1)
+            for name, (fusion, trust) in fusions(self.network.fusion_weights).items():
                 labels_DHW = fused_labels(
                     fusion,
                     self.patches(chosen.starts_K3),
                     chosen.starts_K3,
-                    weight_K,
+                    trust(share_K),
                     self.coarse.logits_Cdhw.float(),
                     self.grid.volume_shape,
                     self.grid.downsampling_factor,
                 )
-                yield name, "all" if k == len(self.grid) else k, labels_DHW
+                yield name, k, labels_DHW
 
-    def learned(self, selection: str, k: int) -> Tensor:
-        """First voxels of the windows of one of the network's selections."""
-        return self.network.select(self.coarse, self.grid, k, selection).starts_K3
+    def learned(self, selection: str, k: int) -> WindowChoice:
+        """The windows of one of the network's selections."""
+        return self.network.select(self.coarse, self.grid, k, selection)
 
-    def entropy_greedy(self, k: int) -> Tensor:
-        """First voxels of windows placed as "greedy_benefit" does, with entropy in the place of predicted benefit."""
+    def entropy_greedy(self, k: int) -> WindowChoice:
+        """Windows placed as "greedy_benefit" does, with entropy in the place of predicted benefit."""
         in_place = self.coarse._replace(score_map_dhw=self.network.entropy(self.coarse.logits_Cdhw))
-        return self.network.select(in_place, self.grid, k, "greedy_benefit").starts_K3
+        return self.network.select(in_place, self.grid, k, "greedy_benefit")
 
-    def fused(self, starts_K3: Tensor) -> Tensor:
+    def grid_windows(self, windows: slice | list[int]) -> WindowChoice:
+        """Windows of the grid."""
+        starts_K3 = self.grid.starts_N3[windows]
+        return WindowChoice.fully_trusted(starts_K3, torch.zeros(len(starts_K3)))
+
+    def fused(self, windows: WindowChoice) -> Tensor:
         """Labels of the fused prediction with some windows."""
-        if len(starts_K3) == 0:
+        if len(windows.starts_K3) == 0:
             low_1Cdhw, factor = self.coarse.logits_Cdhw[None], self.grid.downsampling_factor
             return upsample_window(low_1Cdhw, (0, 0, 0), self.grid.volume_shape, factor)[0].argmax(0)
-        return self._segmentation(starts_K3, self.coarse.logits_Cdhw, self.network.fusion_weights)
+        return self._segmentation(windows, self.coarse.logits_Cdhw, self.network.fusion_weights)
 
     def sliding_window(self) -> Tensor:
         """Labels of the local branch's sliding window."""
         nothing_Cdhw = self.volume_1CDHW.new_zeros((self.num_classes, *self.grid.low_shape))
-        return self._segmentation(
-            self.grid.starts_N3, nothing_Cdhw, FusionWeights.convex(nothing_Cdhw.new_ones(self.num_classes))
-        )
+        ones = FusionWeights.convex(nothing_Cdhw.new_ones(self.num_classes))
+        return self._segmentation(self.grid_windows(slice(None)), nothing_Cdhw, ones)
 
-    def _segmentation(self, starts_K3: Tensor, coarse_Cdhw: Tensor, weights: FusionWeights) -> Tensor:
-        factor = self.grid.downsampling_factor
-        patches = self.patches(starts_K3)
+    def _segmentation(self, windows: WindowChoice, coarse_Cdhw: Tensor, weights: FusionWeights) -> Tensor:
         return fused_segmentation(
-            patches, starts_K3, coarse_Cdhw, weights, self.grid.volume_shape, factor, self.encoding
+            self.patches(windows.starts_K3),
+            windows.starts_K3,
+            windows.trust_K,
+            coarse_Cdhw,
+            weights,
+            self.grid.volume_shape,
+            self.grid.downsampling_factor,
+            self.encoding,
         )
 
 

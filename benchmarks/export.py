@@ -132,7 +132,7 @@ def measure(args: argparse.Namespace, method: str, classes: int) -> dict[str, An
             return torch.stack([patches.pop(tuple(start)) for start in starts.tolist()])
 
         before, started = peak_gib(), time.perf_counter()
-        model = FusedModel(coarse_Cdhw, starts_K3, weights, computed)
+        model = FusedModel(coarse_Cdhw, starts_K3, torch.ones(len(starts_K3)), weights, computed)
         prediction = FusedPrediction([model], grid.patch_size, (3, 3, 3), LabelEncoding(classes), windows_at_once=4)
         axes = [linear_axis(n, m) for n, m in zip(grid.volume_shape, image, strict=True)]
         planes = planes_for(MEMORY_OF_PLANES, classes, h, w)
@@ -165,7 +165,7 @@ def fused_volume(
         sums_CDHW[(slice(None), *inside)] += windows(start[None])[0].float() * gaussian_DHW
         weight_DHW[inside] += gaussian_DHW
     sums_CDHW /= weight_DHW.clamp_min(1e-30)
-    fuse_volume_(sums_CDHW, coarse_Cdhw, weight_DHW > 0, weights, (0, 0, 0), (3, 3, 3))
+    fuse_volume_(sums_CDHW, coarse_Cdhw, (weight_DHW > 0).float(), weights, (0, 0, 0), (3, 3, 3))
     return sums_CDHW.half()
 
 

@@ -27,6 +27,7 @@ FUSIONS = ("class_weights", "affine")
 BENEFITS = ("loss", "dice")
 SCORE_MAPS = ("free", "gated", "plus_entropy", "times_entropy")
 SELECTIONS = ("top_k", "greedy_coverage", "greedy_benefit")
+TRUSTS = ("full", "benefit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,10 @@ class NMSWConfig:
     initial_class_weight: float = 2.0
     """The class weights of the fusion are sigmoid(θ); every θ starts here."""
 
+    trust: str = "benefit"
+    """How much of what a patch changes in the coarse prediction is kept at inference, one of `TRUSTS`: all of it, or
+    less in windows of less predicted benefit, see `NMSWNetwork.trust`."""
+
     fuse_random_windows: bool = True
     """Let the random windows of a step take part in the fused loss: the fusion then learns from windows that the
     sampler would not take, too."""
@@ -142,6 +147,7 @@ class NMSWConfig:
         _require(self.benefit in BENEFITS, "benefit", self.benefit, f"one of {', '.join(BENEFITS)}")
         _require(self.score_map in SCORE_MAPS, "score_map", self.score_map, f"one of {', '.join(SCORE_MAPS)}")
         _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {', '.join(FUSIONS)}")
+        _require(self.trust in TRUSTS, "trust", self.trust, f"one of {', '.join(TRUSTS)}")
         _require(
             self.gradient_path in GRADIENT_PATHS,
             "gradient_path",

@@ -10,7 +10,8 @@ Tensor suffixes:
 A channel stands for a label or, in region-based training, for a region: see `LabelEncoding`.
 
 Inside windows, the fused logits of class c are a_c · patch + b_c · coarse + d_c, overlapping patches averaged with
-nnU-Net's Gaussian; elsewhere they are the upsampled coarse logits.
+nnU-Net's Gaussian; elsewhere they are the upsampled coarse logits. At inference, the difference between the two is
+multiplied with the trust in the windows, averaged in the same way.
 """
 
 from __future__ import annotations
@@ -62,10 +63,13 @@ class FusionWeights(NamedTuple):
         return FusionWeights(*(part[label, None] for part in self))
 
 
-def fuse(patch_logits_CDHW: Tensor, coarse_logits_CDHW: Tensor, weights: FusionWeights) -> Tensor:
-    """Fused logits, the weights broadcast over the trailing axes."""
+def fuse(
+    patch_logits_CDHW: Tensor, coarse_logits_CDHW: Tensor, weights: FusionWeights, trust_DHW: Tensor | None = None
+) -> Tensor:
+    """Fused logits, the weights broadcast over the trailing axes; full trust where None."""
     patch, coarse, bias = (part.view(-1, 1, 1, 1) for part in weights)
-    return torch.addcmul(torch.addcmul(bias, coarse, coarse_logits_CDHW), patch, patch_logits_CDHW)
+    fused_CDHW = torch.addcmul(torch.addcmul(bias, coarse, coarse_logits_CDHW), patch, patch_logits_CDHW)
+    return fused_CDHW if trust_DHW is None else torch.lerp(coarse_logits_CDHW, fused_CDHW, trust_DHW)
 
 
 def gaussian_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:
@@ -77,10 +81,33 @@ def gaussian_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:
     return gaussian.float()
 
 
+def blended_trust(
+    trust_K: Tensor, starts_K3: Tensor, patch_size: Sequence[int], volume_shape: Shape, device: torch.device
+) -> Tensor:
+    """The trust in the windows over each voxel, averaged with nnU-Net's Gaussian; 0 where no window is.
+
+    Args:
+        trust_K: of the windows.
+        starts_K3: first voxels of the windows.
+        patch_size: voxels of a window.
+        volume_shape: of the volume.
+        device: of the result.
+
+    Returns:
+        float32 of shape `volume_shape`.
+    """
+    gaussian_DHW = gaussian_weights(patch_size, device)
+    trust_DHW, total_DHW = torch.zeros(2, *volume_shape, device=device)
+    for start, trust in zip(starts_K3.tolist(), trust_K.tolist(), strict=True):
+        trust_DHW[window_slices(start, patch_size)] += trust * gaussian_DHW
+        total_DHW[window_slices(start, patch_size)] += gaussian_DHW
+    return trust_DHW / total_DHW.clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def fuse_volume_(
     patch_logits_CDHW: Tensor,
     coarse_logits_Cdhw: Tensor,
-    covered_DHW: Tensor,
+    trust_DHW: Tensor,
     weights: FusionWeights,
     offset: Sequence[int],
     factor: Shape,
@@ -90,7 +117,7 @@ def fuse_volume_(
     Args:
         patch_logits_CDHW: blended patch logits; anything (NaN included) where no window is.
         coarse_logits_Cdhw: coarse logits.
-        covered_DHW: bool, where windows are.
+        trust_DHW: of `blended_trust`, 0 where no window is.
         weights: of the fusion.
         offset: voxel of the coarse prediction's volume at which the volume begins.
         factor: voxels of the volume per low-resolution voxel.
@@ -102,14 +129,15 @@ def fuse_volume_(
     device = patch_logits_CDHW.device
     for label, (patch_DHW, coarse_dhw) in enumerate(zip(patch_logits_CDHW, coarse_logits_Cdhw, strict=True)):
         coarse_1DHW = upsample_window(coarse_dhw[None, None].float(), offset, size, factor)[0].to(device)
-        fused_1DHW = fuse(patch_DHW[None].float(), coarse_1DHW, weights.of_class(label).to(device))
-        patch_DHW.copy_(torch.where(covered_DHW, fused_1DHW, coarse_1DHW)[0])
+        fused_1DHW = fuse(patch_DHW[None].float(), coarse_1DHW, weights.of_class(label).to(device), trust_DHW)
+        patch_DHW.copy_(torch.where(trust_DHW > 0, fused_1DHW, coarse_1DHW)[0])
     return patch_logits_CDHW
 
 
 def fused_segmentation(
     patch_logits_KCDHW: Tensor,
     starts_K3: Tensor,
+    trust_K: Tensor,
     coarse_logits_Cdhw: Tensor,
     weights: FusionWeights,
     volume_shape: Shape,
@@ -125,7 +153,7 @@ def fused_segmentation(
     gaussian_DHW, total_DHW = gaussian_weights(patch_size, device), torch.zeros(volume_shape, device=device)
     for start in starts_K3.tolist():
         total_DHW[window_slices(start, patch_size)] += gaussian_DHW
-    covered_DHW = total_DHW > 0
+    trust_DHW = blended_trust(trust_K, starts_K3, patch_size, volume_shape, device)
     best_DHW = torch.full(volume_shape, -torch.inf, device=device)
     labels_DHW = torch.zeros(volume_shape, dtype=torch.int64, device=device)
     for label, coarse_dhw in enumerate(coarse_logits_Cdhw):
@@ -134,7 +162,7 @@ def fused_segmentation(
             patches_DHW[window_slices(start, patch_size)] += gaussian_DHW * patch_logits_KCDHW[window, label].float()
         patches_DHW /= total_DHW
         logits_DHW = fuse_volume_(
-            patches_DHW[None], coarse_dhw[None], covered_DHW, weights.of_class(label), (0, 0, 0), factor
+            patches_DHW[None], coarse_dhw[None], trust_DHW, weights.of_class(label), (0, 0, 0), factor
         )[0]
         if encoding.has_regions:
             labels_DHW[logits_DHW > 0] = encoding.regions_class_order[label]

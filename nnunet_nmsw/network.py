@@ -55,10 +55,17 @@ class WindowChoice(NamedTuple):
     Attributes:
         starts_K3: their first voxels in the order of choice, int64 on the host.
         scores_K: their scores, float32 on the host.
+        trust_K: how much of what each changes is kept, from 0 to 1, float32 on the host.
     """
 
     starts_K3: Tensor
     scores_K: Tensor
+    trust_K: Tensor
+
+    @classmethod
+    def fully_trusted(cls, starts_K3: Tensor, scores_K: Tensor) -> WindowChoice:
+        """Windows whose patches count fully, whatever their scores."""
+        return cls(starts_K3, scores_K, torch.ones(len(starts_K3)))
 
 
 class TrainingOutput(NamedTuple):
@@ -238,6 +245,18 @@ class NMSWNetwork(nn.Module):
         """Scores of the windows, float32 of shape N: `score_scale` times the mean of the score map over each."""
         return self.config.score_scale * grid.mean(score_map_dhw)
 
+    def trust(self, scores_K: Tensor) -> Tensor:
+        """How much of what chosen windows change is kept, from 0 to 1: the root of each benefit over the largest.
+
+        Benefits are the predicted ones. All of it where the settings say so, or where scores were not trained to predict benefits.
+
+        Args:
+            scores_K: scores of the windows of a case.
+        """
+        if self.config.trust == "full" or self.config.benefit_loss_weight == 0 or len(scores_K) == 0:
+            return torch.ones_like(scores_K)
+        return (scores_K / scores_K.max().clamp_min(1e-12)).clamp(0, 1).sqrt()
+
     def candidates(self, coarse_logits_Cdhw: Tensor, grid: WindowGrid, at_least: int) -> Tensor:
         """Windows worth a patch, bool of shape N: see `candidate_windows`."""
         foreground_dhw = foreground_probability(coarse_logits_Cdhw.detach(), self.config.regions)
@@ -274,7 +293,8 @@ class NMSWNetwork(nn.Module):
             indices_K = greedy_coverage(scores_N, candidates_N, num_patches, grid)
         else:
             indices_K = top_k(scores_N, candidates_N, num_patches)
-        return WindowChoice(grid.starts_N3[indices_K.cpu()], scores_N[indices_K].cpu())
+        scores_K = scores_N[indices_K].cpu()
+        return WindowChoice(grid.starts_N3[indices_K.cpu()], scores_K, self.trust(scores_K))
 
     def forward(self, x: Tensor | TrainingVolume) -> Any:
         """Local logits of a batch of patches, or the `TrainingOutput` of a `TrainingVolume`."""

@@ -184,7 +184,9 @@ class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
             self._oracle[self.use_mirroring] = self._ask_oracle(coarse, grid)
         order, gains = self._oracle[self.use_mirroring]
         k = resolve_num_patches(self.num_patches, len(grid))
-        return WindowChoice(grid.starts_N3[torch.tensor(order[:k], dtype=torch.int64)], torch.tensor(gains[:k]))
+        return WindowChoice.fully_trusted(
+            grid.starts_N3[torch.tensor(order[:k], dtype=torch.int64)], torch.tensor(gains[:k])
+        )
 
     def _ask_oracle(self, coarse: CoarsePrediction, grid: WindowGrid) -> tuple[list[int], list[float]]:
         volume_1CDHW = self._volume_CDHW[None]

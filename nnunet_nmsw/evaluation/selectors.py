@@ -20,7 +20,7 @@ from nnunet_nmsw.topk import top_k
 
 def no_windows() -> WindowChoice:
     """None: what remains is the global branch."""
-    return WindowChoice(torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0))
+    return WindowChoice.fully_trusted(torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0))
 
 
 def random_windows(
@@ -70,7 +70,7 @@ def object_windows(coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
     if not starts:
         return no_windows()
     kept = list(starts)[: len(grid)]
-    return WindowChoice(torch.tensor(kept, dtype=torch.int64), torch.zeros(len(kept)))
+    return WindowChoice.fully_trusted(torch.tensor(kept, dtype=torch.int64), torch.zeros(len(kept)))
 
 
 def _best(
@@ -78,4 +78,4 @@ def _best(
 ) -> WindowChoice:
     candidates_N = network.candidates(coarse.logits_Cdhw, grid, at_least=1).cpu()
     indices_K = top_k(scores_N, candidates_N, num_patches)
-    return WindowChoice(grid.starts_N3[indices_K], scores_N[indices_K].float())
+    return WindowChoice.fully_trusted(grid.starts_N3[indices_K], scores_N[indices_K].float())

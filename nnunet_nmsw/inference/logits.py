@@ -19,7 +19,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_nmsw.config import parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.fusion import fuse_volume_
+from nnunet_nmsw.fusion import blended_trust, fuse_volume_
 from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
 from nnunet_nmsw.inference.windows import ChosenWindows
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
@@ -109,13 +109,13 @@ class LogitsPredictor(nnUNetPredictor):
         logits_CDHW: Tensor = super().predict_sliding_window_return_logits(input_image)
         if not self.use_global_branch:
             return logits_CDHW
-        covered_DHW = torch.zeros(grid.volume_shape, dtype=torch.bool, device=logits_CDHW.device)
-        for slicer in self._slicers:
-            covered_DHW[slicer[1:]] = True
+        trust_DHW = blended_trust(
+            windows.trust_K, windows.starts_K3, grid.patch_size, grid.volume_shape, logits_CDHW.device
+        )
         return fuse_volume_(
             logits_CDHW,
             coarse.logits_Cdhw,
-            covered_DHW[unpad[1:]],
+            trust_DHW[unpad[1:]],
             network.fusion_weights,
             offset,
             network.config.downsampling_factor,

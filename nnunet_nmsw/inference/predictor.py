@@ -45,6 +45,7 @@ from nnunet_nmsw.inference.preprocessing import Case, preprocessed_cases
 from nnunet_nmsw.inference.streaming import FEWEST_PLANES, FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.labels import LabelEncoding
+from nnunet_nmsw.network import WindowChoice
 from nnunet_nmsw.precision import mixed_precision
 
 MEMORY_OF_PLANES = 1 << 30
@@ -135,7 +136,7 @@ class NMSWPredictor(LogitsPredictor):
             coarse = self.predict_coarse(padded)
             windows = self.choose_windows(coarse, grid)
             self._remember(grid, windows, offset, spatial_shape(data))
-            of_folds.append((parameters, coarse.logits_Cdhw, windows.starts_K3, network.fusion_weights))
+            of_folds.append((parameters, coarse.logits_Cdhw, windows, network.fusion_weights))
         devices = [self.device, torch.device("cpu")] if self.perform_everything_on_device else [torch.device("cpu")]
         for device in devices:
             try:
@@ -150,14 +151,14 @@ class NMSWPredictor(LogitsPredictor):
     def _segment(
         self,
         padded: Tensor,
-        of_folds: list[tuple[Any, Tensor, Tensor, FusionWeights]],
+        of_folds: list[tuple[Any, Tensor, WindowChoice, FusionWeights]],
         axes: list[Axis],
         offset: list[int],
         inside: Shape,
         device: torch.device,
     ) -> Tensor:
         network, share = self.nmsw_network, self._share or self._unbounded()
-        total = sum(len(starts_K3) for _, _, starts_K3, _ in of_folds)
+        total = sum(len(windows.starts_K3) for _, _, windows, _ in of_folds)
         with tqdm(total=total, desc="patches", disable=not self.allow_tqdm, leave=False) as bar:
 
             def windows_of(parameters: Any, starts_K3: Tensor) -> Tensor:
@@ -167,8 +168,14 @@ class NMSWPredictor(LogitsPredictor):
                 return logits_KCDHW.to(device, torch.float16)
 
             models = [
-                FusedModel(logits_Cdhw.to(device), starts_K3, weights.to(device), partial(windows_of, parameters))
-                for parameters, logits_Cdhw, starts_K3, weights in of_folds
+                FusedModel(
+                    logits_Cdhw.to(device),
+                    windows.starts_K3,
+                    windows.trust_K,
+                    weights.to(device),
+                    partial(windows_of, parameters),
+                )
+                for parameters, logits_Cdhw, windows, weights in of_folds
             ]
             prediction = FusedPrediction(
                 models,

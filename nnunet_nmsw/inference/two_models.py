@@ -63,6 +63,7 @@ class TwoModelPredictor(NMSWPredictor):
             downsampling_factor=factor_between(configuration.spacing, coarse.spacing),
             regions=self.label_manager.has_regions,
             score_map="free",
+            trust="full",
         )
         d, h, w = configuration.patch_size
         classes = self.label_manager.num_segmentation_heads

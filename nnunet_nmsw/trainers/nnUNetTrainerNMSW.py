@@ -255,12 +255,13 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
             loss, coarse = self.loss(output, volume), output.coarse
             grid = network.grid(volume.shape)
             num_patches = resolve_num_patches(self.config.num_patches, len(grid))
-            starts = network.select(coarse, grid, num_patches).starts_K3
-            batches = [volume.windows(some, network.patch_size)[0] for some in starts.split(self.batch_size)]
+            windows = network.select(coarse, grid, num_patches)
+            batches = [volume.windows(some, network.patch_size)[0] for some in windows.starts_K3.split(self.batch_size)]
             logits = [finest_scale(network(patches)) for patches in batches]
         labels_DHW = fused_segmentation(
             torch.cat(logits),
-            starts,
+            windows.starts_K3,
+            windows.trust_K,
             coarse.logits_Cdhw,
             network.fusion_weights,
             grid.volume_shape,
