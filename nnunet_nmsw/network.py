@@ -248,7 +248,8 @@ class NMSWNetwork(nn.Module):
     def trust(self, scores_K: Tensor) -> Tensor:
         """How much of what chosen windows change is kept, from 0 to 1: the root of each benefit over the largest.
 
-        Benefits are the predicted ones. All of it where the settings say so, or where scores were not trained to predict benefits.
+        Benefits are the predicted ones. All of it where the settings say so, or where scores were not trained to
+        predict benefits.
 
         Args:
             scores_K: scores of the windows of a case.
