@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check_previous_stage(cases, predictor, args.prev_stage_predictions)
     if args.engine == "ray":
         predictor = for_ray(predictor, args, make)
+    elif isinstance(predictor, NMSWPredictor):
+        predictor.bound_memory(cases, args.npp)
     os.makedirs(args.o, exist_ok=True)
     predictor.predict_from_files(
         args.i,

@@ -83,6 +83,8 @@ class NMSWPredictor(LogitsPredictor):
         self.max_drop = max_drop
         self.max_memory = max_memory
         self._share: Share | None = None
+        self._bounded: set[str] = set()
+        """The cases that what is shared out was made for."""
         self._num_cases: int | None = None
 
     keeps_logits = False
@@ -333,7 +335,10 @@ class NMSWPredictor(LogitsPredictor):
         """
         if self.max_memory is None:
             return num_preprocessing
-        self._share = self._share_out(self.max_memory, cases, num_preprocessing)
+        images = {files[0] for files in cases}
+        if self._share is None or not images <= self._bounded:
+            self._share = self._share_out(self.max_memory, cases, num_preprocessing)
+            self._bounded = images
         return self._share.num_preprocessing
 
     def _unbounded(self, num_preprocessing: int = 0) -> Share:

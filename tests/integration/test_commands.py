@@ -165,6 +165,9 @@ def test_training_a_2d_configuration_is_refused(workspace):
         ("-part_id 2 -num_parts 2", "-part_id is 2"),
         ("-m unreadable_model", "cannot load"),
         ("-m stock_model", "no NMSW trainer"),
+        ("--max_memory lots", "such as 8G"),
+        ("--max_memory 100M -f 0", "too small for one patch"),
+        ("--ray_address host:6379", "are for --engine ray"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(workspace, model, flags, says, monkeypatch):

@@ -63,7 +63,7 @@ def test_cases_whose_workers_die_are_done_by_others_and_none_twice(workspace, mo
 
 def test_a_cluster_that_is_not_there(workspace, model):
     flags = f"{FLAGS} -tr {TRAINER} --engine ray --ray_address 127.0.0.1:1"
-    result = run(f"nmsw_predict -i {images(workspace)} -o {workspace / 'nowhere'} {flags}", workspace, check=False)
+    result = run(f"nmsw_predict -i {images(workspace)} -o {workspace / 'unreachable'} {flags}", workspace, check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("cannot reach the Ray cluster at 127.0.0.1:1")
     assert DATASET not in result.stderr
