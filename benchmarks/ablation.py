@@ -223,7 +223,7 @@ def load_runs(folder: Path) -> Runs:
 
 def dice(runs: list[dict[str, Any]], method: str, k: str) -> np.ndarray:
     """Mean Dice of the classes by seed, in per cent."""
-    return np.array([100 * np.mean(run["dice"][method][k]) for run in runs if method in run["dice"]])
+    return np.array([100 * np.mean(run["dice"][method][k]) for run in runs if k in run["dice"].get(method, {})])
 
 
 def cell(values: np.ndarray) -> str:
@@ -339,13 +339,14 @@ CURVES = (
 
 
 def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
-    """Dice against K of the most telling arms, and the stock sliding window, a panel a dataset."""
+    """Dice against K of the most telling arms and the stock sliding window, longest training, a panel a dataset."""
     figure = Figure(figsize=(5.5 * len(dataset_ids), 4.6), layout="constrained")
     axes = figure.subplots(1, len(dataset_ids), squeeze=False)[0]
     counts = [k for k in KS if not k.endswith("%")]
     lines: dict[str, Any] = {}
     for axis, dataset_id in zip(axes, dataset_ids, strict=True):
-        for length in sorted((folder / DATASETS[dataset_id].name).glob("*_epochs")):
+        lengths = (folder / DATASETS[dataset_id].name).glob("*_epochs")
+        for length in sorted(lengths, key=lambda length: int(length.name.split("_")[0]))[-1:]:
             runs = load_runs(length)
             if STOCK in runs:
                 level = dice(runs[STOCK], "sliding window", "all").mean()
