@@ -381,16 +381,22 @@ class NMSWPredictor(LogitsPredictor):
                     continue
                 yield case
                 if self.save_patches and case["ofile"] is not None:
-                    folder, name = os.path.split(case["ofile"])
-                    write_windows(
-                        os.path.join(folder, "patches"),
-                        name,
-                        self.chosen_windows,
-                        case["data_properties"],
-                        self.plans_manager,
-                        self.dataset_json["file_ending"],
-                    )
+                    try:
+                        self._write_windows(case)
+                    except UserError as error:
+                        failed.append(error)
                 bar.update()
+
+    def _write_windows(self, case: dict[str, Any]) -> None:
+        folder, name = os.path.split(case["ofile"])
+        write_windows(
+            os.path.join(folder, "patches"),
+            name,
+            self.chosen_windows,
+            case["data_properties"],
+            self.plans_manager,
+            self.dataset_json["file_ending"],
+        )
 
 
 def patches_at_once(patch_size: Sequence[int]) -> int:
