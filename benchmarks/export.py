@@ -31,8 +31,8 @@ from torch import Tensor
 from nnunet_nmsw.config import resolve_num_patches
 from nnunet_nmsw.fusion import FusionWeights, fuse_volume_, gaussian_weights
 from nnunet_nmsw.geometry import Shape, WindowGrid, window_slices
+from nnunet_nmsw.inference.bounded import MEMORY_OF_PLANES
 from nnunet_nmsw.inference.interpolation import linear_axis
-from nnunet_nmsw.inference.predictor import MEMORY_OF_PLANES
 from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.labels import LabelEncoding
 

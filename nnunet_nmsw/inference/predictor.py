@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -21,7 +20,6 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,33 +27,18 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import FusionWeights
 from nnunet_nmsw.geometry import Shape, crop_windows
 from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, stop_at_of_folds
+from nnunet_nmsw.inference.bounded import BoundedPredictor
 from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.interpolation import Axis
-from nnunet_nmsw.inference.logits import LogitsPredictor, spatial_shape
-from nnunet_nmsw.inference.memory import (
-    Share,
-    in_words,
-    memory_of_process,
-    most_memory_of_process,
-    needs_of,
-    share_out,
-    size_of,
-)
+from nnunet_nmsw.inference.logits import spatial_shape
 from nnunet_nmsw.inference.preprocessing import Case, preprocessed_cases
-from nnunet_nmsw.inference.streaming import FEWEST_PLANES, FusedModel, FusedPrediction, planes_for, segment
+from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import WindowChoice
-from nnunet_nmsw.precision import mixed_precision
-
-MEMORY_OF_PLANES = 1 << 30
-"""Bytes for the logits of the planes that are worked out at a time."""
-
-VOXELS_AT_ONCE = 1 << 21
-"""Voxels of a batch of patches, unless one patch has more."""
 
 
-class NMSWPredictor(LogitsPredictor):
+class NMSWPredictor(BoundedPredictor):
     """Predicts with an NMSW model. Used as nnU-Net's predictor is, on files and on arrays.
 
     Args:
@@ -78,13 +61,9 @@ class NMSWPredictor(LogitsPredictor):
         max_memory: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_patches, use_global_branch, **kwargs)
+        super().__init__(max_memory, num_patches=num_patches, use_global_branch=use_global_branch, **kwargs)
         self.save_patches = save_patches
         self.max_drop = max_drop
-        self.max_memory = max_memory
-        self._share: Share | None = None
-        self._bounded: set[str] = set()
-        """The cases that what is shared out was made for."""
         self._num_cases: int | None = None
 
     keeps_logits = False
@@ -159,7 +138,7 @@ class NMSWPredictor(LogitsPredictor):
         inside: Shape,
         device: torch.device,
     ) -> Tensor:
-        network, share = self.nmsw_network, self._share or self._unbounded()
+        network, share = self.nmsw_network, self.share
         total = sum(len(windows.starts_K3) for _, _, windows, _ in of_folds)
         with tqdm(total=total, desc="patches", disable=not self.allow_tqdm, leave=False) as bar:
 
@@ -190,20 +169,6 @@ class NMSWPredictor(LogitsPredictor):
             _, height, width = inside
             planes = planes_for(share.planes, self.label_manager.num_segmentation_heads, height, width)
             return segment(prediction, axes, offset, inside, planes)
-
-    def _patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
-        """Logits of patches, mirrored where that is on; in halves where the device has too little memory."""
-        try:
-            with mixed_precision(self.device):
-                logits_KCDHW: Tensor = self._internal_maybe_mirror_and_predict(patches_KCDHW.to(self.device))
-        except torch.OutOfMemoryError:
-            if len(patches_KCDHW) == 1:
-                raise
-        else:
-            return logits_KCDHW
-        empty_cache(self.device)
-        half = len(patches_KCDHW) // 2
-        return torch.cat([self._patch_logits(part) for part in (patches_KCDHW[:half], patches_KCDHW[half:])])
 
     def predict_from_data_iterator(
         self,
@@ -272,7 +237,7 @@ class NMSWPredictor(LogitsPredictor):
     ) -> list[Any]:
         """Labels of the cases without a file; the others' are written while the next are predicted."""
         written: list[Any] = []
-        num_writers = max(1, num_writers if self._share is None else min(num_writers, self._share.num_writers))
+        num_writers = max(1, min(num_writers, self.share.num_writers))
         with ThreadPoolExecutor(num_writers) as writers:
             for case in cases:
                 data, file = case["data"], case["ofile"]
@@ -320,56 +285,6 @@ class NMSWPredictor(LogitsPredictor):
         """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_cases`."""
         return preprocessed_cases(self, images, previous_stage, outputs, num_threads)
 
-    def bound_memory(self, cases: list[list[str]], num_preprocessing: int) -> int:
-        """Keep within `max_memory` with these cases from now on. Predicts a patch to see what that takes.
-
-        Args:
-            cases: files by case and channel.
-            num_preprocessing: cases to preprocess beside the prediction, if memory allows.
-
-        Returns:
-            How many it allows.
-
-        Raises:
-            UserError: it is too small for one of the cases.
-        """
-        if self.max_memory is None:
-            return num_preprocessing
-        images = {files[0] for files in cases}
-        if self._share is None or not images <= self._bounded:
-            self._share = self._share_out(self.max_memory, cases, num_preprocessing)
-            self._bounded = images
-        return self._share.num_preprocessing
-
-    def _unbounded(self, num_preprocessing: int = 0) -> Share:
-        """What may go on at a time without a bound on memory."""
-        at_once = patches_at_once(self.nmsw_network.patch_size)
-        return Share(num_preprocessing, default_num_processes, MEMORY_OF_PLANES, sys.maxsize, at_once)
-
-    def _share_out(self, limit: int, cases: list[list[str]], num_preprocessing: int) -> Share:
-        """What may go on at a time for these cases. Predicts a patch to see what it takes.
-
-        Raises:
-            UserError: the bound is too small for one of them.
-        """
-        plans, configuration, network = self.plans_manager, self.configuration_manager, self.nmsw_network
-        channels = determine_num_input_channels(plans, configuration, self.dataset_json)
-        classes, factor = self.label_manager.num_segmentation_heads, network.config.downsampling_factor
-        sizes = [size_of(files, plans, configuration) for files in cases]
-        needs = [needs_of(size, configuration, channels, classes, factor) for size in sizes]
-        size, largest = max(zip(sizes, needs, strict=True), key=lambda case: sum(case[1][:3]))
-        used = memory_of_process()
-        with torch.inference_mode():
-            network.to(self.device).eval()
-            self._patch_logits(torch.zeros(1, channels, *network.patch_size))
-        patch = max(0, most_memory_of_process() - used)
-        if self.device.type == "cpu":  # the global branch sees a volume of its own
-            patch = max(patch, patch * math.prod(size.volume) // math.prod(factor) // math.prod(network.patch_size))
-        share = share_out(limit, used, largest, patch, self._unbounded(num_preprocessing), FEWEST_PLANES, size.case)
-        if self.verbose:
-            print(f"within {in_words(limit)}: {share}")
-        return share
-
     def _follow(self, data_iterator: Iterable[dict[str, Any]], failed: list[UserError]) -> Iterator[dict[str, Any]]:
         """Pass the cases on, but for those that cannot be read; each is predicted by the time the next is asked for."""
         with tqdm(total=self._num_cases, desc="cases", disable=not self.allow_tqdm, position=1, leave=False) as bar:
@@ -397,8 +312,3 @@ class NMSWPredictor(LogitsPredictor):
             self.plans_manager,
             self.dataset_json["file_ending"],
         )
-
-
-def patches_at_once(patch_size: Sequence[int]) -> int:
-    """Patches of a batch: small ones together, for which the cost of a call is more than that of the computation."""
-    return max(1, min(16, VOXELS_AT_ONCE // math.prod(patch_size)))
