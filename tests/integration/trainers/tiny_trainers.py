@@ -27,6 +27,14 @@ class nnUNetTrainerNMSW_tiny(Tiny, nnUNetTrainerNMSW):
     """NMSW."""
 
 
+class nnUNetTrainerNMSW_short(nnUNetTrainerNMSW):
+    """Enough to learn something: five epochs of 120 steps."""
+
+    def initialize(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 5, 120, 5
+        super().initialize()
+
+
 class nnUNetTrainerNMSW_retrofit_tiny(Tiny, nnUNetTrainerNMSW_retrofit):
     """NMSW around a trained stock model."""
 
