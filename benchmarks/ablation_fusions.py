@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
-from nnunet_nmsw.geometry import Shape, upsample_window, window_slices
+from nnunet_nmsw.fusion import FusionWeights, blended_trust, fuse, summed
+from nnunet_nmsw.geometry import Shape, upsample_window
 
 Fusion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Blended patch logits, coarse logits (C, D, H, W each) and windows' weights (D, H, W) to fused scores (C, D, H, W)."""
@@ -78,14 +78,9 @@ def fused_labels(
     """
     patch_size = patch_logits_KCDHW.shape[2:]
     coarse_CDHW = upsample_window(coarse_logits_Cdhw[None], (0, 0, 0), volume_shape, factor)[0]
-    gaussian_DHW = gaussian_weights(patch_size, coarse_CDHW.device)
-    patch_CDHW, total_DHW = torch.zeros_like(coarse_CDHW), torch.zeros_like(coarse_CDHW[0])
-    weight_DHW = torch.zeros_like(total_DHW)
-    for start, logits_CDHW, weight in zip(starts_K3.tolist(), patch_logits_KCDHW, weight_K.tolist(), strict=True):
-        where = window_slices(start, patch_size)
-        total_DHW[where] += gaussian_DHW
-        weight_DHW[where] += weight * gaussian_DHW
-        patch_CDHW[(slice(None), *where)] += gaussian_DHW * logits_CDHW
+    placed = (starts_K3, patch_size, volume_shape, coarse_CDHW.device)
+    (total_DHW,) = summed(torch.ones(len(starts_K3), 1, 1, 1, 1), *placed)
     covered_DHW, total_DHW = total_DHW > 0, total_DHW.clamp_min(1e-12)
-    fused_CDHW = fusion(patch_CDHW / total_DHW, coarse_CDHW, weight_DHW / total_DHW)
+    patch_CDHW = summed(patch_logits_KCDHW, *placed) / total_DHW
+    fused_CDHW = fusion(patch_CDHW, coarse_CDHW, blended_trust(weight_K, *placed))
     return torch.where(covered_DHW, fused_CDHW.argmax(0), coarse_CDHW.argmax(0))

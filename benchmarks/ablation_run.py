@@ -216,10 +216,11 @@ class Case:
             chosen = self.network.select(self.coarse, self.grid, resolve_num_patches(k, len(self.grid)))
             # The fusion by window trusts the window with the largest predicted benefit fully, the others less.
             share_K = (chosen.scores_K / chosen.scores_K.max().clamp_min(1e-6)).clamp(0, 1)
+            patches_KCDHW = self.patches(chosen.starts_K3)
             for name, (fusion, trust) in fusions(self.network.fusion_weights).items():
                 labels_DHW = fused_labels(
                     fusion,
-                    self.patches(chosen.starts_K3),
+                    patches_KCDHW,
                     chosen.starts_K3,
                     trust(share_K),
                     self.coarse.logits_Cdhw.float(),

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from nnunet_nmsw.fusion import FusionWeights, fuse_volume_, gaussian_weights
 from nnunet_nmsw.geometry import Shape, WindowGrid, window_slices
 from nnunet_nmsw.inference.bounded import MEMORY_OF_PLANES
 from nnunet_nmsw.inference.interpolation import linear_axis
+from nnunet_nmsw.inference.memory import most_memory_of_process
 from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.labels import LabelEncoding
 
@@ -119,25 +119,25 @@ def measure(args: argparse.Namespace, method: str, classes: int) -> dict[str, An
     if method == "stock":
         logits_CDHW = fused_volume(windows, starts_K3, coarse_Cdhw, weights, grid)
         size = logits_CDHW.numel() * logits_CDHW.element_size() / 2**30
-        before, started = peak_gib(), time.perf_counter()
+        before, started = most_memory_of_process() / 2**30, time.perf_counter()
         resampled = resample_data_or_seg_to_shape(
             logits_CDHW, image, [args.spacing] * 3, [IMAGE_SPACING] * 3, order=1, order_z=0, force_separate_z=None
         )
         labels = torch.from_numpy(resampled.argmax(0))
-        seconds, gib = time.perf_counter() - started, peak_gib() - before + size
+        seconds, gib = time.perf_counter() - started, most_memory_of_process() / 2**30 - before + size
     else:
         patches = {tuple(start): windows(torch.tensor([start]))[0] for start in starts_K3.tolist()}
 
         def computed(starts: Tensor) -> Tensor:
             return torch.stack([patches.pop(tuple(start)) for start in starts.tolist()])
 
-        before, started = peak_gib(), time.perf_counter()
+        before, started = most_memory_of_process() / 2**30, time.perf_counter()
         model = FusedModel(coarse_Cdhw, starts_K3, torch.ones(len(starts_K3)), weights, computed)
         prediction = FusedPrediction([model], grid.patch_size, (3, 3, 3), LabelEncoding(classes), windows_at_once=4)
         axes = [linear_axis(n, m) for n, m in zip(grid.volume_shape, image, strict=True)]
         planes = planes_for(MEMORY_OF_PLANES, classes, h, w)
         labels = segment(prediction, axes, (0, 0, 0), grid.volume_shape, planes)
-        seconds, gib = time.perf_counter() - started, max(peak_gib() - before, 1e-3)
+        seconds, gib = time.perf_counter() - started, max(most_memory_of_process() / 2**30 - before, 1e-3)
     counts = torch.bincount(labels.flatten().long(), minlength=classes).tolist()
     return {"seconds": seconds, "gib": gib, "volumes": counts}
 
@@ -167,11 +167,6 @@ def fused_volume(
     sums_CDHW /= weight_DHW.clamp_min(1e-30)
     fuse_volume_(sums_CDHW, coarse_Cdhw, (weight_DHW > 0).float(), weights, (0, 0, 0), (3, 3, 3))
     return sums_CDHW.half()
-
-
-def peak_gib() -> float:
-    """Most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from synthetic import dataset_of, plans_of
 
+from nnunet_nmsw.inference.memory import most_memory_of_process
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
@@ -74,18 +74,13 @@ def measure(size: int, classes: int, patch: int, num_patches: str) -> dict[str, 
         "bbox_used_for_cropping": [[0, size]] * 3,
         "shape_after_cropping_and_before_resampling": shape,
     }
-    before = peak_gib()
+    before = most_memory_of_process() / 2**30
     volume = torch.randn(1, *shape)
     started = time.perf_counter()
     predictor.predict_segmentation(volume, properties)
     seconds = time.perf_counter() - started
     patches = len(predictor.chosen_windows[0].starts)
-    return {"gib": peak_gib(), "gib_before": before, "seconds": seconds, "patches": patches}
-
-
-def peak_gib() -> float:
-    """Most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"gib": most_memory_of_process() / 2**30, "gib_before": before, "seconds": seconds, "patches": patches}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 
+from nnunet_nmsw.inference.memory import most_memory_of_process
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW, training_volume
@@ -103,7 +103,7 @@ def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps
         waiting += time.perf_counter() - asked
         trainer.train_step(batch)  # ends in the loss on the host, hence when the device is done
     seconds = time.perf_counter() - started
-    host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    host_gib = most_memory_of_process() / 2**30
     device_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     loss_seconds = seconds_of_losses(trainer, steps) if isinstance(trainer, nnUNetTrainerNMSW) else 0.0
     for loader in (trainer.dataloader_train, trainer.dataloader_val):

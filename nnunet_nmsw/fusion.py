@@ -81,6 +81,28 @@ def gaussian_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:
     return gaussian.float()
 
 
+def summed(
+    values_KCDHW: Tensor, starts_K3: Tensor, patch_size: Sequence[int], volume_shape: Shape, device: torch.device
+) -> Tensor:
+    """Sum over windows of their values times nnU-Net's Gaussian; 0 where no window is.
+
+    Args:
+        values_KCDHW: by window; axes of a patch may have length 1 where a window has one value.
+        starts_K3: first voxels of the windows.
+        patch_size: voxels of a window.
+        volume_shape: of the volume.
+        device: of the result.
+
+    Returns:
+        float32 of shape C, `volume_shape`.
+    """
+    gaussian_DHW = gaussian_weights(patch_size, device)
+    sums_CDHW = torch.zeros(values_KCDHW.shape[1], *volume_shape, device=device)
+    for start, values_CDHW in zip(starts_K3.tolist(), values_KCDHW, strict=True):
+        sums_CDHW[(slice(None), *window_slices(start, patch_size))] += gaussian_DHW * values_CDHW.to(device).float()
+    return sums_CDHW
+
+
 def blended_trust(
     trust_K: Tensor, starts_K3: Tensor, patch_size: Sequence[int], volume_shape: Shape, device: torch.device
 ) -> Tensor:
@@ -96,11 +118,8 @@ def blended_trust(
     Returns:
         float32 of shape `volume_shape`.
     """
-    gaussian_DHW = gaussian_weights(patch_size, device)
-    trust_DHW, total_DHW = torch.zeros(2, *volume_shape, device=device)
-    for start, trust in zip(starts_K3.tolist(), trust_K.tolist(), strict=True):
-        trust_DHW[window_slices(start, patch_size)] += trust * gaussian_DHW
-        total_DHW[window_slices(start, patch_size)] += gaussian_DHW
+    values_K2111 = torch.stack([trust_K, torch.ones_like(trust_K)], 1)[..., None, None, None]
+    trust_DHW, total_DHW = summed(values_K2111, starts_K3, patch_size, volume_shape, device)
     return trust_DHW / total_DHW.clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -150,19 +169,15 @@ def fused_segmentation(
         int64 labels of shape `volume_shape`.
     """
     patch_size, device = patch_logits_KCDHW.shape[2:], coarse_logits_Cdhw.device
-    gaussian_DHW, total_DHW = gaussian_weights(patch_size, device), torch.zeros(volume_shape, device=device)
-    for start in starts_K3.tolist():
-        total_DHW[window_slices(start, patch_size)] += gaussian_DHW
+    total_1DHW = summed(torch.ones(len(starts_K3), 1, 1, 1, 1), starts_K3, patch_size, volume_shape, device)
     trust_DHW = blended_trust(trust_K, starts_K3, patch_size, volume_shape, device)
     best_DHW = torch.full(volume_shape, -torch.inf, device=device)
     labels_DHW = torch.zeros(volume_shape, dtype=torch.int64, device=device)
     for label, coarse_dhw in enumerate(coarse_logits_Cdhw):
-        patches_DHW = torch.zeros_like(best_DHW)
-        for window, start in enumerate(starts_K3.tolist()):
-            patches_DHW[window_slices(start, patch_size)] += gaussian_DHW * patch_logits_KCDHW[window, label].float()
-        patches_DHW /= total_DHW
+        patches_1DHW = summed(patch_logits_KCDHW[:, label, None], starts_K3, patch_size, volume_shape, device)
+        patches_1DHW /= total_1DHW
         logits_DHW = fuse_volume_(
-            patches_DHW[None], coarse_dhw[None], trust_DHW, weights.of_class(label), (0, 0, 0), factor
+            patches_1DHW, coarse_dhw[None], trust_DHW, weights.of_class(label), (0, 0, 0), factor
         )[0]
         if encoding.has_regions:
             labels_DHW[logits_DHW > 0] = encoding.regions_class_order[label]

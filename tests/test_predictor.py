@@ -8,7 +8,7 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tiny import DATASET_JSON, build_network, make_plans
+from tiny import build_network, initialized, make_plans
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.export import write_labels
@@ -16,15 +16,6 @@ from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.windows import ChosenWindows, edges_in_image, index_to_world, write_windows
 
 CPU = torch.device("cpu")
-
-
-def initialized(predictor: nnUNetPredictor, network: torch.nn.Module, folds: int = 1) -> nnUNetPredictor:
-    plans = PlansManager(make_plans())
-    parameters = [{name: value + 0.01 * fold for name, value in network.state_dict().items()} for fold in range(folds)]
-    predictor.manual_initialization(
-        network, plans, plans.get_configuration("3d_fullres"), parameters, DATASET_JSON, "nnUNetTrainerNMSW", (0, 1, 2)
-    )
-    return predictor
 
 
 def stock(mirrored: bool) -> nnUNetPredictor:

@@ -7,7 +7,7 @@ import torch
 from nnunetv2.inference.data_iterators import PreprocessAdapter
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tiny import DATASET_JSON, make_plans
+from tiny import DATASET_JSON, initialized, make_plans
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.predictor import NMSWPredictor
@@ -30,12 +30,8 @@ def images(tmp_path):
 
 @pytest.fixture
 def predictor(tiny_network):
-    plans = PlansManager(make_plans())
     made = NMSWPredictor("all", use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-    made.manual_initialization(
-        tiny_network, plans, plans.get_configuration("3d_fullres"), [tiny_network.state_dict()], DATASET_JSON, "", None
-    )
-    return made
+    return initialized(made, tiny_network)
 
 
 @pytest.mark.parametrize("with_previous_stage", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.network import NMSWNetwork
@@ -87,3 +88,13 @@ def build_network(
     )
     assert isinstance(network, NMSWNetwork)
     return network
+
+
+def initialized(predictor: nnUNetPredictor, network: torch.nn.Module, folds: int = 1) -> nnUNetPredictor:
+    """Give a predictor a network and the tiny plans; further folds have slightly different weights."""
+    plans = PlansManager(make_plans())
+    parameters = [{name: value + 0.01 * fold for name, value in network.state_dict().items()} for fold in range(folds)]
+    predictor.manual_initialization(
+        network, plans, plans.get_configuration("3d_fullres"), parameters, DATASET_JSON, "nnUNetTrainerNMSW", (0, 1, 2)
+    )
+    return predictor

@@ -30,6 +30,7 @@ from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.prediction import SelectingPredictor
 from nnunet_nmsw.inference.command import load_model, prepare_device
+from nnunet_nmsw.inference.memory import most_memory_of_process
 
 
 class Stopwatch(nnUNetPredictor):
@@ -124,7 +125,7 @@ def measure(task: TimingTask) -> list[dict[str, Any]]:
                     "case": case.name,
                     "network_seconds": predictor.network_seconds,
                     "total_seconds": time.perf_counter() - start,
-                    "host_peak_bytes": _host_peak_bytes(),
+                    "host_peak_bytes": most_memory_of_process(),
                     "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
                 }
             )
@@ -147,16 +148,6 @@ def _predictor(task: TimingTask, device: torch.device) -> Stopwatch:
         predictor.selection = method.selection
     load_model(predictor, task.model.folder, [task.cases[0].fold], task.model.checkpoint)
     return predictor
-
-
-def _host_peak_bytes() -> int | None:
-    """Most memory that this process has held, of Linux's and macOS's accounting."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
 
 
 def timed_cases(cases: Sequence[Case], number: int) -> tuple[Case, ...]:

@@ -40,15 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folds = find_folds(folder, args.f, args.chk)
     cases = find_cases(args.i, folder)
     make = partial(make_predictor, args, num_patches, folder, folds)
-    predictor: nnUNetPredictor = make("cpu" if args.engine == "ray" else args.device)
+    predictor = make("cpu" if args.engine == "ray" else args.device)
     _check_channels(cases, predictor)
     _check_previous_stage(cases, predictor, args.prev_stage_predictions)
+    engine: nnUNetPredictor = predictor
     if args.engine == "ray":
-        predictor = for_ray(predictor, args, make)
-    elif isinstance(predictor, NMSWPredictor):
+        engine = for_ray(predictor, args, make)
+    else:
         predictor.bound_memory(cases, args.npp)
     os.makedirs(args.o, exist_ok=True)
-    predictor.predict_from_files(
+    engine.predict_from_files(
         args.i,
         args.o,
         save_probabilities=args.save_probabilities,
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def for_ray(predictor: nnUNetPredictor, args: argparse.Namespace, make: Callable[[str], NMSWPredictor]) -> RayPredictor:
+def for_ray(predictor: NMSWPredictor, args: argparse.Namespace, make: Callable[[str], NMSWPredictor]) -> RayPredictor:
     """A predictor of the same model whose work is done by Ray's workers."""
     workers = Workers(
         partial(make, args.device), args.ray_address, args.device == "cuda", args.cores_per_worker, args.verbose
@@ -242,7 +243,7 @@ def _trained_with_nmsw(folder: Path) -> bool:
     return "NMSW" in trainer or "downsampling_factor" in settings
 
 
-def _check_channels(cases: list[list[str]], predictor: nnUNetPredictor) -> None:
+def _check_channels(cases: list[list[str]], predictor: NMSWPredictor) -> None:
     channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
     for files in cases:
         if len(files) != channels:
@@ -250,7 +251,7 @@ def _check_channels(cases: list[list[str]], predictor: nnUNetPredictor) -> None:
             raise UserError(f"the model takes {channels} channel(s) a case, the input folder has {names}")
 
 
-def _check_previous_stage(cases: list[list[str]], predictor: nnUNetPredictor, folder: str | None) -> None:
+def _check_previous_stage(cases: list[list[str]], predictor: NMSWPredictor, folder: str | None) -> None:
     previous_stage = predictor.configuration_manager.previous_stage_name
     if previous_stage is None:
         if folder is not None:

@@ -21,6 +21,7 @@ from nnunet_nmsw.config import parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import blended_trust, fuse_volume_
 from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
+from nnunet_nmsw.inference.streaming import mean
 from nnunet_nmsw.inference.windows import ChosenWindows
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
 from nnunet_nmsw.precision import mixed_precision
@@ -148,14 +149,15 @@ class LogitsPredictor(nnUNetPredictor):
         low_1Cdhw = downsample(volume_CDHW[None].float(), network.config.downsampling_factor).to(self.device)
         mirror_axes = self.allowed_mirroring_axes if self.use_mirroring else None
         axes = [axis + 2 for axis in mirror_axes or ()]
-        flips = list(itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)))
-        logits_Cdhw, score_map_dhw = torch.zeros(()), torch.zeros(())
-        for flip in flips:
+        flips = itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1))
+
+        def mirrored(flip: tuple[int, ...]) -> Tensor:
             with mixed_precision(self.device):
                 coarse = network.coarse(low_1Cdhw.flip(flip))
-            logits_Cdhw = logits_Cdhw.to(self.device) + coarse.logits_Cdhw.flip([axis - 1 for axis in flip])
-            score_map_dhw = score_map_dhw.to(self.device) + coarse.score_map_dhw.flip([axis - 2 for axis in flip])
-        return CoarsePrediction(logits_Cdhw / len(flips), score_map_dhw / len(flips))
+            return torch.cat([coarse.logits_Cdhw, coarse.score_map_dhw[None]]).flip([axis - 1 for axis in flip])
+
+        output_Cdhw = mean(map(mirrored, flips))
+        return CoarsePrediction(output_Cdhw[:-1], output_Cdhw[-1])
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """Logits of a preprocessed volume, averaged over the folds of the ensemble."""

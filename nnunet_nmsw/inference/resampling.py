@@ -69,8 +69,10 @@ class InferenceConfiguration(ConfigurationManager):
     @property
     def resampling_fn_seg(self) -> Callable[..., Any]:
         """See the parent."""
+        if not self.with_segmentation:
+            return lambda mask, *_: mask
         of_plans: Callable[..., Any] = super().resampling_fn_seg
-        return of_plans if self.with_segmentation else lambda mask, *_: mask
+        return of_plans
 
 
 def resample_image(
@@ -129,6 +131,7 @@ def _resampled(
     smallest, largest = volume_DHW.amin(of_range, keepdim=True), volume_DHW.amax(of_range, keepdim=True)
     for axis in sorted(of_range, key=lambda axis: new_shape[axis] / volume_DHW.shape[axis]):
         volume_DHW = _along(axis, volume_DHW, int(new_shape[axis]), order)
+    # In place: where nothing was resampled, nothing changes.
     volume_DHW = torch.clamp(volume_DHW, smallest, largest, out=volume_DHW)
     if nearest is not None and volume_DHW.shape[nearest] != new_shape[nearest]:
         index = nearest_axis(volume_DHW.shape[nearest], int(new_shape[nearest])).lower
@@ -138,7 +141,7 @@ def _resampled(
 
 def _along(axis: int, volume_DHW: Tensor, size: int, order: int) -> Tensor:
     if size == volume_DHW.shape[axis]:
-        return volume_DHW.clone()
+        return volume_DHW
     matrix_ts = spline_matrix(volume_DHW.shape[axis], size, order).to(volume_DHW.device)
     if axis == 2:
         return volume_DHW @ matrix_ts.T

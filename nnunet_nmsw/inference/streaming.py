@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ class FusedPrediction:
         self.models = models
         self.patch_size, self.factor = patch_size, factor
         self.encoding = encoding
-        self.coarse_logits_Cdhw = mean([model.coarse_logits_Cdhw for model in models])
+        self.coarse_logits_Cdhw = mean(model.coarse_logits_Cdhw for model in models)
         self.device = self.coarse_logits_Cdhw.device
         self.coarse_rows = self.coarse_logits_Cdhw.flatten(1).T.contiguous()
         self.coarse_row_dhw = torch.arange(len(self.coarse_rows), device=self.device).view(
@@ -131,7 +131,8 @@ class FusedPrediction:
             inside = window_slices((0, h - box[0].start, w - box[1].start), size)
             touched = any(windows.touched(start, size) for windows in self._open)
             if touched or disagree_DHW[inside].float().mean() > DENSE:
-                tiles[number] = self._fused(start, size)
+                both = zip(self.models, self._open, strict=True)
+                tiles[number] = mean(self._fused(model, windows, start, size) for model, windows in both)
                 labels_DHW[inside] = decided(tiles[number], self.encoding)
                 disagree_DHW[inside] = False
         for some_P3 in disagree_DHW.nonzero().split(MOST_POINTS):
@@ -153,28 +154,21 @@ class FusedPrediction:
                 rows_PC[members[number]] = tile_CDHW[:, d, h % TILE, w % TILE].T
         return rows_PC
 
-    def _fused(self, start: Shape, size: Shape) -> Tensor:
-        total_CDHW: Tensor | None = None
-        for model, windows in zip(self.models, self._open, strict=True):
-            coarse_CDHW = upsample_window(model.coarse_logits_Cdhw[None], start, size, self.factor)[0]
-            sums_CDHW, (weight_DHW, trust_DHW) = (
-                torch.zeros_like(coarse_CDHW),
-                torch.zeros(2, *size, device=self.device),
-            )
-            for window, trust, logits_CDHW in windows.touching(start, size):
-                here, there = overlap(start, size, window, self.patch_size)
-                gaussian_DHW = self.gaussian_DHW[there]
-                patch_CDHW = logits_CDHW[(slice(None), *there)].to(self.device, torch.float32)
-                sums_CDHW[(slice(None), *here)].addcmul_(patch_CDHW, gaussian_DHW)
-                weight_DHW[here] += gaussian_DHW
-                trust_DHW[here] += trust * gaussian_DHW
-            weight_DHW.clamp_min_(torch.finfo(torch.float32).tiny)
-            sums_CDHW /= weight_DHW
-            trust_DHW /= weight_DHW  # 0 where no window is
-            fused_CDHW = fuse(sums_CDHW, coarse_CDHW, model.weights, trust_DHW)
-            total_CDHW = fused_CDHW if total_CDHW is None else total_CDHW + fused_CDHW
-        assert total_CDHW is not None
-        return total_CDHW / len(self.models)
+    def _fused(self, model: FusedModel, windows: OpenWindows, start: Shape, size: Shape) -> Tensor:
+        coarse_CDHW = upsample_window(model.coarse_logits_Cdhw[None], start, size, self.factor)[0]
+        sums_CDHW = torch.zeros_like(coarse_CDHW)
+        weight_DHW, trust_DHW = torch.zeros(2, *size, device=self.device)
+        for window, trust, logits_CDHW in windows.touching(start, size):
+            here, there = overlap(start, size, window, self.patch_size)
+            gaussian_DHW = self.gaussian_DHW[there]
+            patch_CDHW = logits_CDHW[(slice(None), *there)].to(self.device, torch.float32)
+            sums_CDHW[(slice(None), *here)].addcmul_(patch_CDHW, gaussian_DHW)
+            weight_DHW[here] += gaussian_DHW
+            trust_DHW[here] += trust * gaussian_DHW
+        weight_DHW.clamp_min_(torch.finfo(torch.float32).tiny)
+        sums_CDHW /= weight_DHW
+        trust_DHW /= weight_DHW  # 0 where no window is
+        return fuse(sums_CDHW, coarse_CDHW, model.weights, trust_DHW)
 
     def _coarse(self, points_P3: Tensor, axes: Sequence[Axis]) -> Tensor:
         return weighted_rows(self.coarse_rows, self.coarse_row_dhw, points_P3, axes)
@@ -257,12 +251,13 @@ def overlap(
     return tuple(here), tuple(there)
 
 
-def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Mean of tensors of one shape, without all of them in one."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total / len(tensors) if len(tensors) > 1 else total
+def mean(tensors: Iterable[Tensor]) -> Tensor:
+    """Mean of tensors of one shape, made one after the other: two of them are there at a time."""
+    left = iter(tensors)
+    total, number = next(left), 1
+    for tensor in left:
+        total, number = total + tensor, number + 1
+    return total / number if number > 1 else total
 
 
 def decided(logits_CV: Tensor, encoding: LabelEncoding) -> Tensor:
