@@ -1,5 +1,8 @@
 """Errors for people: one line that says what is wrong and what to do."""
 
+ERRORS_OF_A_CASE = (OSError, RuntimeError, ValueError, AssertionError, MemoryError)
+"""What readers and preprocessors raise for an image that they cannot take. Other cases go on."""
+
 
 def reason(error: BaseException) -> str:
     """What another library's error says, in one line; its type if it says nothing."""

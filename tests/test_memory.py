@@ -79,6 +79,14 @@ def test_sizes_come_from_headers(tmp_path, ending):
     assert size.volume == (60, 12, 8)  # transposed, resampled to 1 mm, padded to the patch of 8 voxels
 
 
+@pytest.mark.parametrize("ending", [".nii.gz", ".png"])
+def test_an_image_that_cannot_be_read_has_no_size(tmp_path, ending):
+    plans = PlansManager(make_plans())
+    file = tmp_path / f"case_0000{ending}"
+    file.write_bytes(b"half a file")
+    assert size_of([str(file)], plans, plans.get_configuration("3d_fullres")) is None
+
+
 def test_a_larger_case_needs_more():
     configuration = PlansManager(make_plans()).get_configuration("3d_fullres")
     small, large = (

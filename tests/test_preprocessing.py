@@ -77,7 +77,11 @@ def test_no_more_cases_are_held_than_threads(predictor, images, monkeypatch):
     cases.close()
 
 
-def test_an_image_that_cannot_be_read_is_reported_and_the_others_are_predicted(predictor, images, tmp_path, capsys):
+@pytest.mark.parametrize("max_memory", [None, 8 << 30])
+def test_an_image_that_cannot_be_read_is_reported_and_the_others_are_predicted(
+    predictor, images, tmp_path, capsys, max_memory
+):
+    predictor.max_memory = max_memory
     with open(images[1][0], "r+b") as file:
         file.truncate(100)
     outputs = [str(tmp_path / name) for name in "abcd"]

@@ -90,7 +90,9 @@ class BoundedPredictor(LogitsPredictor):
         plans, configuration, network = self.plans_manager, self.configuration_manager, self.nmsw_network
         channels = determine_num_input_channels(plans, configuration, self.dataset_json)
         classes, factor = self.label_manager.num_segmentation_heads, network.config.downsampling_factor
-        sizes = [size_of(files, plans, configuration) for files in cases]
+        sizes = [size for files in cases if (size := size_of(files, plans, configuration))]
+        if not sizes:
+            return self._unbounded(num_preprocessing)
         needs = [needs_of(size, configuration, channels, classes, factor) for size in sizes]
         size, largest = max(zip(sizes, needs, strict=True), key=lambda case: sum(case[1][:3]))
         used = memory_of_process()

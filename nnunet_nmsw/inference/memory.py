@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.errors import ERRORS_OF_A_CASE, UserError
 from nnunet_nmsw.inference.resampling import is_known
 from nnunet_nmsw.inference.streaming import bytes_of_plane
 
@@ -113,23 +113,28 @@ def in_words(amount: float) -> str:
     return f"{amount / UNITS['G']:.1f}G"
 
 
-def size_of(files: Sequence[str], plans: PlansManager, configuration: ConfigurationManager) -> Size:
+def size_of(files: Sequence[str], plans: PlansManager, configuration: ConfigurationManager) -> Size | None:
     """Size of a case by the header of its first file; where that has none, the image is read.
+
+    None where it cannot be read: the case takes no memory, and its preprocessing will report why.
 
     Args:
         files: by channel.
         plans: the model's.
         configuration: the model's.
     """
-    if files[0].endswith(HEADERS):
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(files[0])
-        reader.ReadImageInformation()
-        shape, spacing = reader.GetSize()[::-1], reader.GetSpacing()[::-1]
-        shape, spacing = (1,) * (3 - len(shape)) + shape, (1.0,) * (3 - len(spacing)) + spacing
-    else:
-        image, properties = plans.image_reader_writer_class().read_images(list(files[:1]))
-        shape, spacing = image.shape[1:], properties["spacing"]
+    try:
+        if files[0].endswith(HEADERS):
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(files[0])
+            reader.ReadImageInformation()
+            shape, spacing = reader.GetSize()[::-1], reader.GetSpacing()[::-1]
+            shape, spacing = (1,) * (3 - len(shape)) + shape, (1.0,) * (3 - len(spacing)) + spacing
+        else:
+            image, properties = plans.image_reader_writer_class().read_images(list(files[:1]))
+            shape, spacing = image.shape[1:], properties["spacing"]
+    except ERRORS_OF_A_CASE:
+        return None
     shape, spacing = ([of[axis] for axis in plans.transpose_forward] for of in (shape[-3:], spacing[-3:]))
     volume = compute_new_shape(shape, spacing, configuration.spacing)
     padded = tuple(max(int(n), p) for n, p in zip(volume, configuration.patch_size, strict=True))

@@ -16,7 +16,7 @@ from nnunetv2.inference.data_iterators import PreprocessAdapter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.errors import ERRORS_OF_A_CASE, UserError, reason
 from nnunet_nmsw.inference.resampling import InferenceConfiguration
 
 Case = dict[str, Any]
@@ -69,7 +69,7 @@ def preprocessed(predictor: nnUNetPredictor, images: list[str], previous_stage: 
     arguments = (preprocessor, [output], predictor.plans_manager, predictor.dataset_json, faster)
     try:
         case: Case = next(PreprocessAdapter([images], [previous_stage], *arguments))
-    except (OSError, RuntimeError, ValueError, AssertionError, MemoryError) as error:
+    except ERRORS_OF_A_CASE as error:
         return {"error": UserError(f"cannot preprocess {', '.join(images)}: {reason(error)}")}
     case["data"] = case["data"].to(dtype=torch.float32, memory_format=torch.contiguous_format)
     return case
