@@ -4,7 +4,9 @@
 
 Each measurement is the installed command, with the seconds that Python takes to start; commands take turns. Memory is
 that of the largest of its processes. `--magnify 4` predicts copies of the images with four times as many voxels along
-each axis and the same voxel size, for large volumes.
+each axis and the same voxel size, for large volumes. `--others` takes the other ways to save time in, on the same local
+branch: windows that do not overlap, resampling of the logits with PyTorch, MONAI's sliding window and, of mirrored
+predictions, those without.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +26,9 @@ from typing import Any
 
 import SimpleITK as sitk
 import torch
+
+STOCK = "nnUNetv2_predict"
+OF_NNUNET = "nnUNetv2_predict_from_modelfolder"
 
 
 def main() -> None:
@@ -35,6 +41,7 @@ def main() -> None:
     parser.add_argument("-cases", type=int, default=1, help="images to predict, the first ones")
     parser.add_argument("--magnify", type=float, default=1.0)
     parser.add_argument("--disable_tta", action="store_true")
+    parser.add_argument("--others", action="store_true", help="measure the other ways to save time, too")
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-rounds", type=int, default=2)
     parser.add_argument("-o", type=Path, help="JSON file")
@@ -42,17 +49,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "images")
         shape = copy_images(args.i, images, args.cases, args.magnify)
-        common = f"-m {shlex.quote(str(args.m))} -f {args.f} -i {images} -device {args.device} --disable_progress_bar"
-        common += " --disable_tta" if args.disable_tta else ""
-        commands = {"nnUNetv2_predict": f"nnUNetv2_predict_from_modelfolder {common}"}
-        commands |= {f"nmsw_predict -k {k}": f"nmsw_predict {common} -k {k}" for k in args.k}
+        commands = commands_of(args, images, Path(folder))
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-        for number in range(args.rounds):
+        for _ in range(args.rounds):
             for name, command in commands.items():
-                runs[name].append(timed(f"{command} -o {folder}/{number}_{len(name)}{name[-3:].strip('% ')}"))
+                runs[name].append(timed(f"{command} -o {tempfile.mkdtemp(dir=folder)}"))
                 print(name, runs[name][-1], flush=True)
     rows = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
-    stock = rows["nnUNetv2_predict"]
+    stock = rows[STOCK]
     for name, row in rows.items():
         row["times_faster"] = stock["seconds"] / row["seconds"]
         row["share_of_memory"] = row["gib"] / stock["gib"]
@@ -61,6 +65,36 @@ def main() -> None:
         machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
         content: dict[str, Any] = {"command": sys.argv, "machine": machine, "voxels": shape, "rows": rows, "runs": runs}
         args.o.write_text(json.dumps(content, indent=1))
+
+
+def commands_of(args: argparse.Namespace, images: Path, folder: Path) -> dict[str, str]:
+    """Commands by name, all but their output."""
+    common = f"-f {args.f} -i {images} -device {args.device} --disable_progress_bar"
+    model, mirrored = f" -m {shlex.quote(str(args.m))}", "" if args.disable_tta else " --disable_tta"
+    common += " --disable_tta" if args.disable_tta else ""
+    commands = {STOCK: f"{OF_NNUNET} {common}{model}"}
+    if args.others:
+        commands["nnUNetv2_predict -step_size 1"] = f"{OF_NNUNET} {common}{model} -step_size 1"
+        if mirrored:
+            commands["nnUNetv2_predict --disable_tta"] = f"{OF_NNUNET} {common}{model} --disable_tta"
+        with_torch = model_that_resamples_with_torch(args.m, folder / "model")
+        commands["nnUNetv2_predict, resample_torch_fornnunet"] = f"{OF_NNUNET} {common} -m {with_torch}"
+        script = Path(__file__).with_name("monai_predict.py")
+        commands["MONAI's SlidingWindowInferer"] = f"{sys.executable} {script} {common}{model}"
+    return commands | {f"nmsw_predict -k {k}": f"nmsw_predict {common}{model} -k {k}" for k in args.k}
+
+
+def model_that_resamples_with_torch(model: Path, copy: Path) -> Path:
+    """A copy of a model whose logits nnU-Net resamples with PyTorch, as plans of its `torchres` planners say."""
+    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("validation*"))
+    plans = json.loads((copy / "plans.json").read_text())
+    for configuration in plans["configurations"].values():
+        if "resampling_fn_probabilities" in configuration:
+            configuration["resampling_fn_probabilities"] = "resample_torch_fornnunet"
+            keywords = {"is_seg": False, "force_separate_z": False, "memefficient_seg_resampling": False}
+            configuration["resampling_fn_probabilities_kwargs"] = keywords
+    (copy / "plans.json").write_text(json.dumps(plans))
+    return copy
 
 
 def copy_images(source: Path, target: Path, number: int, factor: float) -> list[int]:
