@@ -93,6 +93,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "path_contribution_baseline": {**PATH, "gradient_path": "contribution", "gradient_baseline": True},
     "path_contribution_no_bonus": {**PATH, "gradient_path": "contribution", "entropy_weight": 0.0},
     "path_input_temperature_2": {**PATH, "gradient_path": "input", "temperature": 2.0},
+    # the temperature of the draw: scores are divided by their spread and multiplied with this
+    "default_score_scale_1": {**DEFAULT, "score_scale": 1.0},
+    "default_score_scale_9": {**DEFAULT, "score_scale": 9.0},
     # which windows a step looks at,
     "default_1_3": {**DEFAULT, "sampled_windows": 1, "random_windows": 3},
     "default_3_1": {**DEFAULT, "sampled_windows": 3, "random_windows": 1},
@@ -101,6 +104,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "default_class_weights": {**DEFAULT, "fusion": "class_weights"},
     "default_sampled_fused": {**DEFAULT, "fuse_random_windows": False},
     "default_distillation": {**DEFAULT, "distillation_weight": 0.3},
+    "default_distillation_3_scales": {**DEFAULT, "distillation_weight": 0.3, "distillation_scales": 3},
     # and the global branch: width 1.0 makes the factor 4 on the phantom, so that the branch costs no more
     "default_width_050": {**DEFAULT, "global_width": 0.5},
     "default_width_100": {**DEFAULT, "global_width": 1.0},

@@ -115,7 +115,12 @@ class NMSWLoss(nn.Module):
             distillation = torch.zeros_like(fused.loss)
             if config.distillation_weight:
                 distillation = distillation_loss(
-                    finest, output.starts, coarse_logits_Cdhw, config.downsampling_factor, encoding
+                    finest,
+                    output.starts,
+                    coarse_logits_Cdhw,
+                    config.downsampling_factor,
+                    encoding,
+                    config.distillation_scales,
                 )
         self.report = {
             "loss_local": local.detach().float(),
