@@ -437,7 +437,7 @@ def distillation_loss(
 ) -> Tensor:
     """Cross-entropy of the coarse prediction with what the patches predict on average in each low-resolution voxel.
 
-    At the first scale these are the low-resolution voxels, at each one after it blocks of twice as many along each axis.
+    At the first scale these are the low-resolution voxels, at each after it blocks of twice as many along each axis.
 
     Args:
         patch_logits_KCDHW: logits of the windows; they get no gradient.

@@ -31,10 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_nmsw.inference.command import prepare_device
 
     _check(args)
-    num_patches = list(dict.fromkeys(parse_num_patches(k, "-k") for k in args.k))
+    num_patches = list(dict.fromkeys(parse_num_patches(k, "-k", automatic=True) for k in args.k))
     prepare_device(args.device)
     dataset = dataset_name(args.d)
     models = find_models(args, dataset)
+    if "auto" in num_patches:
+        for fold in args.f:
+            models[-1].stop_at(fold)  # raises where nothing is calibrated
     cases = find_cases(dataset, args.f, models)
     mirrored = {"on": [True], "off": [False], "both": [True, False]}["off" if args.disable_tta else args.tta]
     methods = build_methods(len(models) > 1, num_patches, mirrored)
@@ -128,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="K",
         default=["5%", "10%", "20%", "5", "10", "30", "all"],
-        help='patches a case: numbers, percentages of all windows, or "all". Default: 5%% 10%% 20%% 5 10 30 all',
+        help='patches a case: numbers, percentages of all windows, "all", or "auto" as in nmsw_predict. '
+        "Default: 5%% 10%% 20%% 5 10 30 all",
     )
     add(
         "-tta",

@@ -83,6 +83,11 @@ class Comparison:
         settings = self.nmsw.configuration[PLANS_KEY]
         return primary_method(self.methods, settings["num_patches"], settings["selection"])
 
+    @property
+    def is_automatic(self) -> bool:
+        """Whether a method takes an automatic number of patches."""
+        return any(method.num_patches == "auto" for method in self.methods)
+
     @cached_property
     def label_names(self) -> dict[str, str]:
         """Name of each evaluated label or region, by nnU-Net's key of it in JSON."""
@@ -158,7 +163,9 @@ class Comparison:
         with bar, ProcessPoolExecutor(processes, mp_context=context, initializer=_start_export_process) as pool:
             for fold in sorted({case.fold for case in todo}):
                 with contextlib.redirect_stdout(None):  # nnU-Net tells how it searches for a trainer
-                    predictors = [FoldPredictor(model, fold, torch.device(self.device)) for model in self.models]
+                    stop_at = self.nmsw.stop_at(fold) if self.is_automatic else None
+                    device = torch.device(self.device)
+                    predictors = [FoldPredictor(model, fold, device, stop_at) for model in self.models]
                 for case in todo:
                     if case.fold == fold:
                         self._run_case(case, predictors, pool, processes, bar)

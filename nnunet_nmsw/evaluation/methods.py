@@ -35,7 +35,7 @@ class Method:
     Attributes:
         model: whose networks predict, "baseline" or "nmsw".
         selection: how windows are picked, a key of `SERIES`; None for the sliding window of the patch network alone.
-        num_patches: K of the selection; None where it decides itself, and for the sliding window.
+        num_patches: K of the selection, "auto" among them; None where it decides itself, and for the sliding window.
         tile_step_size: step of the sliding window as a fraction of the patch size; None for a selection.
         mirrored: whether predictions are averaged over mirrorings.
         show_mirroring: whether the name tells so, because both are compared.
@@ -65,7 +65,7 @@ class Method:
         if self.selection is None:
             name = "sliding window" + (" of the local branch" if self.model == "nmsw" else "")
         else:
-            name = SERIES[self.selection]
+            name = SERIES[self.selection] + (", automatic K" if self.num_patches == "auto" else "")
         if self.show_mirroring:
             name += ", mirrored" if self.mirrored else ", not mirrored"
         return name
@@ -75,7 +75,7 @@ class Method:
         """Its name for people."""
         if self.selection is None:
             return f"{self.series}, step {self.tile_step_size}"
-        if self.num_patches is None:
+        if self.num_patches in (None, "auto"):
             return self.series
         k = "all windows" if self.num_patches == "all" else f"K = {self.num_patches}"
         return f"{self.series}, {k}"
@@ -99,8 +99,10 @@ def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrore
         for model in ("baseline", "nmsw") if with_baseline else ("nmsw",):
             methods += [method(model, tile_step_size=step) for step in SLIDING_WINDOW_STEPS]
         for selection in SERIES:
-            # All windows are the same whoever picks them, but for the oracle, which leaves out those that harm.
-            ks = [k for k in num_patches if k != "all" or selection in ("greedy_benefit", "oracle")]
+            # All windows are the same whoever picks them, but for the oracle, which leaves out those that harm. The
+            # automatic number goes with the predicted benefit.
+            only_of = {"all": ("greedy_benefit", "oracle"), "auto": ("greedy_benefit",)}
+            ks = [k for k in num_patches if selection in only_of.get(str(k), SERIES)]
             for k in [None] if selection in WITHOUT_K else ks:
                 methods.append(method("nmsw", selection, k))
     return sorted(methods, key=lambda method: method.model)

@@ -17,6 +17,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_nmsw.config import PLANS_KEY
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, calibration_files, stop_at_of_folds
 
 DEFAULT_BASELINE = "nnUNetTrainer"
 
@@ -52,6 +53,20 @@ class Model:
     def checkpoint_file(self, fold: int) -> Path:
         """The checkpoint of a fold."""
         return self.folder / f"fold_{fold}" / self.checkpoint
+
+    def calibrating_folds(self, fold: int) -> list[int]:
+        """The folds that set the threshold of the automatic number of patches for a fold's cases: the others, if any is
+        calibrated, or the threshold would be set on the cases that are measured."""
+        calibrated = (int(file.parts[-3].removeprefix("fold_")) for file in calibration_files(self.folder))
+        return sorted({*calibrated} - {fold}) or [fold]
+
+    def stop_at(self, fold: int) -> float:
+        """Smallest predicted benefit of a patch that is taken, with an automatic number, in a fold's cases.
+
+        Raises:
+            UserError: neither the fold nor another one is calibrated.
+        """
+        return stop_at_of_folds(self.folder, self.calibrating_folds(fold), DEFAULT_MAX_DROP)
 
     def fingerprint(self, fold: int) -> str:
         """SHA-256 of a fold's checkpoint: results of another training must not be mixed with these."""

@@ -128,6 +128,8 @@ class SelectingPredictor(NMSWPredictor):
 
     def choose_windows(self, coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
         """The windows of `selection`."""
+        if self.num_patches == "auto":
+            return super().choose_windows(coarse, grid)
         assert self.num_patches is not None or self.selection in ("none", "objects")
         num_patches = 0 if self.num_patches is None else resolve_num_patches(self.num_patches, len(grid))
         network = self.nmsw_network
@@ -243,9 +245,10 @@ class FoldPredictor:
         model: the model.
         fold: the fold.
         device: to predict on.
+        stop_at: of the automatic number of patches, see `Model.stop_at`.
     """
 
-    def __init__(self, model: Model, fold: int, device: torch.device) -> None:
+    def __init__(self, model: Model, fold: int, device: torch.device, stop_at: float | None = None) -> None:
         self.role = model.role
         common = {"perform_everything_on_device": device.type == "cuda", "device": device, "allow_tqdm": False}
         self.sliding_window = SharedPatches(**common)
@@ -254,6 +257,7 @@ class FoldPredictor:
         if model.role == "nmsw":
             loaded = self.nmsw = SharedSelectingPredictor(**common)
             load_model(self.nmsw, model.folder, [fold], model.checkpoint)
+            self.nmsw.stop_at = stop_at
             self.sliding_window.macs_per_patch = self.nmsw.macs_per_patch
             self.sliding_window.manual_initialization(
                 self.nmsw.network,

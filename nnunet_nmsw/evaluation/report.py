@@ -119,6 +119,16 @@ def sentences(results: Results, margin: float) -> list[str]:
     if found:
         answer.append(f"Objects of the reference that are found: {', '.join(found)}.")
     folds = sorted({case.fold for case in comparison.cases})
+    if comparison.is_automatic:
+        own = [str(fold) for fold in folds if comparison.nmsw.calibrating_folds(fold) == [fold]]
+        answer.append(
+            "The threshold of the automatic number of patches was set on "
+            + (
+                f"the very cases that are measured, in fold {', '.join(own)}, where no other fold is validated."
+                if own
+                else "the validation cases of the other folds."
+            )
+        )
     unchecked = unchecked_folds(comparison.models, folds)
     if unchecked:
         answer.append(

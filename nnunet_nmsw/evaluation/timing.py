@@ -144,9 +144,13 @@ def _predictor(task: TimingTask, device: torch.device) -> Stopwatch:
     if method.selection is None:
         predictor = TimedSlidingWindow(tile_step_size=method.tile_step_size, **common)
     else:
-        predictor = TimedSelection(num_patches=method.num_patches, **common)
-        predictor.selection = method.selection
-    load_model(predictor, task.model.folder, [task.cases[0].fold], task.model.checkpoint)
+        predictor = TimedSelection(**common)
+    fold = task.cases[0].fold
+    load_model(predictor, task.model.folder, [fold], task.model.checkpoint)
+    if isinstance(predictor, TimedSelection):
+        assert method.selection is not None
+        predictor.selection, predictor.num_patches = method.selection, method.num_patches
+        predictor.stop_at = task.model.stop_at(fold) if method.num_patches == "auto" else None
     return predictor
 
 

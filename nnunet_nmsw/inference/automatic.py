@@ -50,6 +50,11 @@ def write_calibration(file: Path, measured: Sequence[Measured]) -> None:
     unfinished.replace(file)
 
 
+def calibration_files(model_folder: Path) -> list[Path]:
+    """Of all folds that have one."""
+    return sorted(model_folder.glob(f"fold_*/validation/{FILE}"))
+
+
 def stop_at_of_folds(model_folder: Path, folds: Sequence[int | str] | None, max_drop: float) -> float:
     """The largest of `STOP_AT` that costs no more Dice than allowed, on the validation cases of the folds together.
 
@@ -62,7 +67,7 @@ def stop_at_of_folds(model_folder: Path, folds: Sequence[int | str] | None, max_
         UserError: a fold has no calibration.
     """
     files = (
-        sorted(model_folder.glob(f"fold_*/validation/{FILE}"))
+        calibration_files(model_folder)
         if folds is None
         else [model_folder / f"fold_{fold}" / "validation" / FILE for fold in folds]
     )

@@ -31,6 +31,7 @@ class MadeUp(SimpleNamespace):
             label_names={"1": "organ", "2": "lesion"},
             cases=[Case(f"case_{i}", i % 2, ("image",), f"/references/case_{i}.nii.gz") for i in range(3)],
             tolerance_mm=2.0,
+            is_automatic=False,
             models=[SimpleNamespace(role=role, folder=folder / "model") for role in ("baseline", "nmsw")],
         )
 

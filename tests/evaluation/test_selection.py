@@ -19,7 +19,8 @@ from nnunet_nmsw.network import CoarsePrediction
 
 
 def test_methods_have_names_of_their_own_and_the_reference_is_nnunets_default():
-    methods = build_methods(True, ["5%", 10, "all"], [True, False])
+    methods = build_methods(True, ["5%", 10, "all", "auto"], [True, False])
+    assert [m.selection for m in methods if m.num_patches == "auto"] == ["greedy_benefit"] * 2
     assert len({m.key for m in methods}) == len({m.name for m in methods}) == len(methods)
     assert reference_method(methods).key == "baseline_sliding_window_step_0.5_mirrored"
     assert [m.model for m in methods] == sorted(m.model for m in methods)

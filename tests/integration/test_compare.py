@@ -19,12 +19,13 @@ from commands import DATASET, TRAINER, environment, run
 from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 
 from nnunet_nmsw.evaluation.command import main
+from nnunet_nmsw.inference.automatic import FILE
 
 pytestmark = pytest.mark.integration
 
 PLANS = "nnUNetPlans_small"
 BASELINE = "nnUNetTrainer_1epoch"
-FLAGS = f"-d 998 -p {PLANS} -tr {TRAINER} -k 3 10% all -device cpu --disable_tta -nps 1"
+FLAGS = f"-d 998 -p {PLANS} -tr {TRAINER} -k 3 10% all auto -device cpu --disable_tta -nps 1"
 COMPARE = f"{FLAGS} -f 0 1 -tr_baseline {BASELINE} -timed_cases 1 -rounds 1 -cases_shown 2"
 
 
@@ -94,6 +95,7 @@ def test_every_method_on_every_validation_case(folds, report):
         "nmsw_sliding_window_step_0.75",
         "nmsw_greedy_benefit_10percent",
         "nmsw_greedy_benefit_all",
+        "nmsw_greedy_benefit_auto",
         "nmsw_greedy_coverage_3",
         "nmsw_global_branch",
         "nmsw_random_3",
@@ -116,7 +118,12 @@ def test_predictions_are_those_of_the_commands(folds, report):
     images.mkdir()
     shutil.copy(folds / "nnUNet_raw" / DATASET / "imagesTr" / f"{name}_0000.nii.gz", images)
     common = f"-i {images} -d 998 -c 3d_fullres -p {PLANS} -f 0 -device cpu --disable_tta -npp 1 -nps 1"
+    # The threshold of the automatic number is that of the fold that did not see the case in its validation.
+    calibrated = folds / "calibrated"
+    shutil.copytree(folds / "nnUNet_results" / DATASET / f"{TRAINER}__{PLANS}__3d_fullres", calibrated)
+    shutil.copy(calibrated / "fold_1" / "validation" / FILE, calibrated / "fold_0" / "validation" / FILE)
     for command, key in (
+        (f"nmsw_predict {common} -m {calibrated} -k auto", "nmsw_greedy_benefit_auto"),
         (f"nmsw_predict {common} -tr {TRAINER} -k 10%", "nmsw_greedy_benefit_10percent"),
         (f"nnUNetv2_predict {common} -tr {BASELINE}", "baseline_sliding_window_step_0.5"),
         (f"nnUNetv2_predict {common} -tr {TRAINER} -step_size 0.75", "nmsw_sliding_window_step_0.75"),
@@ -232,7 +239,7 @@ def test_the_page_fits_a_phone(browser):
         (f"-f 0 -tr_baseline {BASELINE} -p_baseline nnUNetPlans", "is not the folder of a trained model"),
         ("-f all", "its validation cases were trained on"),
         ("-f 0 -d 123", "no such dataset"),
-        ("-f 0 -k auto", "-k is"),
+        ("-f 0 -k none", "-k is"),
         ("-f 0 -tolerance 0", "-tolerance is"),
         ("-f 0 -num_parts 2 -part_id 2", "-part_id is 2"),
         ("-f 0 -o report", "holds another comparison"),
