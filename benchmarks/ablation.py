@@ -104,7 +104,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "default_class_weights": {**DEFAULT, "fusion": "class_weights"},
     "default_sampled_fused": {**DEFAULT, "fuse_random_windows": False},
     "default_distillation": {**DEFAULT, "distillation_weight": 0.3},
-    "default_distillation_3_scales": {**DEFAULT, "distillation_weight": 0.3, "distillation_scales": 3},
     # and the global branch: width 1.0 makes the factor 4 on the phantom, so that the branch costs no more
     "default_width_050": {**DEFAULT, "global_width": 0.5},
     "default_width_100": {**DEFAULT, "global_width": 1.0},

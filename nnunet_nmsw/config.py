@@ -117,9 +117,6 @@ class NMSWConfig:
     distillation_weight: float = 0.0
     """Weight of the loss by which the coarse prediction also learns from the local branch's, in the step's windows."""
 
-    distillation_scales: int = 1
-    """Scales of this loss: low-resolution voxels, blocks of two along each axis, of four and so on."""
-
     windows_at_once: int | None = None
     """Windows of a step whose activations the local branch keeps in memory at a time. The others' are computed again
     for the gradient: a third more time for less memory. All at once where None."""
@@ -175,9 +172,9 @@ class NMSWConfig:
             at_once,
             "an integer of at least 1, or null",
         )
-        for name in ("sampled_windows", "random_windows", "distillation_scales"):
+        for name in ("sampled_windows", "random_windows"):
             value = getattr(self, name)
-            minimum = 0 if name == "random_windows" else 1
+            minimum = 1 if name == "sampled_windows" else 0
             _require(type(value) is int and value >= minimum, name, value, f"an integer of at least {minimum}")
         for name in ("tile_step_size", "placement_step", "coverage_discount", "global_width"):
             value = getattr(self, name)

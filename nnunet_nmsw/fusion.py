@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 
@@ -428,16 +427,9 @@ def benefit_map(
 
 
 def distillation_loss(
-    patch_logits_KCDHW: Tensor,
-    starts_K3: Tensor,
-    coarse_logits_Cdhw: Tensor,
-    factor: Shape,
-    encoding: LabelEncoding,
-    scales: int = 1,
+    patch_logits_KCDHW: Tensor, starts_K3: Tensor, coarse_logits_Cdhw: Tensor, factor: Shape, encoding: LabelEncoding
 ) -> Tensor:
     """Cross-entropy of the coarse prediction with what the patches predict on average in each low-resolution voxel.
-
-    At the first scale these are the low-resolution voxels, at each after it blocks of twice as many along each axis.
 
     Args:
         patch_logits_KCDHW: logits of the windows; they get no gradient.
@@ -445,10 +437,9 @@ def distillation_loss(
         coarse_logits_Cdhw: coarse logits of the volume.
         factor: voxels of the volume per low-resolution voxel.
         encoding: of the labels.
-        scales: number of scales.
 
     Returns:
-        Mean over the windows' voxels and the scales, scalar.
+        Mean over the windows' voxels, scalar.
     """
     p_Cdhw = torch.zeros_like(coarse_logits_Cdhw, dtype=torch.float32)
     voxels_dhw = torch.zeros_like(p_Cdhw[0])
@@ -458,21 +449,5 @@ def distillation_loss(
             p_CDHW = logits_CDHW.sigmoid() if encoding.has_regions else logits_CDHW.softmax(0)
             add_to_low_resolution_(p_Cdhw, p_CDHW, start, factor)
             add_to_low_resolution_(voxels_dhw, torch.ones_like(p_CDHW[0]), start, factor)
-    total = torch.zeros((), device=coarse_logits_Cdhw.device)
-    for scale in range(scales):
-        if scale:
-            # Sums of windows' voxels stay sums; the coarse prediction of a block is the mean of its probabilities.
-            p_Cdhw, voxels_dhw = 8 * _halve(p_Cdhw), 8 * _halve(voxels_dhw[None])[0]
-            coarse = coarse_logits_Cdhw.float()
-            coarse = coarse.sigmoid() if encoding.has_regions else coarse.softmax(0)
-            coarse = _halve(coarse).clamp(1e-6, 1 - 1e-6)
-            coarse_logits_Cdhw = coarse.logit() if encoding.has_regions else coarse.log()
-        _, cross_entropy_dhw = encoding.terms(coarse_logits_Cdhw, p_Cdhw, voxels_dhw)
-        total = total + cross_entropy_dhw.sum() / voxels_dhw.sum()
-    return total / scales
-
-
-def _halve(x_Cdhw: Tensor) -> Tensor:
-    """Means over blocks of two voxels along each axis, those beyond the border counting as zeros."""
-    padding = [n for size in reversed(x_Cdhw.shape[1:]) for n in (0, size % 2)]
-    return F.avg_pool3d(F.pad(x_Cdhw, padding)[None], 2)[0]
+    _, cross_entropy_dhw = encoding.terms(coarse_logits_Cdhw, p_Cdhw, voxels_dhw)
+    return cross_entropy_dhw.sum() / voxels_dhw.sum()

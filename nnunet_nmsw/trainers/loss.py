@@ -115,12 +115,7 @@ class NMSWLoss(nn.Module):
             distillation = torch.zeros_like(fused.loss)
             if config.distillation_weight:
                 distillation = distillation_loss(
-                    finest,
-                    output.starts,
-                    coarse_logits_Cdhw,
-                    config.downsampling_factor,
-                    encoding,
-                    config.distillation_scales,
+                    finest, output.starts, coarse_logits_Cdhw, config.downsampling_factor, encoding
                 )
         self.report = {
             "loss_local": local.detach().float(),
