@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("-d", type=int, required=True, help="id of the dataset to write")
     parser.add_argument("-classes", type=int, default=3, help="with the background")
     parser.add_argument("-image", type=int, nargs=3, default=[400, 512, 512], metavar=("Z", "Y", "X"), help="of tests")
+    parser.add_argument("-training_image", type=int, nargs=3, default=[96, 112, 112], metavar=("Z", "Y", "X"))
     parser.add_argument("-image_spacing", type=float, default=0.8, help="of tests, mm")
     parser.add_argument("-cases", type=int, default=1, help="number of tests")
     args = parser.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (dataset / folder).mkdir(parents=True, exist_ok=True)
     for case in range(NUM_TRAINING):
-        image, labels = organs([96, 112, 112], args.classes, seed=case)
+        image, labels = organs(args.training_image, args.classes, seed=case)
         write(image, dataset / "imagesTr" / f"case_{case:03d}_0000.nii.gz", SPACING)
         write(labels, dataset / "labelsTr" / f"case_{case:03d}.nii.gz", SPACING)
     for case in range(args.cases):

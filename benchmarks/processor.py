@@ -1,0 +1,133 @@
+"""Seconds of a patch of the local branch: memory layout, precision, compilation, batches and threads.
+
+    python benchmarks/processor.py -m MODEL -device cpu -o docs/performance/processor.json
+
+Variants take turns on the same patches of a synthetic volume; medians. Disagreement is the share of voxels whose label
+is not that of float32, as PyTorch runs it by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from synthetic import organs
+from torch import Tensor, nn
+
+PATCHES = 4
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", type=Path, required=True, help="folder of an NMSW model")
+    parser.add_argument("-device", default="cuda")
+    parser.add_argument("-rounds", type=int, default=5)
+    parser.add_argument("-o", type=Path, help="JSON file")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    predictor = nnUNetPredictor(device=device, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(args.m), (0,))
+    predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    network = predictor.network.local_branch.to(device).eval()
+    network.decoder.deep_supervision = False
+    patch = predictor.configuration_manager.patch_size
+    patches = torch.from_numpy(organs([n * PATCHES if i == 0 else n for i, n in enumerate(patch)], 3, seed=0)[0])
+    patches_KCDHW = (patches.float().view(PATCHES, 1, *patch) / 500).to(device)
+    variants = variants_of(network, device)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    labels: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for number in range(args.rounds + 1):
+            for name, variant in variants.items():
+                started = time.perf_counter()
+                logits_KCDHW = variant(patches_KCDHW)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:  # compilation, and caches that fill
+                    seconds[name].append((time.perf_counter() - started) / PATCHES)
+                labels[name] = logits_KCDHW.argmax(1)
+    first = next(iter(variants))
+    rows = []
+    for name in variants:
+        median = statistics.median(seconds[name])
+        faster = statistics.median(seconds[first]) / median
+        disagreement = float((labels[name] != labels[first]).float().mean())
+        rows.append({"variant": name, "seconds": median, "times_faster": faster, "disagreement": disagreement})
+        print(f"{name:45} {median:.3f} s  {faster:.2f} times  {disagreement:.2e}")
+    if args.o:
+        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
+        args.o.write_text(json.dumps({"command": sys.argv, "machine": machine, "rows": rows}, indent=1))
+
+
+def variants_of(network: nn.Module, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Ways to predict some patches, by name; the first is what the others are compared with."""
+    last = deepcopy(network).to(memory_format=torch.channels_last_3d)
+    compiled = torch.compile(deepcopy(network))
+    compiled_half = torch.compile(deepcopy(last))
+
+    def one_by_one(model: Any) -> Callable[[Tensor], Tensor]:
+        return lambda patches_KCDHW: torch.cat([model(patch_1CDHW) for patch_1CDHW in patches_KCDHW.split(1)])
+
+    def channels_last(model: Any) -> Callable[[Tensor], Tensor]:
+        return lambda patches: model(patches.contiguous(memory_format=torch.channels_last_3d))
+
+    def half(model: Any) -> Callable[[Tensor], Tensor]:
+        def run(patches_KCDHW: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return model(patches_KCDHW).float()  # type: ignore[no-any-return]
+
+        return run
+
+    def two_at_a_time(patches_KCDHW: Tensor) -> Tensor:
+        with threads_by_operation(max(1, torch.get_num_threads() // 2)), ThreadPoolExecutor(2) as threads:
+
+            def one(patch_1CDHW: Tensor) -> Tensor:
+                with torch.inference_mode():  # which is of a thread
+                    return network(patch_1CDHW)  # type: ignore[no-any-return]
+
+            return torch.cat(list(threads.map(one, patches_KCDHW.split(1))))
+
+    variants = {
+        "one by one": one_by_one(network),
+        f"{PATCHES} at once": network,
+        "channels last, one by one": one_by_one(channels_last(last)),
+        f"channels last, {PATCHES} at once": channels_last(last),
+        "compiled, one by one": one_by_one(compiled),
+        "bfloat16, one by one": one_by_one(half(network)),
+        f"bfloat16, {PATCHES} at once": half(network),
+        "bfloat16, channels last, one by one": one_by_one(half(channels_last(last))),
+        f"bfloat16, channels last, {PATCHES} at once": half(channels_last(last)),
+        "bfloat16, channels last, compiled, one by one": one_by_one(half(channels_last(compiled_half))),
+    }
+    if device.type == "cpu":
+        variants["two threads with half of the cores each"] = two_at_a_time
+    return variants
+
+
+@contextmanager
+def threads_by_operation(number: int) -> Iterator[None]:
+    """Let PyTorch use so many threads within an operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+if __name__ == "__main__":
+    main()
