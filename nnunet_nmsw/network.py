@@ -300,7 +300,9 @@ class NMSWNetwork(nn.Module):
     def forward(self, x: Tensor | TrainingVolume) -> Any:
         """Local logits of a batch of patches, or the `TrainingOutput` of a `TrainingVolume`."""
         if not isinstance(x, TrainingVolume):
-            return self.local_branch(x)
+            logits = self.local_branch(x)
+            # bfloat16 has too few digits for nnU-Net's sums over mirrorings.
+            return logits.float() if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16 else logits
         grid = self.grid(x.shape)
         coarse = self.coarse(x.low_resolution(self.config.downsampling_factor))
         scores_N = self.scores(coarse.score_map_dhw, grid)

@@ -5,8 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-def mixed_precision(device: torch.device) -> AbstractContextManager:
-    """Automatic mixed precision on CUDA, nothing elsewhere (nnU-Net found it slow on CPU and absent on MPS)."""
+def mixed_precision(device: torch.device, bfloat16: bool = False) -> AbstractContextManager:
+    """Automatic mixed precision on CUDA, nothing elsewhere (nnU-Net found it slow on CPU and absent on MPS).
+
+    Args:
+        device: that computes.
+        bfloat16: use this type where the device is a CPU.
+    """
+    if device.type == "cpu" and bfloat16:
+        return torch.autocast("cpu", torch.bfloat16)
     return torch.autocast("cuda") if device.type == "cuda" else nullcontext()
 
 

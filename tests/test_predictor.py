@@ -52,6 +52,26 @@ def test_outside_the_windows_the_prediction_is_the_coarse_one(tiny_network, shap
     assert 0 < different.sum() <= 8**3
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_in_bfloat16_both_branches_compute_in_it_and_mirrorings_are_added_in_more_digits(tiny_network, mirrored):
+    types = {}
+    for name in ("global_branch", "local_branch"):
+        of_branch = types.setdefault(name, set())
+        getattr(tiny_network, name).register_forward_hook(lambda _, __, output, of=of_branch: of.add(output.dtype))
+    volume = torch.randn(1, 16, 20, 24)
+    settings = {"mirrored": mirrored, "num_patches": 3}
+    exact = initialized(nmsw(**settings), tiny_network).predict_logits_from_preprocessed_data(volume).float()
+    assert types == {"global_branch": {torch.float32}, "local_branch": {torch.float32}}
+    for of_branch in types.values():
+        of_branch.clear()
+    predictor = initialized(nmsw(**settings, bfloat16=True), tiny_network)
+    rounded = predictor.predict_logits_from_preprocessed_data(volume).float()
+    assert types == {"global_branch": {torch.bfloat16}, "local_branch": {torch.bfloat16}}
+    assert 0 < (rounded - exact).abs().mean() < 0.01 * exact.std()
+    patch_1CDHW = torch.randn(1, 1, 8, 8, 8)
+    assert predictor._patch_logits(patch_1CDHW).dtype == torch.float32
+
+
 def test_predictions_are_deterministic_and_mirroring_changes_them(tiny_network):
     volume = torch.randn(1, 16, 20, 24)
     runs = [

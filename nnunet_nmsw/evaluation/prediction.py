@@ -32,7 +32,6 @@ from nnunet_nmsw.inference.command import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.tensor_file import TensorFile
 from nnunet_nmsw.network import CoarsePrediction, WindowChoice
-from nnunet_nmsw.precision import mixed_precision
 
 Result = TypeVar("Result")
 
@@ -196,8 +195,7 @@ class SharedSelectingPredictor(SharedPatches, SelectingPredictor):
         def patch_logits(window: int) -> Tensor:
             start = grid.starts_N3[window].tolist()
             patch_1CDHW = crop(volume_1CDHW, start, grid.patch_size).to(self.device)
-            with mixed_precision(self.device):
-                return self.patch_logits(patch_1CDHW, tuple(start))[0].to(reference_DHW.device)
+            return self.patch_logits(patch_1CDHW, tuple(start))[0].to(reference_DHW.device)
 
         (padded_DHW,), _ = padded(self.reference_DHW[None], grid.patch_size)
         for device in (self.device, torch.device("cpu")):

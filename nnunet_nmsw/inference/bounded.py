@@ -27,7 +27,6 @@ from nnunet_nmsw.inference.memory import (
     size_of,
 )
 from nnunet_nmsw.inference.streaming import FEWEST_PLANES
-from nnunet_nmsw.precision import mixed_precision
 
 MEMORY_OF_PLANES = 1 << 30
 """Bytes for the logits of the planes that are worked out at a time."""
@@ -111,8 +110,7 @@ class BoundedPredictor(LogitsPredictor):
     def _patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
         """Logits of patches, mirrored where that is on; in halves where the device has too little memory."""
         try:
-            with mixed_precision(self.device):
-                logits_KCDHW: Tensor = self._internal_maybe_mirror_and_predict(patches_KCDHW.to(self.device))
+            logits_KCDHW: Tensor = self._internal_maybe_mirror_and_predict(patches_KCDHW.to(self.device))
         except torch.OutOfMemoryError:
             if len(patches_KCDHW) == 1:
                 raise

@@ -94,6 +94,7 @@ def make_predictor(
     }
     of_nmsw: dict[str, Any] = {"num_patches": num_patches, "save_patches": args.save_patches, **of_stock}
     of_nmsw |= {"max_drop": args.max_drop, "max_memory": args.max_memory and parse_memory(args.max_memory)}
+    of_nmsw |= {"bfloat16": args.bfloat16}
     if args.global_model is None:
         predictor = NMSWPredictor(**of_nmsw)
     else:
@@ -211,6 +212,8 @@ def _check_model_flags(args: argparse.Namespace) -> None:
         raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; two stock models do not")
     if args.global_model is not None and args.max_memory is not None:
         raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
+    if args.bfloat16 and args.device != "cpu":
+        raise UserError(f"--bfloat16 is for -device cpu; -device {args.device} computes as nnU-Net does there")
     if args.engine != "ray" and (args.ray_address is not None or args.cores_per_worker is not None):
         raise UserError("--ray_address and --cores_per_worker are for --engine ray")
     if args.engine == "ray" and args.device == "mps":
@@ -358,6 +361,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("cuda", "cpu", "mps"),
         default="cuda",
         help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
+    )
+    add(
+        "--bfloat16",
+        action="store_true",
+        help="with -device cpu: let the networks compute in bfloat16, much faster on processors that have it "
+        "(AVX512-BF16 or AMX). A few voxels at borders get other labels",
     )
     add(
         "--engine",

@@ -33,6 +33,7 @@ class LogitsPredictor(nnUNetPredictor):
     Args:
         num_patches: see `NMSWPredictor`.
         use_global_branch: see `NMSWPredictor`.
+        bfloat16: see `NMSWPredictor`.
         **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
     """
 
@@ -40,9 +41,11 @@ class LogitsPredictor(nnUNetPredictor):
         self,
         num_patches: int | str | None = None,
         use_global_branch: bool = True,
+        bfloat16: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.bfloat16 = bfloat16
         self.num_patches = None
         if num_patches is not None:
             self.num_patches = parse_num_patches(num_patches, "num_patches", automatic=True)
@@ -122,6 +125,11 @@ class LogitsPredictor(nnUNetPredictor):
             network.config.downsampling_factor,
         )
 
+    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
+        with mixed_precision(self.device, self.bfloat16):
+            logits: Tensor = super()._internal_maybe_mirror_and_predict(x)
+        return logits
+
     def _internal_get_sliding_window_slicers(self, image_size: tuple[int, ...]) -> list[tuple[slice, ...]]:
         return self._slicers
 
@@ -152,7 +160,7 @@ class LogitsPredictor(nnUNetPredictor):
         flips = itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1))
 
         def mirrored(flip: tuple[int, ...]) -> Tensor:
-            with mixed_precision(self.device):
+            with mixed_precision(self.device, self.bfloat16):
                 coarse = network.coarse(low_1Cdhw.flip(flip))
             return torch.cat([coarse.logits_Cdhw, coarse.score_map_dhw[None]]).flip([axis - 1 for axis in flip])
 

@@ -49,6 +49,7 @@ class NMSWPredictor(BoundedPredictor):
             sliding window, bit for bit.
         max_drop: with "auto", how much Dice, of 1, may be lost for fewer patches.
         max_memory: bytes that this process may have on the host while it predicts files; see `inference.memory`.
+        bfloat16: let the networks compute in it where the device is a CPU.
         **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
     """
 
@@ -59,9 +60,11 @@ class NMSWPredictor(BoundedPredictor):
         use_global_branch: bool = True,
         max_drop: float = DEFAULT_MAX_DROP,
         max_memory: int | None = None,
+        bfloat16: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(max_memory, num_patches=num_patches, use_global_branch=use_global_branch, **kwargs)
+        of_parents: dict[str, Any] = {"num_patches": num_patches, "use_global_branch": use_global_branch}
+        super().__init__(max_memory, bfloat16=bfloat16, **of_parents, **kwargs)
         self.save_patches = save_patches
         self.max_drop = max_drop
         self._num_cases: int | None = None
