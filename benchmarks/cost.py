@@ -1,6 +1,6 @@
 """Where the time of a prediction goes: against the volume's size, the number of classes and the number of patches.
 
-    for n in 3 30 118; do python benchmarks/synthetic.py -d $((900 + n)) -classes $n ...; done    # see synthetic.py
+    # models: see synthetic.py
     python benchmarks/cost.py -m MODEL_3 MODEL_30 MODEL_118 -device cpu -o docs/performance/cost.json
 
 One image of 0.8 mm in a file to labels in a file, without mirroring, one step after the other, although the commands
@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", type=Path, nargs="+", help="folders of NMSW models for different numbers of classes")
     parser.add_argument("-edge", type=int, nargs="+", default=[100, 200, 300, 400], help="voxels of the cubic images")
+    parser.add_argument("-edge_of_classes", type=int, default=240, help="of the image for the numbers of classes")
     parser.add_argument("-k", nargs="+", default=["2%", "5%", "10%", "20%", "50%", "all"])
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-o", type=Path, required=True, help="JSON file")
@@ -69,7 +70,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All measurements: a question each, and what is varied in it."""
     middle, edge, k = args.m[len(args.m) // 2], args.edge[len(args.edge) // 2], "10%"
     runs = [("size", middle, edge, method) for edge in args.edge for method in (STOCK, k)]
-    runs += [("classes", model, edge, method) for model in args.m for method in (STOCK, k)]
+    runs += [("classes", model, args.edge_of_classes, method) for model in args.m for method in (STOCK, k)]
     runs += [("patches", middle, edge, method) for method in args.k]
     known: dict[tuple[Path, int, str], dict[str, Any]] = {}
     for question, model, edge, method in runs:

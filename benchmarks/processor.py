@@ -45,8 +45,11 @@ def main() -> None:
     network = predictor.network.local_branch.to(device).eval()
     network.decoder.deep_supervision = False
     patch = predictor.configuration_manager.patch_size
-    patches = torch.from_numpy(organs([n * PATCHES if i == 0 else n for i, n in enumerate(patch)], 3, seed=0)[0])
-    patches_KCDHW = (patches.float().view(PATCHES, 1, *patch) / 500).to(device)
+    classes = predictor.label_manager.num_segmentation_heads
+    patches = torch.from_numpy(organs([n * PATCHES if i == 0 else n for i, n in enumerate(patch)], classes, seed=0)[0])
+    intensities = predictor.plans_manager.foreground_intensity_properties_per_channel["0"]
+    patches = (patches.float() - intensities["mean"]) / intensities["std"]
+    patches_KCDHW = patches.view(PATCHES, 1, *patch).to(device)
     variants = variants_of(network, device)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     labels: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@
     nnUNetv2_plan_and_preprocess -d 930 -c 3d_fullres -npfp 2 -np 2
     python -m nnunet_nmsw.demo.small_plans -d 930 --patch_size 64 64 64 --features 8 16 32 64
     nnUNetv2_train 930 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_1epoch -device cpu
+    python benchmarks/synthetic.py --widen MODEL -classes 118 -o MODEL_118    # classes more that it never predicts
 
 Organs are ellipsoids, and their brightness says which. An epoch is enough for labels with surfaces as organs have,
 which is what the export of `nmsw_predict` depends on. An untrained network's labels are speckled: for memory, and for
@@ -29,6 +30,8 @@ from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
 TRAINER = "nnUNetTrainerNMSW"
 NUM_TRAINING, SPACING = 10, 1.5
+NEVER = -100.0
+"""Logit of a class that is never predicted."""
 FULL_WIDTH = 32
 """Features of the first stage of nnU-Net's networks."""
 
@@ -36,13 +39,18 @@ FULL_WIDTH = 32
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", type=int, required=True, help="id of the dataset to write")
+    parser.add_argument("-d", type=int, help="id of the dataset to write")
+    parser.add_argument("--widen", type=Path, metavar="MODEL", help="write a copy of a model with more classes instead")
+    parser.add_argument("-o", type=Path, help="folder of this copy")
     parser.add_argument("-classes", type=int, default=3, help="with the background")
     parser.add_argument("-image", type=int, nargs=3, default=[400, 512, 512], metavar=("Z", "Y", "X"), help="of tests")
     parser.add_argument("-training_image", type=int, nargs=3, default=[96, 112, 112], metavar=("Z", "Y", "X"))
     parser.add_argument("-image_spacing", type=float, default=0.8, help="of tests, mm")
     parser.add_argument("-cases", type=int, default=1, help="number of tests")
     args = parser.parse_args()
+    if args.widen:
+        widen(args.widen, args.o, args.classes)
+        return
     dataset = Path(os.environ["nnUNet_raw"]) / f"Dataset{args.d:03d}_Organs{args.classes}"
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (dataset / folder).mkdir(parents=True, exist_ok=True)
@@ -90,6 +98,26 @@ def write_model(folder: Path, shape: list[int], spacing: float, patch: int, feat
         "inference_allowed_mirroring_axes": (0, 1, 2),
     }
     torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
+
+
+def widen(model: Path, copy: Path, classes: int) -> None:
+    """Write a copy of fold 0 of a model with more classes, none of which it predicts."""
+    (copy / "fold_0").mkdir(parents=True)
+    (copy / "plans.json").write_text((model / "plans.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(dataset_of(classes), indent=1))
+    file = Path("fold_0", "checkpoint_final.pth")
+    checkpoint = torch.load(model / file, map_location="cpu", weights_only=False)
+    weights = checkpoint["network_weights"]
+    present = weights["fusion_parameters"].shape[1]
+    for name, tensor in weights.items():
+        if ".seg_layers." in name:
+            new = tensor.new_zeros(classes - present, *tensor.shape[1:])
+            new += NEVER if name.endswith("bias") else 0
+            # The last output of the global branch is the score map.
+            weights[name] = torch.cat([tensor[:present], new, tensor[present:]])
+    new = weights["fusion_parameters"].new_zeros(len(weights["fusion_parameters"]), classes - present)
+    weights["fusion_parameters"] = torch.cat([weights["fusion_parameters"], new], 1)
+    torch.save(checkpoint, copy / file)
 
 
 def dataset_of(classes: int) -> dict[str, Any]:
