@@ -81,7 +81,8 @@ def commands_of(args: argparse.Namespace, images: Path, folder: Path) -> dict[st
         commands["nnUNetv2_predict, resample_torch_fornnunet"] = f"{OF_NNUNET} {common} -m {with_torch}"
         script = Path(__file__).with_name("monai_predict.py")
         commands["MONAI's SlidingWindowInferer"] = f"{sys.executable} {script} {common}{model}"
-    return commands | {f"nmsw_predict -k {k}": f"nmsw_predict {common}{model} -k {k}" for k in args.k}
+    flags = [f"-k {k}" for k in args.k] + ([f"-k {args.k[-1]} --bfloat16"] if args.device == "cpu" else [])
+    return commands | {f"nmsw_predict {flag}": f"nmsw_predict {common}{model} {flag}" for flag in flags}
 
 
 def model_that_resamples_with_torch(model: Path, copy: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunet_nmsw.inference.logits import LogitsPredictor
 from nnunet_nmsw.inference.memory import (
@@ -31,8 +31,9 @@ from nnunet_nmsw.inference.streaming import FEWEST_PLANES
 MEMORY_OF_PLANES = 1 << 30
 """Bytes for the logits of the planes that are worked out at a time."""
 
-VOXELS_AT_ONCE = 1 << 21
-"""Voxels of a batch of patches, unless one patch has more."""
+VOXELS_AT_ONCE, VOXELS_AT_ONCE_ON_CPU = 1 << 21, 1 << 19
+"""Voxels of a batch of patches, unless one patch has more. On a CPU larger ones leave its caches: two patches of 64³ at
+a time take 62 ms each, eight take 102."""
 
 
 class BoundedPredictor(LogitsPredictor):
@@ -77,7 +78,7 @@ class BoundedPredictor(LogitsPredictor):
 
     def _unbounded(self, num_preprocessing: int = 0) -> Share:
         """What may go on at a time without a bound on memory."""
-        at_once = patches_at_once(self.nmsw_network.patch_size)
+        at_once = patches_at_once(self.nmsw_network.patch_size, self.device)
         return Share(num_preprocessing, sys.maxsize, MEMORY_OF_PLANES, sys.maxsize, at_once)
 
     def _share_out(self, limit: int, cases: list[list[str]], num_preprocessing: int) -> Share:
@@ -110,7 +111,11 @@ class BoundedPredictor(LogitsPredictor):
     def _patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
         """Logits of patches, mirrored where that is on; in halves where the device has too little memory."""
         try:
-            logits_KCDHW: Tensor = self._internal_maybe_mirror_and_predict(patches_KCDHW.to(self.device))
+            patches_KCDHW = patches_KCDHW.to(self.device)
+            if self.device.type == "cpu":
+                to_channels_last_(self.nmsw_network.local_branch)
+                patches_KCDHW = patches_KCDHW.contiguous(memory_format=torch.channels_last_3d)
+            logits_KCDHW: Tensor = self._internal_maybe_mirror_and_predict(patches_KCDHW)
         except torch.OutOfMemoryError:
             if len(patches_KCDHW) == 1:
                 raise
@@ -121,6 +126,14 @@ class BoundedPredictor(LogitsPredictor):
         return torch.cat([self._patch_logits(part) for part in (patches_KCDHW[:half], patches_KCDHW[half:])])
 
 
-def patches_at_once(patch_size: Sequence[int]) -> int:
+def to_channels_last_(network: nn.Module) -> None:
+    """Keep the weights of 3D convolutions in the layout in which oneDNN is faster. Values are the same."""
+    for parameter in network.parameters():
+        if parameter.ndim == 5:  # `Module.to` would fail at parameters of four axes
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def patches_at_once(patch_size: Sequence[int], device: torch.device) -> int:
     """Patches of a batch: small ones together, for which the cost of a call is more than that of the computation."""
-    return max(1, min(16, VOXELS_AT_ONCE // math.prod(patch_size)))
+    voxels = VOXELS_AT_ONCE_ON_CPU if device.type == "cpu" else VOXELS_AT_ONCE
+    return max(1, min(16, voxels // math.prod(patch_size)))

@@ -25,6 +25,7 @@ from nnunet_nmsw.inference.memory import parse_memory
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.ray_engine import RayPredictor, Workers
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
+from nnunet_nmsw.start import importing
 
 DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
 
@@ -196,7 +197,8 @@ def load_model(predictor: nnUNetPredictor, folder: Path, folds: Sequence[int | s
         UserError: a checkpoint cannot be read, or the predictor is NMSW's and the model is not.
     """
     try:
-        predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
+        with importing():  # nnU-Net imports trainers and networks when it needs them
+            predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load {checkpoint} of folds {folds} in {folder}: {reason(error)}") from error
     if isinstance(predictor, NMSWPredictor):
