@@ -178,11 +178,17 @@ def plot(measured: list[dict[str, Any]], file: Path) -> None:
                 heights = [row["seconds"][stage] for row in bars]
                 axis.bar(labels, heights, bottom=bottom, color=colour, label=stage)
                 bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-            axis.bar_label(axis.containers[-1], [f"{total:.0f} s" for total in bottom], padding=2, fontsize=8)
-            axis.margins(y=0.12)
+            axis.bar_label(
+                axis.containers[-1],
+                [f"{total:.3g} s" if total > 10 else f"{total:.1f} s" for total in bottom],
+                padding=2,
+                fontsize=8,
+            )
+            axis.set_ylim(top=1.12 * max(bottom))
             axis.set_xlabel(names[question])
             axis.set_ylabel("seconds")
-            axis.set_title(f"{'nnUNetv2_predict' if stock else 'nmsw_predict'} by {question}", fontsize=10)
+            method = "nnU-Net" if stock else "NMSW" if question == "patches" else "NMSW, K = 10%"
+            axis.set_title(f"{method}, by {question}", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[1, 0].get_legend_handles_labels()
     axes[0, 2].legend(handles[::-1], labels[::-1], loc="center", frameon=False)
