@@ -40,7 +40,7 @@ from nnunet_nmsw.network import CoarsePrediction, WindowChoice
 
 STOCK = "nnU-Net"
 STAGES = ("read and preprocess", "global branch", "choice of windows", "patches", "labels", "write")
-IMAGE_SPACING = 0.8
+IMAGE_SPACING, ORGANS = 0.8, 29
 COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
 
 
@@ -127,7 +127,7 @@ def measure(model: Path, edge: int, method: str, device: torch.device) -> dict[s
     classes = predictor.label_manager.num_segmentation_heads
     with tempfile.TemporaryDirectory() as folder:
         image, output = Path(folder, "case_0000.nii.gz"), str(Path(folder, "case"))
-        write(organs([edge] * 3, classes, seed=0)[0], image, IMAGE_SPACING)
+        write(organs([edge] * 3, 3, 0, ORGANS)[0], image, IMAGE_SPACING)
         run: Callable[..., None] = of_nnunet if method == STOCK else of_nmsw
         run(predictor, str(image), output, stages)
     seconds = {stage: stages.seconds[stage] for stage in STAGES}

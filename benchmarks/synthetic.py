@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--widen", type=Path, metavar="MODEL", help="write a copy of a model with more classes instead")
     parser.add_argument("-o", type=Path, help="folder of this copy")
     parser.add_argument("-classes", type=int, default=3, help="with the background")
+    parser.add_argument("-organs", type=int, help="ellipsoids in an image. Default: one for each class")
     parser.add_argument("-image", type=int, nargs=3, default=[400, 512, 512], metavar=("Z", "Y", "X"), help="of tests")
     parser.add_argument("-training_image", type=int, nargs=3, default=[96, 112, 112], metavar=("Z", "Y", "X"))
     parser.add_argument("-image_spacing", type=float, default=0.8, help="of tests, mm")
@@ -55,11 +56,11 @@ def main() -> None:
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (dataset / folder).mkdir(parents=True, exist_ok=True)
     for case in range(NUM_TRAINING):
-        image, labels = organs(args.training_image, args.classes, seed=case)
+        image, labels = organs(args.training_image, args.classes, case, args.organs)
         write(image, dataset / "imagesTr" / f"case_{case:03d}_0000.nii.gz", SPACING)
         write(labels, dataset / "labelsTr" / f"case_{case:03d}.nii.gz", SPACING)
     for case in range(args.cases):
-        image, _ = organs(args.image, args.classes, seed=1000 + case)
+        image, _ = organs(args.image, args.classes, 1000 + case, args.organs)
         write(image, dataset / "imagesTs" / f"test_{case:03d}_0000.nii.gz", args.image_spacing)
     (dataset / "dataset.json").write_text(json.dumps({**dataset_of(args.classes), "numTraining": NUM_TRAINING}))
 
@@ -162,15 +163,24 @@ def plans_of(shape: list[int], spacing: float, patch: int, features: int, **nmsw
     }
 
 
-def organs(shape: list[int], classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ellipsoids of different brightness in a large one, int16, and their labels, uint8."""
+def organs(shape: list[int], classes: int, seed: int, number: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ellipsoids of different brightness in a large one, int16, and their labels, uint8.
+
+    Args:
+        shape: voxels by axis.
+        classes: with the background.
+        seed: of sizes, places and noise.
+        number: of ellipsoids; neighbours in brightness share a label where there are more than labels.
+    """
     random = np.random.default_rng(seed)
     image, labels = np.full(shape, -900, np.int16), np.zeros(shape, np.uint8)
     fill(np.array(shape) / 2, np.array(shape) * 0.45, (image, 0))
-    for label in range(1, classes):
+    number = number or classes - 1
+    for organ in range(number):
         centre = np.array(shape) * random.uniform(0.25, 0.75, 3)
         radii = np.array(shape) * random.uniform(0.04, 0.12, 3)
-        fill(centre, radii, (image, 50 + 950 * label // classes), (labels, label))
+        brightness, label = 50 + 950 * (organ + 1) // (number + 1), 1 + organ * (classes - 1) // number
+        fill(centre, radii, (image, brightness), (labels, label))
     image += random.integers(-10, 11, shape, dtype=np.int16)
     return image, labels
 
