@@ -368,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bfloat16",
         action="store_true",
         help="with -device cpu: let the networks compute in bfloat16, much faster on processors that have it "
-        "(AVX512-BF16 or AMX). A few voxels at borders get other labels",
+        "(AVX512-BF16 or AMX). Labels that are close calls change",
     )
     add(
         "--engine",
