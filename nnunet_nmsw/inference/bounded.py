@@ -33,7 +33,7 @@ MEMORY_OF_PLANES = 1 << 30
 
 VOXELS_AT_ONCE, VOXELS_AT_ONCE_ON_CPU = 1 << 21, 1 << 19
 """Voxels of a batch of patches, unless one patch has more. On a CPU larger ones leave its caches: two patches of 64³ at
-a time take 62 ms each, eight take 102."""
+a time take 59 ms each, eight take 88 (docs/performance.md)."""
 
 
 class BoundedPredictor(LogitsPredictor):
