@@ -27,6 +27,7 @@ from nnunet_nmsw.inference.memory import (
     size_of,
 )
 from nnunet_nmsw.inference.streaming import FEWEST_PLANES
+from nnunet_nmsw.network import NMSWNetwork
 
 MEMORY_OF_PLANES = 1 << 30
 """Bytes for the logits of the planes that are worked out at a time."""
@@ -97,7 +98,7 @@ class BoundedPredictor(LogitsPredictor):
         size, largest = max(zip(sizes, needs, strict=True), key=lambda case: sum(case[1][:3]))
         used = memory_of_process()
         with torch.inference_mode():
-            network.to(self.device).eval()
+            self._ready_network()
             self._patch_logits(torch.zeros(1, channels, *network.patch_size))
         patch = max(0, most_memory_of_process() - used)
         if self.device.type == "cpu":  # the global branch sees a volume of its own
@@ -108,12 +109,19 @@ class BoundedPredictor(LogitsPredictor):
             print(f"within {in_words(limit)}: {share}")
         return share
 
+    def _ready_network(self) -> NMSWNetwork:
+        """The network on the device, set to predict patches."""
+        network = self.nmsw_network.to(self.device)
+        network.eval()
+        if self.device.type == "cpu":
+            to_channels_last_(network.local_branch)
+        return network
+
     def _patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
         """Logits of patches, mirrored where that is on; in halves where the device has too little memory."""
         try:
             patches_KCDHW = patches_KCDHW.to(self.device)
             if self.device.type == "cpu":
-                to_channels_last_(self.nmsw_network.local_branch)
                 patches_KCDHW = patches_KCDHW.contiguous(memory_format=torch.channels_last_3d)
             logits_KCDHW: Tensor = self._internal_maybe_mirror_and_predict(patches_KCDHW)
         except torch.OutOfMemoryError:

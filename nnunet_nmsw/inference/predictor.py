@@ -63,8 +63,9 @@ class NMSWPredictor(BoundedPredictor):
         bfloat16: bool = False,
         **kwargs: Any,
     ) -> None:
-        of_parents: dict[str, Any] = {"num_patches": num_patches, "use_global_branch": use_global_branch}
-        super().__init__(max_memory, bfloat16=bfloat16, **of_parents, **kwargs)
+        super().__init__(
+            max_memory, num_patches=num_patches, use_global_branch=use_global_branch, bfloat16=bfloat16, **kwargs
+        )
         self.save_patches = save_patches
         self.max_drop = max_drop
         self._num_cases: int | None = None
@@ -110,8 +111,7 @@ class NMSWPredictor(BoundedPredictor):
             data: preprocessed volume, shape C, D, H, W.
             axes: to the grid.
         """
-        network = self.nmsw_network.to(self.device)
-        network.eval()
+        network = self._ready_network()
         padded, unpad = pad_nd_image(data, network.patch_size, "constant", {"value": 0}, True)
         offset, grid = [axis.start for axis in unpad[1:]], network.grid(spatial_shape(padded))
         of_folds = []
