@@ -13,10 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,6 +23,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from measuring import in_new_process, tell, write_results
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from synthetic import organs, write
@@ -57,12 +54,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         model, edge, method = args.one
-        print("RESULT " + json.dumps(measure(Path(model), int(edge), method, torch.device(args.device))))
+        tell(measure(Path(model), int(edge), method, torch.device(args.device)))
         return
     if args.m:
-        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
-        content = {"command": sys.argv, "machine": machine, "rows": list(rows(args))}
-        args.o.write_text(json.dumps(content, indent=1))
+        write_results(args.o, {"rows": list(rows(args))}, torch.device(args.device))
     plot(json.loads(args.o.read_text())["rows"], args.o.with_suffix(".svg"))
 
 
@@ -76,10 +71,8 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for question, model, edge, method in runs:
         run = (model, edge, method)
         if run not in known:
-            command = [sys.executable, __file__, "-device", args.device, "-o", str(args.o), "--one", *map(str, run)]
-            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
-            known[run] = json.loads(line.removeprefix("RESULT "))
+            flags = ["-device", args.device, "-o", str(args.o), "--one", *map(str, run)]
+            known[run] = in_new_process(__file__, *flags)
         row = {"question": question, "edge": edge, "method": method, **known[run]}
         print(row, flush=True)
         yield row

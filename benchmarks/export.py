@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import in_new_process, tell, write_results
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from torch import Tensor
 
@@ -57,7 +54,7 @@ def main() -> None:
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print("RESULT " + json.dumps(measure(args, args.one, args.classes[0])))
+        tell(measure(args, args.one, args.classes[0]))
         return
     rows = []
     for classes in args.classes:
@@ -78,8 +75,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps({key: value for key, value in row.items() if key != "runs"}), flush=True)
     if args.o:
-        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
-        args.o.write_text(json.dumps({"command": sys.argv, "machine": machine, "rows": rows}, indent=1))
+        write_results(args.o, {"rows": rows})
 
 
 def abs_difference(first: list[int], second: list[int]) -> float:
@@ -90,12 +86,8 @@ def abs_difference(first: list[int], second: list[int]) -> float:
 
 def in_process(args: argparse.Namespace, method: str, classes: int) -> dict[str, Any]:
     """Measure in a new process."""
-    command = [sys.executable, __file__, "--one", method, "-classes", str(classes), "-spacing", str(args.spacing)]
-    command += ["-image", *map(str, args.image), "-patch", str(args.patch)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
-    measured: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return measured
+    flags = ["--one", method, "-classes", str(classes), "-spacing", str(args.spacing)]
+    return in_new_process(__file__, *flags, "-image", *map(str, args.image), "-patch", str(args.patch))
 
 
 def measure(args: argparse.Namespace, method: str, classes: int) -> dict[str, Any]:

@@ -9,16 +9,12 @@ case for labels plane by plane: hardly any neighbours agree. Each measurement is
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import in_new_process, tell, write_results
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from synthetic import dataset_of, plans_of
 
@@ -40,21 +36,16 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print("RESULT " + json.dumps(measure(args.size[0], args.classes[0], args.patch, args.k)))
+        tell(measure(args.size[0], args.classes[0], args.patch, args.k))
         return
     rows = []
     for classes in args.classes:
         for size in args.size:
-            command = [sys.executable, __file__, "--one", "-size", str(size), "-classes", str(classes), "-k", args.k]
-            process = subprocess.run(
-                [*command, "-patch", str(args.patch)], stdout=subprocess.PIPE, text=True, check=True
-            )
-            (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
-            rows.append({"size": size, "classes": classes, **json.loads(line.removeprefix("RESULT "))})
+            flags = ["--one", "-size", str(size), "-classes", str(classes), "-k", args.k, "-patch", str(args.patch)]
+            rows.append({"size": size, "classes": classes, **in_new_process(__file__, *flags)})
             print(rows[-1], flush=True)
     if args.o:
-        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
-        args.o.write_text(json.dumps({"command": sys.argv, "machine": machine, "rows": rows}, indent=1))
+        write_results(args.o, {"rows": rows})
 
 
 def measure(size: int, classes: int, patch: int, num_patches: str) -> dict[str, Any]:

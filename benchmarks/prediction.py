@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -22,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import SimpleITK as sitk
 import torch
+from measuring import write_results
 
 STOCK = "nnUNetv2_predict"
 OF_NNUNET = "nnUNetv2_predict_from_modelfolder"
@@ -62,9 +60,7 @@ def main() -> None:
         row["share_of_memory"] = row["gib"] / stock["gib"]
         print(name, {key: round(value, 2) for key, value in row.items()})
     if args.o:
-        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
-        content: dict[str, Any] = {"command": sys.argv, "machine": machine, "voxels": shape, "rows": rows, "runs": runs}
-        args.o.write_text(json.dumps(content, indent=1))
+        write_results(args.o, {"voxels": shape, "rows": rows, "runs": runs}, torch.device(args.device))
 
 
 def commands_of(args: argparse.Namespace, images: Path, folder: Path) -> dict[str, str]:

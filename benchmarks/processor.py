@@ -9,11 +9,7 @@ is not that of float32, as PyTorch runs it by itself.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import write_results
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from synthetic import organs
 from torch import Tensor, nn
@@ -72,8 +69,7 @@ def main() -> None:
         rows.append({"variant": name, "seconds": median, "times_faster": faster, "disagreement": disagreement})
         print(f"{name:60} {median:.3f} s  {faster:.2f} times  {disagreement:.2e}")
     if args.o:
-        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
-        args.o.write_text(json.dumps({"command": sys.argv, "machine": machine, "rows": rows}, indent=1))
+        write_results(args.o, {"rows": rows}, device)
 
 
 def variants_of(network: nn.Module, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:

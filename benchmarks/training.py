@@ -12,18 +12,14 @@ process; workers that load data are not in it.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import in_new_process, tell, write_results
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_nmsw.inference.memory import most_memory_of_process
@@ -46,7 +42,7 @@ def main() -> None:
     parser.add_argument("--one", metavar="TRAINER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print("RESULT " + json.dumps(measure(args.d[0], args.p, args.one, args.device, args.steps)))
+        tell(measure(args.d[0], args.p, args.one, args.device, args.steps))
         return
     rows = []
     for dataset in args.d:
@@ -69,22 +65,14 @@ def main() -> None:
             flush=True,
         )
     if args.o:
-        machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
-        if args.device == "cuda":
-            machine["device"] = torch.cuda.get_device_name()
-        args.o.write_text(json.dumps({"command": sys.argv, "machine": machine, "datasets": rows}, indent=1))
+        write_results(args.o, {"datasets": rows}, torch.device(args.device))
 
 
 def in_process(dataset: str, trainer: str, args: argparse.Namespace) -> dict[str, float]:
     """Measure in a new process."""
-    command = [sys.executable, __file__, "--one", trainer, "-d", dataset, "-p", args.p]
-    command += ["-device", args.device, "-steps", str(args.steps)]
+    flags = ["--one", trainer, "-d", dataset, "-p", args.p, "-device", args.device, "-steps", str(args.steps)]
     with tempfile.TemporaryDirectory() as results:
-        environment = {**os.environ, "nnUNet_results": results}
-        process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
-    measured: dict[str, float] = json.loads(line.removeprefix("RESULT "))
-    return measured
+        return in_new_process(__file__, *flags, nnUNet_results=results)
 
 
 def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps: int) -> dict[str, Any]:
