@@ -96,6 +96,8 @@ ARMS: dict[str, dict[str, Any]] = {
     # the temperature of the draw: scores are divided by their spread and multiplied with this
     "default_score_scale_1": {**DEFAULT, "score_scale": 1.0},
     "default_score_scale_9": {**DEFAULT, "score_scale": 9.0},
+    # what the score map learns,
+    "default_dice": {**DEFAULT, "benefit": "dice"},
     # which windows a step looks at,
     "default_1_3": {**DEFAULT, "sampled_windows": 1, "random_windows": 3},
     "default_3_1": {**DEFAULT, "sampled_windows": 3, "random_windows": 1},
