@@ -77,7 +77,7 @@ def fused_labels(
         int64 labels of shape `volume_shape`.
     """
     patch_size = patch_logits_KCDHW.shape[2:]
-    coarse_CDHW = upsample_window(coarse_logits_Cdhw[None], (0, 0, 0), volume_shape, factor)[0]
+    coarse_CDHW = upsample_window(coarse_logits_Cdhw, (0, 0, 0), volume_shape, factor)
     placed = (starts_K3, patch_size, volume_shape, coarse_CDHW.device)
     (total_DHW,) = summed(torch.ones(len(starts_K3), 1, 1, 1, 1), *placed)
     covered_DHW, total_DHW = total_DHW > 0, total_DHW.clamp_min(1e-12)

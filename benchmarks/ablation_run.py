@@ -246,8 +246,8 @@ class Case:
     def fused(self, windows: WindowChoice) -> Tensor:
         """Labels of the fused prediction with some windows."""
         if len(windows.starts_K3) == 0:
-            low_1Cdhw, factor = self.coarse.logits_Cdhw[None], self.grid.downsampling_factor
-            return upsample_window(low_1Cdhw, (0, 0, 0), self.grid.volume_shape, factor)[0].argmax(0)
+            volume_shape, factor = self.grid.volume_shape, self.grid.downsampling_factor
+            return upsample_window(self.coarse.logits_Cdhw, (0, 0, 0), volume_shape, factor).argmax(0)
         return self._segmentation(windows, self.coarse.logits_Cdhw, self.network.fusion_weights)
 
     def sliding_window(self) -> Tensor:

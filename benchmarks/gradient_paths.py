@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nnunet_nmsw.fusion import FusionWeights, fused_loss
+from nnunet_nmsw.fused_loss import fused_loss
+from nnunet_nmsw.fusion import FusionWeights
 from nnunet_nmsw.geometry import WindowGrid, crop_windows, label_counts
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.topk import WindowSample, sample_windows

@@ -6,11 +6,27 @@ Tensor suffixes: L labels (the ignore label included), C channels of the logits,
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
+
+
+class VoxelTerms(NamedTuple):
+    """What voxels of one label each put into the sums that nnU-Net's loss is made of.
+
+    Attributes:
+        probability_CV: by channel.
+        hits_XV: the probability in the channels that hold the voxel's label. Where channels are labels that is one
+            channel for each voxel, and X = 1; where they are regions X = C, with 0 for those that do not hold it.
+        cross_entropy_V: as in `LabelEncoding.terms`.
+    """
+
+    probability_CV: Tensor
+    hits_XV: Tensor
+    cross_entropy_V: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +100,28 @@ class LabelEncoding:
         if self.ignore_label is None:
             cross_entropy_V = cross_entropy_V / len(logits_CV)
         return logits_CV.sigmoid(), cross_entropy_V
+
+    def voxel_terms(self, logits_CV: Tensor, labels_V: Tensor, decided: bool = False) -> VoxelTerms:
+        """The same of voxels that hold one label each and count in full; ignored voxels have some finite numbers.
+
+        Args:
+            logits_CV: logits.
+            labels_V: integer labels.
+            decided: 1 for what the logits decide for, and 0 for the rest, instead of probabilities.
+        """
+        logits_CV = logits_CV.float()
+        if self.has_regions:
+            targets_CV = self.membership(labels_V.device)[:, labels_V.long()]
+            p_CV, cross_entropy_V = self.terms(logits_CV, targets_CV, torch.ones_like(logits_CV[0]))
+            p_CV = self.decided(logits_CV) if decided else p_CV
+            return VoxelTerms(p_CV, p_CV * targets_CV, cross_entropy_V)
+        channel_1V = labels_V.long().clamp_max(self.num_channels - 1)[None]
+        log_p_CV = logits_CV.log_softmax(0)
+        log_p_1V = log_p_CV.gather(0, channel_1V)
+        if decided:
+            p_CV = self.decided(logits_CV)
+            return VoxelTerms(p_CV, p_CV.gather(0, channel_1V), -log_p_1V[0])
+        return VoxelTerms(log_p_CV.exp(), log_p_1V.exp(), -log_p_1V[0])
 
     def decided(self, logits_CV: Tensor) -> Tensor:
         """1 for the channels that the logits decide for, float32 of shape C, V."""

@@ -27,7 +27,20 @@ class Bfloat16Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-MOVES = {"_to_copy", "slice", "select", "detach", "view", "alias", "permute", "unsqueeze", "split", "cat", "clone"}
+MOVES = {
+    "_to_copy",
+    "slice",
+    "select",
+    "detach",
+    "view",
+    "alias",
+    "permute",
+    "unsqueeze",
+    "unbind",
+    "split",
+    "cat",
+    "clone",
+}
 """Operations that compute nothing."""
 
 

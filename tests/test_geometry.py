@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_nmsw.geometry import (
+    LabelSums,
     WindowGrid,
     add_to_low_resolution_,
     crop,
@@ -135,7 +136,11 @@ def test_label_counts_and_what_is_left_without_a_window(shape, factor, seed):
     weight = torch.zeros(shape)
     weight[window] = torch.from_numpy(rng.random(weight[window].shape, np.float32))
     left = counts.clone()
-    add_to_low_resolution_(left, -LabelEncoding(4).one_hot(labels[window]) * weight[window], start, factor)
+    one_hot = LabelEncoding(4).one_hot(labels[window])
+    add_to_low_resolution_(left, -one_hot * weight[window], start, factor)
+    sums = LabelSums(labels[window], 4, start, factor)
+    torch.testing.assert_close(counts[(slice(None), *sums.box)] - sums(weight[window]), left[(slice(None), *sums.box)])
+    assert torch.equal(sums.counts().flatten(1).sum(1), one_hot.flatten(1).sum(1))
     for d, h, w in np.ndindex(*counts.shape[1:]):
         block = tuple(slice(i * f, (i + 1) * f) for i, f in zip((d, h, w), factor, strict=True))
         for label in range(4):

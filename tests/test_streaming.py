@@ -30,7 +30,7 @@ def dense_logits(models, patches, patch_size, factor, shape) -> torch.Tensor:
     """Brute force: the fused logits of the whole volume."""
     gaussian, total = gaussian_weights(patch_size, torch.device("cpu")), 0
     for model, of_model in zip(models, patches, strict=True):
-        coarse = upsample_window(model.coarse_logits_Cdhw[None], (0, 0, 0), shape, factor)[0]
+        coarse = upsample_window(model.coarse_logits_Cdhw, (0, 0, 0), shape, factor)
         sums, weight, trust = torch.zeros_like(coarse), torch.zeros(shape), torch.zeros(shape)
         for start, of_window, logits in zip(model.starts_K3.tolist(), model.trust_K.tolist(), of_model, strict=True):
             sums[(slice(None), *window_slices(start, patch_size))] += gaussian * logits.float()

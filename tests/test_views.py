@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import nnunet_augmentation
 
-from nnunet_nmsw.fusion import FusionWeights, fused_loss
+from nnunet_nmsw.fused_loss import fused_loss
+from nnunet_nmsw.fusion import FusionWeights
 from nnunet_nmsw.geometry import crop, crop_windows, downsample, label_counts
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.views import TrainingVolume, sample_affine, seed_everything

@@ -48,7 +48,7 @@ def oracle_windows(
     boxes = [window_slices(start, grid.patch_size) for start in grid.starts_N3.tolist()]
 
     def coarse_CDHW(start: Sequence[int], size: Sequence[int]) -> Tensor:
-        return upsample_window(coarse_logits_Cdhw[None], start, size, grid.downsampling_factor)[0]
+        return upsample_window(coarse_logits_Cdhw, start, size, grid.downsampling_factor)
 
     depth, height, width = grid.volume_shape
     labels_DHW = torch.cat(

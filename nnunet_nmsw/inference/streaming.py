@@ -155,7 +155,7 @@ class FusedPrediction:
         return rows_PC
 
     def _fused(self, model: FusedModel, windows: OpenWindows, start: Shape, size: Shape) -> Tensor:
-        coarse_CDHW = upsample_window(model.coarse_logits_Cdhw[None], start, size, self.factor)[0]
+        coarse_CDHW = upsample_window(model.coarse_logits_Cdhw, start, size, self.factor)
         sums_CDHW = torch.zeros_like(coarse_CDHW)
         weight_DHW, trust_DHW = torch.zeros(2, *size, device=self.device)
         for window, trust, logits_CDHW in windows.touching(start, size):

@@ -13,7 +13,7 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from torch import Tensor, nn
 
 from nnunet_nmsw.config import NMSWConfig
-from nnunet_nmsw.fusion import (
+from nnunet_nmsw.fused_loss import (
     BenefitMap,
     benefit_map,
     dice_and_cross_entropy,
@@ -81,17 +81,20 @@ class NMSWLoss(nn.Module):
             weight_K = (log_p_K - log_p_K.detach()).exp()
             num_fused = len(finest) if config.fuse_random_windows else num_sampled
             weight_of_all = torch.cat([weight_K, weight_K.new_ones(num_fused - num_sampled)])
+            of_labels = config.benefit == "dice"
             fused = fused_loss(
-                finest[:num_fused],
-                output.starts[:num_fused],
+                finest,
+                output.starts,
                 coarse_logits_Cdhw,
-                targets[:num_fused, 0],
+                targets[:, 0],
                 counts_Ldhw,
                 output.fusion,
                 config.downsampling_factor,
                 encoding,
                 weight_of_all if config.gradient_path == "contribution" else None,
                 weight_of_all if config.gradient_path == "contribution_logits" else None,
+                num_fused,
+                of_labels,
             )
             benefit_K = fused.benefit_K[:num_sampled]
             selection, benefit_loss = torch.zeros_like(fused.loss), torch.zeros_like(fused.loss)
@@ -99,18 +102,8 @@ class NMSWLoss(nn.Module):
                 mean_of_others_K = (benefit_K.sum() - benefit_K) / (num_sampled - 1)
                 selection = mean_of_others_K @ (weight_K - 1)
             if config.benefit_loss_weight:
-                of_labels = config.benefit == "dice"
-                measured = benefit_map(
-                    finest,
-                    output.starts,
-                    coarse_logits_Cdhw,
-                    targets[:, 0],
-                    output.fusion,
-                    config.downsampling_factor,
-                    encoding,
-                    dice_slope(coarse_logits_Cdhw, counts_Ldhw, encoding) if of_labels else fused.slope_S,
-                    of_labels,
-                )
+                slope_S = dice_slope(coarse_logits_Cdhw, counts_Ldhw, encoding) if of_labels else fused.slope_S
+                measured = benefit_map(fused.changes, slope_S, finest.shape[2:], config.downsampling_factor)
                 benefit_loss = self._benefit_loss(output, measured)
             distillation = torch.zeros_like(fused.loss)
             if config.distillation_weight:

@@ -94,8 +94,8 @@ def plot_sampling(cases: Sequence[SampledCase], title: str, file: Path) -> None:
         depth, height, width = case.labels_DHW.shape
         index = int((case.labels_DHW > 0).flatten(1).sum(1).argmax())
         slab = (index, 0, 0), (1, height, width)
-        score_HW = upsample_window(case.score_map_dhw[None, None], *slab, case.factor)[0, 0, 0]
-        coarse_HW = upsample_window(case.coarse_logits_Cdhw[None], *slab, case.factor)[0].argmax(0)[0]
+        score_HW = upsample_window(case.score_map_dhw, *slab, case.factor)[0]
+        coarse_HW = upsample_window(case.coarse_logits_Cdhw, *slab, case.factor).argmax(0)[0]
         labels_HW = case.labels_DHW[index]
         for axis in row:
             axis.imshow(case.image_DHW[index].numpy(), cmap="gray")

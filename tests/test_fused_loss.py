@@ -1,0 +1,299 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusion_problems import CLASSES, ENCODING, ENCODINGS, canvas, covered, nnunet_loss, problems
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_nmsw.fused_loss import (
+    benefit_map,
+    dice_and_cross_entropy,
+    dice_slope,
+    distillation_loss,
+    fused_loss,
+    loss_sums,
+    window_shares,
+)
+from nnunet_nmsw.fusion import FusionWeights, fuse
+from nnunet_nmsw.geometry import (
+    WindowGrid,
+    add_to_low_resolution_,
+    crop_windows,
+    label_counts,
+    upsample_window,
+    window_slices,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(list(ENCODINGS.values())))
+def test_the_sums_make_nnunets_loss(seed, encoding):
+    torch.manual_seed(seed)
+    logits, labels = torch.randn(CLASSES, 4, 5, 6) * 2, torch.randint(0, encoding.num_labels, (4, 5, 6))
+    sums = loss_sums(logits, encoding.one_hot(labels), encoding)
+    torch.testing.assert_close(dice_and_cross_entropy(sums, encoding), nnunet_loss(logits, labels, encoding))
+
+
+def test_label_counts_make_the_loss_of_the_block_wise_constant_prediction():
+    torch.manual_seed(0)
+    labels, low = torch.randint(0, CLASSES, (7, 8, 9)), torch.randn(CLASSES, 3, 4, 3)
+    factor = (3, 2, 3)
+    constant = low
+    for axis in range(3):
+        constant = constant.repeat_interleave(factor[axis], axis + 1).narrow(axis + 1, 0, labels.shape[axis])
+    loss = dice_and_cross_entropy(loss_sums(low, label_counts(labels, CLASSES, factor), ENCODING), ENCODING)
+    torch.testing.assert_close(loss, nnunet_loss(constant, labels))
+
+
+def loss_and_its_canvas(problem):
+    """The canvas-free loss, and the canvas it stands for: coarse logits constant per block outside the windows."""
+    grid, labels = problem["grid"], problem["labels"]
+    smooth = upsample_window(problem["coarse"], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)
+    fused, inside = canvas(problem["patch_logits"], problem["starts"], smooth, problem["weights"], grid.volume_shape)
+    constant = problem["coarse"]
+    for axis, factor in enumerate(grid.downsampling_factor):
+        constant = constant.repeat_interleave(factor, axis + 1).narrow(axis + 1, 0, grid.volume_shape[axis])
+    loss = fused_loss(
+        problem["patch_logits"],
+        problem["starts"],
+        problem["coarse"],
+        crop_windows(labels[None, None], problem["starts"], grid.patch_size)[:, 0],
+        label_counts(labels, problem["encoding"].num_labels, grid.downsampling_factor),
+        problem["weights"],
+        grid.downsampling_factor,
+        problem["encoding"],
+    )
+    on_canvas = torch.where(inside, fused, constant)
+    return loss, on_canvas
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(overlapping=False))
+def test_loss_without_a_canvas_equals_the_canvas_where_windows_do_not_overlap(problem):
+    loss, on_canvas = loss_and_its_canvas(problem)
+    torch.testing.assert_close(
+        loss.loss, nnunet_loss(on_canvas, problem["labels"], problem["encoding"]), rtol=1e-4, atol=1e-5
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(overlapping=True, kinds=("labels",)))
+def test_with_overlap_the_cross_entropy_is_bounded_by_jensens_gap(problem):
+    """Blending the losses instead of the logits: never below the canvas, above it by at most the windows' spread.
+
+    Cross-entropy is convex and, per voxel, Lipschitz with constant 2 in the maximum norm, so the gap of a voxel is at
+    most twice the largest difference between the windows' logits there.
+    """
+    grid, labels, starts = problem["grid"], problem["labels"], problem["starts"]
+    patch_size = grid.patch_size
+    _, on_canvas = loss_and_its_canvas(problem)
+    shares, inside = window_shares(starts, patch_size, torch.device("cpu")), covered(starts, grid)
+    smooth = upsample_window(problem["coarse"], (0, 0, 0), grid.volume_shape, grid.downsampling_factor)
+    blended_loss = torch.zeros(grid.volume_shape)
+    low, high = torch.full_like(on_canvas, torch.inf), torch.full_like(on_canvas, -torch.inf)
+    for share, logits, start in zip(shares, problem["patch_logits"], starts.tolist(), strict=True):
+        where = window_slices(start, patch_size)
+        everywhere = (slice(None), *where)
+        fused = fuse(logits, smooth[everywhere], problem["weights"])
+        blended_loss[where] += share * F.cross_entropy(fused[None], labels[where][None], reduction="none")[0]
+        low[everywhere] = torch.minimum(low[everywhere], fused)
+        high[everywhere] = torch.maximum(high[everywhere], fused)
+    gap = (blended_loss - F.cross_entropy(on_canvas[None], labels[None], reduction="none")[0])[inside]
+    assert (gap > -1e-4).all()
+    assert (gap <= 2 * (high - low).amax(0)[inside] + 1e-4).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(problems(overlapping=True))
+def test_shares_sum_to_one_under_windows(problem):
+    grid = problem["grid"]
+    shares = window_shares(problem["starts"], grid.patch_size, torch.device("cpu"))
+    total = torch.zeros(grid.volume_shape)
+    for share, start in zip(shares, problem["starts"].tolist(), strict=True):
+        total[window_slices(start, grid.patch_size)] += share
+    torch.testing.assert_close(total, covered(problem["starts"], grid).float())
+
+
+def test_the_weight_of_a_window_has_its_benefit_as_gradient():
+    torch.manual_seed(1)
+    grid = WindowGrid((12, 12, 12), (6, 6, 6), (3, 3, 3), 1.0)
+    labels = torch.zeros(grid.volume_shape, dtype=torch.long)
+    labels[2:5, 2:5, 2:5] = 1
+    starts = grid.starts_N3[[0, 7]]
+    truth = F.one_hot(labels[:6, :6, :6], CLASSES).movedim(-1, 0).float() * 8
+    patch_logits = torch.stack([truth, torch.randn(CLASSES, 6, 6, 6)])
+    coarse, weights = torch.zeros(CLASSES, *grid.low_shape), FusionWeights.convex(torch.full((CLASSES,), 0.9))
+    counts = label_counts(labels, CLASSES, grid.downsampling_factor)
+    arguments = (weights, grid.downsampling_factor, ENCODING)
+    cropped = crop_windows(labels[None, None], starts, grid.patch_size)[:, 0]
+    window_weight = torch.ones(2, requires_grad=True)
+    loss, benefit, *_ = fused_loss(patch_logits, starts, coarse, cropped, counts, *arguments, window_weight)
+    (gradient,) = torch.autograd.grad(loss, window_weight)
+    torch.testing.assert_close(-gradient, benefit)
+    assert benefit[0] > 0 > benefit[1]
+    # Against leaving the window out, which the first-order benefit stands for.
+    without = fused_loss(patch_logits[1:], starts[1:], coarse, cropped[1:], counts, *arguments).loss
+    smooth = upsample_window(coarse, (0, 0, 0), grid.volume_shape, grid.downsampling_factor)
+    assert torch.equal(smooth, torch.zeros_like(smooth))  # so that inside and outside the coarse prediction agree
+    assert (without - loss).item() == pytest.approx(benefit[0].item(), rel=0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(overlapping=True), st.booleans())
+def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem, of_labels):
+    grid, encoding, factor = problem["grid"], problem["encoding"], problem["grid"].downsampling_factor
+    labels = crop_windows(problem["labels"][None, None], problem["starts"], grid.patch_size)[:, 0]
+    counts = label_counts(problem["labels"], encoding.num_labels, factor)
+    arguments = (problem["starts"], problem["coarse"], labels, counts, problem["weights"], factor, encoding)
+    # Whether a window is fused has no say in its changes.
+    loss = fused_loss(problem["patch_logits"], *arguments, num_fused=1, changes_of_labels=of_labels)
+    expected = torch.zeros_like(loss.changes.lower_Tdhw)
+    voxels = torch.zeros(grid.low_shape)
+    low = [torch.arange(n) // f for n, f in zip(grid.volume_shape, factor, strict=True)]
+    for start, logits, of_window in zip(problem["starts"].tolist(), problem["patch_logits"], labels, strict=True):
+        coarse = upsample_window(problem["coarse"], start, grid.patch_size, factor)
+        fused = fuse(logits, coarse, problem["weights"])
+        if of_labels:  # logits of labels that are as good as certain
+            coarse, fused = (200 * encoding.decided(prediction) - 100 for prediction in (coarse, fused))
+        d, h, w = (axis[part] for axis, part in zip(low, window_slices(start, grid.patch_size), strict=True))
+        for i, j, k in itertools.product(d.unique(), h.unique(), w.unique()):
+            block = (d == i)[:, None, None] & (h == j)[None, :, None] & (w == k)[None, None]
+            one_hot = encoding.one_hot(of_window[block])
+            sums = loss_sums(coarse[:, block], one_hot, encoding) - loss_sums(fused[:, block], one_hot, encoding)
+            expected[:, i, j, k] += torch.cat([sums[: 2 * CLASSES], sums[-2, None]])
+            voxels[i, j, k] += encoding.counted(of_window[block]).sum()
+    channels = slice(2 * CLASSES if of_labels else None)  # the cross-entropy of labels is nobody's
+    torch.testing.assert_close(loss.changes.lower_Tdhw[channels], expected[channels], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.changes.voxels_dhw, voxels)
+
+
+@settings(max_examples=20, deadline=None)
+@given(problems(overlapping=True))
+def test_the_loss_has_the_gradient_of_the_sums_of_one_hot_targets(problem):
+    """The reference makes a one-hot target of each window and sums by `loss_sums`, with the windows' shares."""
+    grid, encoding, factor, starts = (
+        problem["grid"],
+        problem["encoding"],
+        problem["grid"].downsampling_factor,
+        problem["starts"],
+    )
+    labels = crop_windows(problem["labels"][None, None], starts, grid.patch_size)[:, 0]
+    counts = label_counts(problem["labels"], encoding.num_labels, factor)
+    leaves = [problem["patch_logits"], problem["coarse"], *problem["weights"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    weights = problem["weights"]
+    loss = fused_loss(problem["patch_logits"], starts, problem["coarse"], labels, counts, weights, factor, encoding)
+    rest, sums = counts.clone(), 0
+    shares = window_shares(starts, grid.patch_size, torch.device("cpu"))
+    for start, logits, of_window, share in zip(starts.tolist(), problem["patch_logits"], labels, shares, strict=True):
+        weighted = encoding.one_hot(of_window) * share
+        coarse = upsample_window(problem["coarse"], start, grid.patch_size, factor)
+        sums = sums + loss_sums(fuse(logits, coarse, weights), weighted, encoding)
+        add_to_low_resolution_(rest, -weighted, start, factor)
+    sums = sums + loss_sums(problem["coarse"].detach(), rest.clamp_min(0), encoding)
+    expected = dice_and_cross_entropy(sums, encoding)
+    torch.testing.assert_close(loss.loss, expected, rtol=1e-4, atol=1e-5)
+    for gradient, of_reference in zip(
+        torch.autograd.grad(loss.loss, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(gradient, of_reference, rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(overlapping=False))
+def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
+    grid, factor = problem["grid"], problem["grid"].downsampling_factor
+    labels = crop_windows(problem["labels"][None, None], problem["starts"], grid.patch_size)[:, 0]
+    encoding = problem["encoding"]
+    counts = label_counts(problem["labels"], encoding.num_labels, factor)
+    coarse, weights = problem["coarse"], problem["weights"]
+    arguments = (counts, weights, factor, encoding)
+    loss = fused_loss(problem["patch_logits"], problem["starts"], coarse, labels, *arguments)
+    for window in range(len(problem["starts"])):
+        logits, start = problem["patch_logits"][window, None], problem["starts"][window, None]
+        changes = fused_loss(logits, start, coarse, labels[window, None], *arguments).changes
+        alone = benefit_map(changes, loss.slope_S, grid.patch_size, factor)
+        voxels = alone.weight_dhw * math.prod(factor)
+        assert voxels.sum() == encoding.counted(labels[window]).sum()
+        benefit = (alone.benefit_dhw * voxels).sum() / math.prod(grid.patch_size)
+        torch.testing.assert_close(benefit, loss.benefit_K[window], rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(overlapping=False))
+def test_the_benefit_of_labels_is_first_order_in_the_dice(problem):
+    """Changing the labels of one low-resolution voxel's worth by a little changes Dice by slope times change."""
+    factor, coarse = problem["grid"].downsampling_factor, problem["coarse"]
+    encoding = problem["encoding"]
+    counts = label_counts(problem["labels"], encoding.num_labels, factor)
+    targets, voxels = (part.double() for part in encoding.targets(counts))
+    predicted = encoding.decided(coarse).double()
+    change = 1e-6 * (encoding.decided(torch.randn_like(coarse)).double() - predicted)
+
+    def dice_and_sums(share):
+        intersection = (share * targets).flatten(1).sum(1)
+        prediction, target = (share * voxels).flatten(1).sum(1), targets.flatten(1).sum(1)
+        present = (target > 0) & ((torch.arange(CLASSES) > 0) | encoding.has_regions)
+        dice = 2 * intersection[present] / (prediction + target)[present]
+        return (dice.mean() if len(dice) else torch.tensor(0.0)), torch.cat([intersection, prediction])
+
+    (before, sums), (after, changed_sums) = dice_and_sums(predicted), dice_and_sums(predicted + change)
+    slope = dice_slope(coarse, counts, encoding).double()
+    gain = -(slope[: 2 * CLASSES] @ (changed_sums - sums))
+    assert (after - before).item() == pytest.approx(gain.item(), rel=1e-3, abs=1e-11)
+
+
+def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_it_is_wrong():
+    labels = torch.zeros(8, 8, 16, dtype=torch.long)
+    labels[2:6, 2:6, 2:6] = 1
+    starts = torch.tensor([[0, 0, 0], [0, 0, 8]])
+    coarse, factor = torch.zeros(CLASSES, 4, 4, 8), (2, 2, 2)
+    coarse[0] = 1
+    right = 8 * F.one_hot(labels[:, :, :8], CLASSES).movedim(-1, 0).float()
+    wrong = torch.zeros(CLASSES, 8, 8, 8)
+    wrong[1] = 8
+    patches, weights = torch.stack([right, wrong]), FusionWeights.convex(torch.ones(CLASSES))
+    cropped, counts = torch.stack([labels[:, :, :8], labels[:, :, 8:]]), label_counts(labels, CLASSES, factor)
+    loss = fused_loss(patches, starts, coarse, cropped, counts, weights, factor, ENCODING)
+    measured = benefit_map(loss.changes, loss.slope_S, (8, 8, 8), factor)
+    assert (measured.benefit_dhw[:, :, :4] > 0).all()
+    assert (measured.benefit_dhw[:, :, 4:] < 0).all()
+    assert measured.benefit_dhw[1:3, 1:3, 1:3].mean() > measured.benefit_dhw[:1, :, :4].mean()
+    assert (measured.weight_dhw == 1).all()
+
+
+def test_distillation_pulls_the_coarse_prediction_to_the_mean_of_the_patches():
+    patches = torch.randn(2, CLASSES, 8, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    starts, factor = torch.tensor([[0, 0, 0], [0, 4, 8]]), (2, 2, 4)
+    coarse = torch.zeros(CLASSES, 4, 6, 4, requires_grad=True)
+    loss = distillation_loss(patches, starts, coarse, factor, ENCODING)
+    assert loss.item() == pytest.approx(math.log(CLASSES))
+    loss.backward()
+    assert patches.grad is None
+    first = patches[0].softmax(0).detach().view(CLASSES, 4, 2, 4, 2, 2, 4).mean((2, 4, 6))
+    # The first window alone covers its first two rows of low-resolution voxels, 16 voxels each of 1024 in all.
+    expected = (1 / CLASSES - first[:, :, :2]) * 16 / 1024
+    torch.testing.assert_close(coarse.grad[:, :, :2, :2], expected)
+    assert (coarse.grad[:, :, :2, 2:] == 0).all()
+
+
+def test_an_ignored_window_is_worth_nothing_and_says_nothing():
+    encoding, grid = ENCODINGS["ignore"], WindowGrid((8, 8, 16), (8, 8, 8), (2, 2, 2), 1.0)
+    labels = torch.full(grid.volume_shape, 3)
+    labels[:, :, :8] = torch.randint(0, 3, (8, 8, 8), generator=torch.Generator().manual_seed(0))
+    patches = torch.randn(2, CLASSES, 8, 8, 8, requires_grad=True)
+    coarse, weights = torch.zeros(CLASSES, *grid.low_shape), FusionWeights.convex(torch.full((CLASSES,), 0.9))
+    cropped = crop_windows(labels[None, None], grid.starts_N3, grid.patch_size)[:, 0]
+    counts = label_counts(labels, 4, (2, 2, 2))
+    loss = fused_loss(patches, grid.starts_N3, coarse, cropped, counts, weights, (2, 2, 2), encoding)
+    assert loss.benefit_K[1] == 0
+    (gradient,) = torch.autograd.grad(loss.loss, patches)
+    assert gradient[0].abs().max() > 0
+    assert (gradient[1] == 0).all()
+    measured = benefit_map(loss.changes, loss.slope_S, grid.patch_size, (2, 2, 2))
+    assert (measured.weight_dhw[:, :, :4] == 1).all()
+    assert (measured.weight_dhw[:, :, 4:] == 0).all()
