@@ -212,15 +212,20 @@ class LabelSums:
     """
 
     def __init__(self, labels_DHW: Tensor, num_labels: int, start: Sequence[int], factor: Shape) -> None:
-        index_DHW, stride, shape, box = labels_DHW.long(), num_labels, [], []
+        offsets, stride, shape, box = [], num_labels, [], []
         for axis in (2, 1, 0):
             first, size = int(start[axis]), labels_DHW.shape[axis]
             low_first, low_end = first // factor[axis], -(-(first + size) // factor[axis])
             blocks = torch.arange(first, first + size, device=labels_DHW.device) // factor[axis] - low_first
-            index_DHW = index_DHW + (blocks * stride).view([-1 if a == axis else 1 for a in range(3)])
+            offsets.append((blocks * stride).view([-1 if a == axis else 1 for a in range(3)]))
             stride *= low_end - low_first
             shape.append(low_end - low_first)
             box.append(slice(low_first, low_end))
+        # In place, and of 32 bits where they suffice: this is most of the time that counts of a volume take.
+        dtype = torch.int32 if stride < 2**31 else torch.int64
+        index_DHW = labels_DHW.to(dtype, copy=True)
+        index_DHW += offsets[0].to(dtype)
+        index_DHW += (offsets[1] + offsets[2]).to(dtype)
         self._index_V, self._number = index_DHW.reshape(-1), stride
         self._shape = (*reversed(shape), num_labels)
         w, h, d = box
