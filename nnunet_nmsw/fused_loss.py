@@ -25,6 +25,10 @@ from nnunet_nmsw.labels import LabelEncoding, VoxelTerms
 DICE_SMOOTH = 1e-5
 """nnU-Net's smoothing of the soft Dice."""
 
+MOST_VALUES = 2**23 - 2**10
+"""Of a tensor on a CPU, where it can be helped: glibc maps larger ones (32 MiB) anew each time they are made, and that
+takes longer than to compute them."""
+
 
 def window_shares(starts_K3: Tensor, patch_size: Sequence[int], device: torch.device) -> Tensor:
     """The share of each window in the prediction of its voxels: its Gaussian over the sum of all windows' Gaussians.
@@ -61,18 +65,37 @@ def loss_sums(logits_CV: Tensor, counts_LV: Tensor, encoding: LabelEncoding) -> 
         float32 vector S: by channel the intersection Σ p·n, the prediction Σ p·v and the target Σ n, with the voxel's
         amount n of the channel and v of all that counts; then the summed cross-entropy and the number of voxels Σ v.
     """
-    logits_CV, counts_LV = logits_CV.flatten(1), counts_LV.flatten(1)
-    targets_CV, voxels_V = encoding.targets(counts_LV)
-    p_CV, cross_entropy_V = encoding.terms(logits_CV, targets_CV, voxels_V)
+    return sums_of_targets(logits_CV, *encoding.targets(counts_LV), encoding)
+
+
+def sums_of_targets(logits_CV: Tensor, targets_CV: Tensor, voxels_V: Tensor, encoding: LabelEncoding) -> Tensor:
+    """`loss_sums` from how much of each channel a voxel holds (C, V), and how much of it counts (V)."""
+    number = _most_voxels(logits_CV)
+    parts = zip(
+        logits_CV.flatten(1).split(number, 1),
+        targets_CV.flatten(1).split(number, 1),
+        voxels_V.flatten()[None].split(number, 1),
+        strict=True,
+    )
+    return torch.stack([_sums_of_part(*part, encoding) for part in parts]).sum(0)
+
+
+def _sums_of_part(logits_CV: Tensor, targets_CV: Tensor, voxels_1V: Tensor, encoding: LabelEncoding) -> Tensor:
+    probability_CV, log_likelihood_CV, common_V = encoding.prediction(logits_CV)
     return torch.cat(
         [
-            (p_CV * targets_CV).sum(1),
-            (p_CV * voxels_V).sum(1),
+            (probability_CV * targets_CV).sum(1),
+            (probability_CV * voxels_1V).sum(1),
             targets_CV.sum(1),
-            cross_entropy_V.sum()[None],
-            voxels_V.sum()[None],
+            ((common_V * voxels_1V).sum() - (log_likelihood_CV * targets_CV).sum())[None],
+            voxels_1V.sum(1),
         ]
     )
+
+
+def _most_voxels(logits_CV: Tensor) -> int:
+    """Voxels to handle at once: all on a GPU, on a CPU what keeps tensors in memory that the process has already."""
+    return max(1, MOST_VALUES // len(logits_CV)) if logits_CV.device.type == "cpu" else max(1, logits_CV[0].numel())
 
 
 def dice_and_cross_entropy(sums_S: Tensor, encoding: LabelEncoding) -> Tensor:
@@ -84,8 +107,22 @@ def dice_and_cross_entropy(sums_S: Tensor, encoding: LabelEncoding) -> Tensor:
     return cross_entropy / voxels.clamp_min(1) - dice_C[0 if encoding.has_regions else 1 :].mean()
 
 
-class LabelledWindow:
-    """The reference of one window, and sums over its voxels.
+class BoxChange(NamedTuple):
+    """What a window, or a part of it, does to the sums of `loss_sums` against the coarse prediction.
+
+    Attributes:
+        box: the low-resolution voxels that it touches, as slices of the three axes.
+        lower_Tdhw: by how much it lowers the sums, each low-resolution voxel its own.
+        voxels_dhw: its voxels that are not ignored.
+    """
+
+    box: tuple[slice, slice, slice]
+    lower_Tdhw: Tensor
+    voxels_dhw: Tensor
+
+
+class LabelledBox:
+    """The reference of a window, or of a part of it, and sums over its voxels.
 
     Every voxel holds one label, so that nothing of size labels × voxels is made of it; `loss_sums` of its one-hot
     target has the same result.
@@ -106,51 +143,45 @@ class LabelledWindow:
         """As `loss_sums`, with gradient.
 
         Args:
-            terms: of the window's prediction.
+            terms: of a prediction.
             share_DHW: what a voxel weighs.
             counts_Ldhw: those weights by label and low-resolution voxel.
         """
         encoding = self.encoding
         weight_DHW = share_DHW * self.counted_DHW
-        weight_V = weight_DHW.flatten()
         target_C, voxels = encoding.targets(counts_Ldhw.flatten(1).sum(1))
+        hits_XDHW = terms.hits_XV * weight_DHW
         if encoding.has_regions:
-            intersection_C = terms.hits_XV.flatten(1) @ weight_V
+            intersection_C = hits_XDHW.flatten(1).sum(1)
         else:
-            hits_Ldhw = self.label_sums(terms.hits_XV[0] * weight_DHW)
-            intersection_C = hits_Ldhw.flatten(1).sum(1)[: encoding.num_channels]
-        prediction_C = terms.probability_CV.flatten(1) @ weight_V
-        cross_entropy = terms.cross_entropy_V.flatten() @ weight_V
+            intersection_C = self.label_sums(hits_XDHW[0]).flatten(1).sum(1)[: encoding.num_channels]
+        prediction_C = (terms.probability_CV * weight_DHW).flatten(1).sum(1)
+        cross_entropy = (terms.cross_entropy_V * weight_DHW).sum()
         return torch.cat([intersection_C, prediction_C, target_C, cross_entropy[None], voxels[None]])
 
     @torch.no_grad()
-    def add_change_(self, change_Tdhw: Tensor, before: VoxelTerms, after: VoxelTerms) -> None:
-        """Add what the sums of all that counts have less after than before, each low-resolution voxel its own."""
-        channels, ignores = self.encoding.num_channels, self.encoding.ignore_label is not None
+    def change(self, before: VoxelTerms, after: VoxelTerms) -> BoxChange:
+        """By how much the sums of all that counts are lower after than before."""
+        channels, box = self.encoding.num_channels, self.label_sums.box
+        shape = [axis.stop - axis.start for axis in box]
+        lower_Tdhw = torch.zeros(2 * channels + 1, *shape, device=self.labels_DHW.device)
         hits_XDHW = (before.hits_XV - after.hits_XV) * self.counted_DHW
         if self.encoding.has_regions:
-            add_to_low_resolution_(change_Tdhw[:channels], hits_XDHW, self.start, self.factor)
+            self._add_(lower_Tdhw[:channels], hits_XDHW)
         else:
-            box = self.label_sums.box
-            change_Tdhw[:channels][(slice(None), *box)] += self.label_sums(hits_XDHW[0])[:channels]
+            lower_Tdhw[:channels] = self.label_sums(hits_XDHW[0])[:channels]
         probability_CDHW = before.probability_CV - after.probability_CV
-        if ignores:
+        if self.encoding.ignore_label is not None:
             probability_CDHW *= self.counted_DHW
-        add_to_low_resolution_(change_Tdhw[channels:-1], probability_CDHW, self.start, self.factor)
-        cross_entropy_DHW = (before.cross_entropy_V - after.cross_entropy_V) * self.counted_DHW
-        add_to_low_resolution_(change_Tdhw[-1], cross_entropy_DHW, self.start, self.factor)
+        self._add_(lower_Tdhw[channels:-1], probability_CDHW)
+        self._add_(lower_Tdhw[-1], (before.cross_entropy_V - after.cross_entropy_V) * self.counted_DHW)
+        voxels_dhw = torch.zeros_like(lower_Tdhw[0])
+        self._add_(voxels_dhw, self.counted_DHW)
+        return BoxChange(box, lower_Tdhw, voxels_dhw)
 
-
-class WindowChanges(NamedTuple):
-    """What the windows do to the sums of `loss_sums`, each on its own against the coarse prediction.
-
-    Attributes:
-        lower_Tdhw: by how much the windows lower the sums, those of several windows added.
-        voxels_dhw: voxels that windows cover and that are not ignored, those of several windows added.
-    """
-
-    lower_Tdhw: Tensor
-    voxels_dhw: Tensor
+    def _add_(self, sums_Cdhw: Tensor, values_CDHW: Tensor) -> None:
+        start = [a % f for a, f in zip(self.start, self.factor, strict=True)]
+        add_to_low_resolution_(sums_Cdhw, values_CDHW, start, self.factor)
 
 
 class FusedLoss(NamedTuple):
@@ -158,16 +189,18 @@ class FusedLoss(NamedTuple):
 
     Attributes:
         loss: nnU-Net's loss, scalar.
+        coarse_loss: that of the coarse prediction alone, at low resolution.
         benefit_K: by how much each fused window lowers it against the coarse prediction there, all others as they are
             (first order in the sums; detached).
         slope_S: derivative of the loss with respect to the sums of `loss_sums`; detached.
-        changes: of all windows, for `benefit_map`; detached.
+        changes: what all windows do, each on its own, for `benefit_map`; detached.
     """
 
     loss: Tensor
+    coarse_loss: Tensor
     benefit_K: Tensor
     slope_S: Tensor
-    changes: WindowChanges
+    changes: list[BoxChange]
 
 
 def fused_loss(
@@ -211,55 +244,78 @@ def fused_loss(
     num_fused = len(starts_K3) if num_fused is None else num_fused
     patch_size, device = patch_logits_KCDHW.shape[2:], coarse_logits_Cdhw.device
     shares_KDHW = window_shares(starts_K3[:num_fused], patch_size, device)
-    rest_Ldhw = counts_Ldhw.clone()
-    lower_Tdhw = torch.zeros(2 * encoding.num_channels + 1, *coarse_logits_Cdhw.shape[1:], device=device)
-    voxels_dhw = torch.zeros_like(lower_Tdhw[0])
-    with_window, without_window = [], []
-    # Unbound at once: the gradient of `patch_logits_KCDHW[window]` would be as large as all of them, for each window.
-    patches = enumerate(zip(patch_logits_KCDHW.unbind(), starts_K3.tolist(), strict=True))
-    for window, (patch_logits_CDHW, start) in patches:
-        reference = LabelledWindow(labels_KDHW[window], start, factor, encoding)
-        coarse_CDHW = upsample_window(coarse_logits_Cdhw, start, patch_size, factor)
-        fused_CDHW = fuse(patch_logits_CDHW.float(), coarse_CDHW, weights)
-        if logits_weight_K is not None and window < num_fused:
-            fused_CDHW = coarse_CDHW + logits_weight_K[window] * (fused_CDHW - coarse_CDHW)
-        after = encoding.voxel_terms(fused_CDHW, reference.labels_DHW)
-        with torch.no_grad():
-            before = encoding.voxel_terms(coarse_CDHW, reference.labels_DHW)
-        if window < num_fused:
-            counts_of_window_Ldhw = reference.label_sums(shares_KDHW[window])
-            rest_Ldhw[(slice(None), *reference.label_sums.box)] -= counts_of_window_Ldhw
-            with_window.append(reference.sums(after, shares_KDHW[window], counts_of_window_Ldhw))
-            without_window.append(reference.sums(before, shares_KDHW[window], counts_of_window_Ldhw))
-        if changes_of_labels:
-            before, after = (
-                encoding.voxel_terms(logits_CDHW.detach(), reference.labels_DHW, decided=True)
-                for logits_CDHW in (coarse_CDHW, fused_CDHW)
-            )
-        reference.add_change_(lower_Tdhw, before, after)
-        add_to_low_resolution_(voxels_dhw, reference.counted_DHW, start, factor)
+    depth = max(1, _most_voxels(patch_logits_KCDHW[0]) // math.prod(patch_size[1:]))
+    covered_Ldhw, changes = torch.zeros_like(counts_Ldhw), []
+    with_window, without_window, window_of_sums = [], [], []
+    # Unbound and split: the gradient of a slice would be as large as all windows, and there would be many.
+    for window, patch_logits_CDHW in enumerate(patch_logits_KCDHW.unbind()):
+        start = starts_K3[window].tolist()
+        for part, logits_CDHW in enumerate(patch_logits_CDHW.split(depth, 1)):
+            slab = slice(part * depth, (part + 1) * depth)
+            part_start = (start[0] + slab.start, *start[1:])
+            reference = LabelledBox(labels_KDHW[window, slab], part_start, factor, encoding)
+            coarse_CDHW = upsample_window(coarse_logits_Cdhw, part_start, logits_CDHW.shape[1:], factor)
+            fused_CDHW = fuse(logits_CDHW.float(), coarse_CDHW, weights)
+            if logits_weight_K is not None and window < num_fused:
+                fused_CDHW = coarse_CDHW + logits_weight_K[window] * (fused_CDHW - coarse_CDHW)
+            after = encoding.voxel_terms(fused_CDHW, reference.labels_DHW)
+            with torch.no_grad():
+                before = encoding.voxel_terms(coarse_CDHW, reference.labels_DHW)
+            if window < num_fused:
+                share_DHW = shares_KDHW[window, slab]
+                counts_of_part_Ldhw = reference.label_sums(share_DHW)
+                covered_Ldhw[(slice(None), *reference.label_sums.box)] += counts_of_part_Ldhw
+                with_window.append(reference.sums(after, share_DHW, counts_of_part_Ldhw))
+                without_window.append(reference.sums(before, share_DHW, counts_of_part_Ldhw))
+                window_of_sums.append(window)
+            if changes_of_labels:
+                before, after = (
+                    encoding.voxel_terms(logits_CDHW.detach(), reference.labels_DHW, decided=True)
+                    for logits_CDHW in (coarse_CDHW, fused_CDHW)
+                )
+            changes.append(reference.change(before, after))
 
-    with torch.no_grad():
-        # The counts of a rotated volume are interpolated, those of its windows are not: what windows do not cover keeps
-        # its number of voxels, and nothing counts twice.
-        left_dhw = rest_Ldhw.sum(0).clamp_min(0)
-        rest_Ldhw.clamp_min_(0)
-        rest_Ldhw *= left_dhw / rest_Ldhw.sum(0).clamp_min(1e-6)
-        rest_S = loss_sums(coarse_logits_Cdhw.detach(), rest_Ldhw, encoding)
-
-    difference_KS = torch.stack(with_window) - torch.stack(without_window)
+    coarse_S = loss_sums(coarse_logits_Cdhw, counts_Ldhw, encoding)
+    rest_S = coarse_S.detach() + _without_covered(coarse_logits_Cdhw.detach(), counts_Ldhw, covered_Ldhw, encoding)
+    index = torch.tensor(window_of_sums, device=device)
+    with_KS, without_KS = (
+        torch.zeros(num_fused, len(rest_S), device=device).index_add(0, index, torch.stack(sums))
+        for sums in (with_window, without_window)
+    )
+    difference_KS = with_KS - without_KS
     if window_weight_K is None:
         window_weight_K = torch.ones(num_fused, device=device)
-    sums_S = rest_S + torch.stack(without_window).sum(0) + window_weight_K @ difference_KS
+    sums_S = rest_S + without_KS.sum(0) + window_weight_K @ difference_KS
     with torch.enable_grad():
         leaf_S = sums_S.detach().requires_grad_()
         (slope_S,) = torch.autograd.grad(dice_and_cross_entropy(leaf_S, encoding), leaf_S)
     return FusedLoss(
         dice_and_cross_entropy(sums_S, encoding),
+        dice_and_cross_entropy(coarse_S, encoding),
         -difference_KS.detach() @ slope_S,
         slope_S,
-        WindowChanges(lower_Tdhw, voxels_dhw),
+        changes,
     )
+
+
+@torch.no_grad()
+def _without_covered(
+    coarse_logits_Cdhw: Tensor, counts_Ldhw: Tensor, covered_Ldhw: Tensor, encoding: LabelEncoding
+) -> Tensor:
+    """What is to be added to the coarse prediction's sums where windows cover some voxels; the sums are linear in them.
+
+    The counts of a rotated volume are interpolated, those of its windows are not: what windows do not cover keeps its
+    number of voxels, and nothing counts twice.
+    """
+    where_N = covered_Ldhw.sum(0).flatten().nonzero()[:, 0]
+    logits_CN, counts_LN, covered_LN = (
+        x.flatten(1)[:, where_N] for x in (coarse_logits_Cdhw, counts_Ldhw, covered_Ldhw)
+    )
+    rest_LN = counts_LN - covered_LN
+    left_N = rest_LN.sum(0).clamp_min(0)
+    rest_LN.clamp_min_(0)
+    rest_LN *= left_N / rest_LN.sum(0).clamp_min(1e-6)
+    return loss_sums(logits_CN, rest_LN - counts_LN, encoding)
 
 
 class BenefitMap(NamedTuple):
@@ -276,7 +332,9 @@ class BenefitMap(NamedTuple):
     weight_dhw: Tensor
 
 
-def benefit_map(changes: WindowChanges, slope_S: Tensor, patch_size: Sequence[int], factor: Shape) -> BenefitMap:
+def benefit_map(
+    changes: Sequence[BoxChange], slope_S: Tensor, low_shape: Sequence[int], patch_size: Sequence[int], factor: Shape
+) -> BenefitMap:
     """Where windows lower the loss, each on its own against the coarse prediction; their mean where they overlap.
 
     The loss is made of sums over voxels (`loss_sums`). To first order in these sums each voxel has its part in the
@@ -285,14 +343,17 @@ def benefit_map(changes: WindowChanges, slope_S: Tensor, patch_size: Sequence[in
     Args:
         changes: of `fused_loss`.
         slope_S: of `fused_loss`, or `dice_slope`.
+        low_shape: of the low-resolution grid.
         patch_size: voxels of a window.
         factor: voxels of the volume per low-resolution voxel.
     """
-    channels = len(changes.lower_Tdhw) // 2
+    benefit_dhw, voxels_dhw = torch.zeros(2, *low_shape, device=slope_S.device)
+    channels = len(slope_S) // 3
     slope_T = torch.cat([slope_S[: 2 * channels], slope_S[-2, None]])
-    lower_dhw = torch.tensordot(slope_T, changes.lower_Tdhw, 1)
-    voxels_dhw = changes.voxels_dhw
-    return BenefitMap(lower_dhw / voxels_dhw.clamp_min(1) * math.prod(patch_size), voxels_dhw / math.prod(factor))
+    for change in changes:
+        benefit_dhw[change.box] += torch.tensordot(slope_T, change.lower_Tdhw, 1)
+        voxels_dhw[change.box] += change.voxels_dhw
+    return BenefitMap(benefit_dhw / voxels_dhw.clamp_min(1) * math.prod(patch_size), voxels_dhw / math.prod(factor))
 
 
 @torch.no_grad()
@@ -347,5 +408,5 @@ def distillation_loss(
             p_CDHW = logits_CDHW.sigmoid() if encoding.has_regions else logits_CDHW.softmax(0)
             add_to_low_resolution_(p_Cdhw, p_CDHW, start, factor)
             add_to_low_resolution_(voxels_dhw, torch.ones_like(p_CDHW[0]), start, factor)
-    _, cross_entropy_dhw = encoding.terms(coarse_logits_Cdhw, p_Cdhw, voxels_dhw)
-    return cross_entropy_dhw.sum() / voxels_dhw.sum()
+    cross_entropy = sums_of_targets(coarse_logits_Cdhw, p_Cdhw, voxels_dhw, encoding)[-2]
+    return cross_entropy / voxels_dhw.sum()

@@ -212,22 +212,23 @@ class LabelSums:
     """
 
     def __init__(self, labels_DHW: Tensor, num_labels: int, start: Sequence[int], factor: Shape) -> None:
-        offsets, stride, shape, box = [], num_labels, [], []
+        offsets, blocks, shape, box = [], 1, [], []
         for axis in (2, 1, 0):
             first, size = int(start[axis]), labels_DHW.shape[axis]
             low_first, low_end = first // factor[axis], -(-(first + size) // factor[axis])
-            blocks = torch.arange(first, first + size, device=labels_DHW.device) // factor[axis] - low_first
-            offsets.append((blocks * stride).view([-1 if a == axis else 1 for a in range(3)]))
-            stride *= low_end - low_first
+            block = torch.arange(first, first + size, device=labels_DHW.device) // factor[axis] - low_first
+            offsets.append((block * blocks).view([-1 if a == axis else 1 for a in range(3)]))
+            blocks *= low_end - low_first
             shape.append(low_end - low_first)
             box.append(slice(low_first, low_end))
         # In place, and of 32 bits where they suffice: this is most of the time that counts of a volume take.
-        dtype = torch.int32 if stride < 2**31 else torch.int64
+        dtype = torch.int32 if num_labels * blocks < 2**31 else torch.int64
         index_DHW = labels_DHW.to(dtype, copy=True)
+        index_DHW *= blocks
         index_DHW += offsets[0].to(dtype)
         index_DHW += (offsets[1] + offsets[2]).to(dtype)
-        self._index_V, self._number = index_DHW.reshape(-1), stride
-        self._shape = (*reversed(shape), num_labels)
+        self._index_V = index_DHW.reshape(-1)
+        self._shape = (num_labels, *reversed(shape))
         w, h, d = box
         self.box = (d, h, w)
 
@@ -237,12 +238,15 @@ class LabelSums:
         Returns:
             float32 of shape `num_labels`, d, h, w: the axes of `box`.
         """
-        sums = torch.zeros(self._number, device=values_DHW.device).index_add(0, self._index_V, values_DHW.reshape(-1))
-        return sums.view(self._shape).permute(3, 0, 1, 2)
+        return self._sums(values_DHW.reshape(-1))
 
     def counts(self) -> Tensor:
         """The number of voxels, of the same shape."""
-        return torch.bincount(self._index_V, minlength=self._number).view(self._shape).permute(3, 0, 1, 2).float()
+        return self._sums(torch.ones(1, device=self._index_V.device).expand(len(self._index_V)))
+
+    def _sums(self, values_V: Tensor) -> Tensor:
+        sums = torch.zeros(math.prod(self._shape), device=values_V.device)
+        return sums.index_add(0, self._index_V, values_V).view(self._shape)
 
 
 def label_counts(labels_DHW: Tensor, num_labels: int, factor: Shape) -> Tensor:

@@ -14,14 +14,29 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 
+class Prediction(NamedTuple):
+    """Logits, as the sums need them that nnU-Net's loss is made of.
+
+    Attributes:
+        probability_CV: by channel.
+        log_likelihood_CV: the cross-entropy of a voxel is `common_V` for the share of it that counts, minus this times
+            what it holds of each channel.
+        common_V: see there; scalar 0 where channels are labels.
+    """
+
+    probability_CV: Tensor
+    log_likelihood_CV: Tensor
+    common_V: Tensor
+
+
 class VoxelTerms(NamedTuple):
-    """What voxels of one label each put into the sums that nnU-Net's loss is made of.
+    """What voxels of one label each put into these sums.
 
     Attributes:
         probability_CV: by channel.
         hits_XV: the probability in the channels that hold the voxel's label. Where channels are labels that is one
             channel for each voxel, and X = 1; where they are regions X = C, with 0 for those that do not hold it.
-        cross_entropy_V: as in `LabelEncoding.terms`.
+        cross_entropy_V: that of nnU-Net's loss, where it is summed over all that counts and divided by their number.
     """
 
     probability_CV: Tensor
@@ -86,42 +101,36 @@ class LabelEncoding:
             return counted_LV, voxels_V
         return torch.tensordot(self.membership(counts_LV.device)[:, : len(counted_LV)], counted_LV, 1), voxels_V
 
-    def terms(self, logits_CV: Tensor, targets_CV: Tensor, voxels_V: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities (C, V) and cross-entropy (V) of each voxel, the sum of which over all that counts, divided by
-        their number, is that of nnU-Net's loss.
-
-        nnU-Net takes the mean of the binary cross-entropy over regions, but with an ignore label its sum.
-        """
+    def prediction(self, logits_CV: Tensor) -> Prediction:
+        """What logits say of each channel."""
         logits_CV = logits_CV.float()
         if not self.has_regions:
             log_p_CV = logits_CV.log_softmax(0)
-            return log_p_CV.exp(), -(log_p_CV * targets_CV).sum(0)
-        cross_entropy_V = (F.softplus(logits_CV) * voxels_V - logits_CV * targets_CV).sum(0)
-        if self.ignore_label is None:
-            cross_entropy_V = cross_entropy_V / len(logits_CV)
-        return logits_CV.sigmoid(), cross_entropy_V
+            return Prediction(log_p_CV.exp(), log_p_CV, torch.zeros((), device=logits_CV.device))
+        # nnU-Net takes the mean of the binary cross-entropy over regions, but with an ignore label its sum.
+        scale = 1 / len(logits_CV) if self.ignore_label is None else 1.0
+        return Prediction(logits_CV.sigmoid(), scale * logits_CV, scale * F.softplus(logits_CV).sum(0))
 
     def voxel_terms(self, logits_CV: Tensor, labels_V: Tensor, decided: bool = False) -> VoxelTerms:
-        """The same of voxels that hold one label each and count in full; ignored voxels have some finite numbers.
+        """What voxels that hold one label each put into the sums; ignored ones have some finite numbers.
 
         Args:
             logits_CV: logits.
             labels_V: integer labels.
             decided: 1 for what the logits decide for, and 0 for the rest, instead of probabilities.
         """
-        logits_CV = logits_CV.float()
+        probability_CV, log_likelihood_CV, common_V = self.prediction(logits_CV)
+        if decided:
+            probability_CV = self.decided(logits_CV)
         if self.has_regions:
             targets_CV = self.membership(labels_V.device)[:, labels_V.long()]
-            p_CV, cross_entropy_V = self.terms(logits_CV, targets_CV, torch.ones_like(logits_CV[0]))
-            p_CV = self.decided(logits_CV) if decided else p_CV
-            return VoxelTerms(p_CV, p_CV * targets_CV, cross_entropy_V)
-        channel_1V = labels_V.long().clamp_max(self.num_channels - 1)[None]
-        log_p_CV = logits_CV.log_softmax(0)
-        log_p_1V = log_p_CV.gather(0, channel_1V)
-        if decided:
-            p_CV = self.decided(logits_CV)
-            return VoxelTerms(p_CV, p_CV.gather(0, channel_1V), -log_p_1V[0])
-        return VoxelTerms(log_p_CV.exp(), log_p_1V.exp(), -log_p_1V[0])
+            hits_XV, log_likelihood_V = probability_CV * targets_CV, (log_likelihood_CV * targets_CV).sum(0)
+        else:
+            channel_1V = labels_V.long().clamp_max(self.num_channels - 1)[None]
+            log_likelihood_1V = log_likelihood_CV.gather(0, channel_1V)
+            hits_XV = probability_CV.gather(0, channel_1V) if decided else log_likelihood_1V.exp()
+            log_likelihood_V = log_likelihood_1V[0]
+        return VoxelTerms(probability_CV, hits_XV, common_V - log_likelihood_V)
 
     def decided(self, logits_CV: Tensor) -> Tensor:
         """1 for the channels that the logits decide for, float32 of shape C, V."""

@@ -130,7 +130,7 @@ def test_the_weight_of_a_window_has_its_benefit_as_gradient():
     arguments = (weights, grid.downsampling_factor, ENCODING)
     cropped = crop_windows(labels[None, None], starts, grid.patch_size)[:, 0]
     window_weight = torch.ones(2, requires_grad=True)
-    loss, benefit, *_ = fused_loss(patch_logits, starts, coarse, cropped, counts, *arguments, window_weight)
+    loss, _, benefit, *_ = fused_loss(patch_logits, starts, coarse, cropped, counts, *arguments, window_weight)
     (gradient,) = torch.autograd.grad(loss, window_weight)
     torch.testing.assert_close(-gradient, benefit)
     assert benefit[0] > 0 > benefit[1]
@@ -150,8 +150,8 @@ def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem,
     arguments = (problem["starts"], problem["coarse"], labels, counts, problem["weights"], factor, encoding)
     # Whether a window is fused has no say in its changes.
     loss = fused_loss(problem["patch_logits"], *arguments, num_fused=1, changes_of_labels=of_labels)
-    expected = torch.zeros_like(loss.changes.lower_Tdhw)
-    voxels = torch.zeros(grid.low_shape)
+    expected, lower = torch.zeros(2, 2 * CLASSES + 1, *grid.low_shape)
+    voxels, counted = torch.zeros(2, *grid.low_shape)
     low = [torch.arange(n) // f for n, f in zip(grid.volume_shape, factor, strict=True)]
     for start, logits, of_window in zip(problem["starts"].tolist(), problem["patch_logits"], labels, strict=True):
         coarse = upsample_window(problem["coarse"], start, grid.patch_size, factor)
@@ -165,9 +165,12 @@ def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem,
             sums = loss_sums(coarse[:, block], one_hot, encoding) - loss_sums(fused[:, block], one_hot, encoding)
             expected[:, i, j, k] += torch.cat([sums[: 2 * CLASSES], sums[-2, None]])
             voxels[i, j, k] += encoding.counted(of_window[block]).sum()
+    for change in loss.changes:
+        lower[(slice(None), *change.box)] += change.lower_Tdhw
+        counted[change.box] += change.voxels_dhw
     channels = slice(2 * CLASSES if of_labels else None)  # the cross-entropy of labels is nobody's
-    torch.testing.assert_close(loss.changes.lower_Tdhw[channels], expected[channels], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(loss.changes.voxels_dhw, voxels)
+    torch.testing.assert_close(lower[channels], expected[channels], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(counted, voxels)
 
 
 @settings(max_examples=20, deadline=None)
@@ -216,7 +219,7 @@ def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
     for window in range(len(problem["starts"])):
         logits, start = problem["patch_logits"][window, None], problem["starts"][window, None]
         changes = fused_loss(logits, start, coarse, labels[window, None], *arguments).changes
-        alone = benefit_map(changes, loss.slope_S, grid.patch_size, factor)
+        alone = benefit_map(changes, loss.slope_S, grid.low_shape, grid.patch_size, factor)
         voxels = alone.weight_dhw * math.prod(factor)
         assert voxels.sum() == encoding.counted(labels[window]).sum()
         benefit = (alone.benefit_dhw * voxels).sum() / math.prod(grid.patch_size)
@@ -259,7 +262,7 @@ def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_i
     patches, weights = torch.stack([right, wrong]), FusionWeights.convex(torch.ones(CLASSES))
     cropped, counts = torch.stack([labels[:, :, :8], labels[:, :, 8:]]), label_counts(labels, CLASSES, factor)
     loss = fused_loss(patches, starts, coarse, cropped, counts, weights, factor, ENCODING)
-    measured = benefit_map(loss.changes, loss.slope_S, (8, 8, 8), factor)
+    measured = benefit_map(loss.changes, loss.slope_S, (4, 4, 8), (8, 8, 8), factor)
     assert (measured.benefit_dhw[:, :, :4] > 0).all()
     assert (measured.benefit_dhw[:, :, 4:] < 0).all()
     assert measured.benefit_dhw[1:3, 1:3, 1:3].mean() > measured.benefit_dhw[:1, :, :4].mean()
@@ -294,6 +297,6 @@ def test_an_ignored_window_is_worth_nothing_and_says_nothing():
     (gradient,) = torch.autograd.grad(loss.loss, patches)
     assert gradient[0].abs().max() > 0
     assert (gradient[1] == 0).all()
-    measured = benefit_map(loss.changes, loss.slope_S, grid.patch_size, (2, 2, 2))
+    measured = benefit_map(loss.changes, loss.slope_S, grid.low_shape, grid.patch_size, (2, 2, 2))
     assert (measured.weight_dhw[:, :, :4] == 1).all()
     assert (measured.weight_dhw[:, :, 4:] == 0).all()

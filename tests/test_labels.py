@@ -33,9 +33,9 @@ def test_voxels_of_one_label_are_as_their_one_hot_target(seed, encoding, decided
     torch.manual_seed(seed)
     logits, labels = torch.randn(CLASSES, 4, 5, 6) * 2, torch.randint(0, encoding.num_labels, (4, 5, 6))
     targets, voxels = encoding.targets(encoding.one_hot(labels))
-    probability, cross_entropy = encoding.terms(logits, targets, voxels)
-    if decided:
-        probability = encoding.decided(logits)
+    prediction = encoding.prediction(logits)
+    probability = encoding.decided(logits) if decided else prediction.probability_CV
+    cross_entropy = prediction.common_V * voxels - (prediction.log_likelihood_CV * targets).sum(0)
     terms, counted = encoding.voxel_terms(logits, labels, decided), encoding.counted(labels)
     torch.testing.assert_close(terms.probability_CV, probability)
     torch.testing.assert_close(terms.cross_entropy_V[counted], cross_entropy[counted])

@@ -16,11 +16,9 @@ from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.fused_loss import (
     BenefitMap,
     benefit_map,
-    dice_and_cross_entropy,
     dice_slope,
     distillation_loss,
     fused_loss,
-    loss_sums,
 )
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import TrainingOutput
@@ -75,7 +73,6 @@ class NMSWLoss(nn.Module):
         with full_precision(targets.device):
             with torch.no_grad():
                 counts_Ldhw = volume.label_counts(encoding.num_labels, config.downsampling_factor)
-            coarse = dice_and_cross_entropy(loss_sums(coarse_logits_Cdhw, counts_Ldhw, encoding), encoding)
             # 1 in value; its gradient is that of the log-probability of the draw.
             log_p_K = output.sample.log_probability_K
             weight_K = (log_p_K - log_p_K.detach()).exp()
@@ -103,7 +100,9 @@ class NMSWLoss(nn.Module):
                 selection = mean_of_others_K @ (weight_K - 1)
             if config.benefit_loss_weight:
                 slope_S = dice_slope(coarse_logits_Cdhw, counts_Ldhw, encoding) if of_labels else fused.slope_S
-                measured = benefit_map(fused.changes, slope_S, finest.shape[2:], config.downsampling_factor)
+                measured = benefit_map(
+                    fused.changes, slope_S, counts_Ldhw.shape[1:], finest.shape[2:], config.downsampling_factor
+                )
                 benefit_loss = self._benefit_loss(output, measured)
             distillation = torch.zeros_like(fused.loss)
             if config.distillation_weight:
@@ -112,7 +111,7 @@ class NMSWLoss(nn.Module):
                 )
         self.report = {
             "loss_local": local.detach().float(),
-            "loss_global": coarse.detach(),
+            "loss_global": fused.coarse_loss.detach(),
             "loss_fused": fused.loss.detach(),
             "entropy": output.entropy.detach(),
             "foreground_share": encoding.foreground(targets[:num_sampled]).flatten(1).any(1).float().mean(),
@@ -125,7 +124,7 @@ class NMSWLoss(nn.Module):
         entropy_weight = 0.0 if config.gradient_path == "none" else config.entropy_weight
         return (
             config.local_loss_weight * local
-            + config.global_loss_weight * coarse
+            + config.global_loss_weight * fused.coarse_loss
             + config.fused_loss_weight * (fused.loss + selection)
             + config.benefit_loss_weight * benefit_loss
             + config.distillation_weight * distillation
