@@ -7,16 +7,9 @@ import torch.nn.functional as F
 from fusion_problems import CLASSES, ENCODING, ENCODINGS, canvas, covered, nnunet_loss, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nnunet_nmsw.benefit import benefit_map, dice_slope
 
-from nnunet_nmsw.fused_loss import (
-    benefit_map,
-    dice_and_cross_entropy,
-    dice_slope,
-    distillation_loss,
-    fused_loss,
-    loss_sums,
-    window_shares,
-)
+from nnunet_nmsw.fused_loss import distillation_loss, fused_loss, window_shares
 from nnunet_nmsw.fusion import FusionWeights, fuse
 from nnunet_nmsw.geometry import (
     WindowGrid,
@@ -26,6 +19,7 @@ from nnunet_nmsw.geometry import (
     upsample_window,
     window_slices,
 )
+from nnunet_nmsw.loss_sums import dice_and_cross_entropy, loss_sums
 
 
 @settings(max_examples=40, deadline=None)
@@ -204,6 +198,32 @@ def test_the_loss_has_the_gradient_of_the_sums_of_one_hot_targets(problem):
         torch.autograd.grad(loss.loss, leaves), torch.autograd.grad(expected, leaves), strict=True
     ):
         torch.testing.assert_close(gradient, of_reference, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
+def test_in_parts_the_loss_is_the_same(encoding, monkeypatch):
+    torch.manual_seed(0)
+    grid, factor = WindowGrid((14, 12, 9), (7, 6, 5), (3, 2, 2), 0.5), (3, 2, 2)
+    starts, labels = grid.starts_N3[[0, 5, 7]], torch.randint(0, encoding.num_labels, grid.volume_shape)
+    patches = torch.randn(3, CLASSES, *grid.patch_size, requires_grad=True)
+    arguments = (
+        torch.randn(CLASSES, *grid.low_shape, requires_grad=True),
+        crop_windows(labels[None, None], starts, grid.patch_size)[:, 0],
+        label_counts(labels, encoding.num_labels, factor),
+        FusionWeights.convex(torch.full((CLASSES,), 0.8)),
+        factor,
+        encoding,
+    )
+    results = []
+    for most_values in (10**6, 2 * CLASSES * 6 * 5):  # two planes of a patch
+        monkeypatch.setattr("nnunet_nmsw.loss_sums.MOST_VALUES", most_values)
+        loss = fused_loss(patches, starts, *arguments, num_fused=2)
+        measured = benefit_map(loss.changes, loss.slope_S, grid.low_shape, grid.patch_size, factor)
+        gradient = torch.autograd.grad(loss.loss + loss.coarse_loss, [patches, arguments[0]])
+        results.append([*loss[:-1], *measured, *gradient, len(loss.changes)])
+    assert [result.pop() for result in results] == [3, 12]
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)

@@ -12,14 +12,9 @@ import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from torch import Tensor, nn
 
+from nnunet_nmsw.benefit import BenefitMap, benefit_map, dice_slope
 from nnunet_nmsw.config import NMSWConfig
-from nnunet_nmsw.fused_loss import (
-    BenefitMap,
-    benefit_map,
-    dice_slope,
-    distillation_loss,
-    fused_loss,
-)
+from nnunet_nmsw.fused_loss import distillation_loss, fused_loss
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import TrainingOutput
 from nnunet_nmsw.precision import full_precision
