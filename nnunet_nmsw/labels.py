@@ -89,10 +89,6 @@ class LabelEncoding:
             member_CL[channel, list(labels)] = 1
         return member_CL
 
-    def one_hot(self, labels_V: Tensor) -> Tensor:
-        """float32 of shape L, V."""
-        return F.one_hot(labels_V.long(), self.num_labels).movedim(-1, 0).float()
-
     def targets(self, counts_LV: Tensor) -> tuple[Tensor, Tensor]:
         """How much of each channel a voxel holds (C, V), and how much of it counts (V), from that of each label."""
         counted_LV = counts_LV if self.ignore_label is None else counts_LV[: self.ignore_label]

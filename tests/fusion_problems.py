@@ -1,6 +1,7 @@
 """Volumes with windows on them for the tests of fusion and its loss, and what the definitions make of them."""
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -35,6 +36,11 @@ def nnunet_loss(
         return loss(logits_CDHW[None], target[None] if ignore else target[None].float())
     loss = DC_and_CE_loss(dice, {}, ignore_label=encoding.ignore_label, dice_class=MemoryEfficientSoftDiceLoss)
     return loss(logits_CDHW[None], labels_DHW[None, None])
+
+
+def one_hot(labels_V: torch.Tensor, encoding: LabelEncoding) -> torch.Tensor:
+    """float32 of shape L, V."""
+    return F.one_hot(labels_V, encoding.num_labels).movedim(-1, 0).float()
 
 
 def label_manager(encoding: LabelEncoding) -> LabelManager:

@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_problems import CLASSES, ENCODING, ENCODINGS, canvas, covered, nnunet_loss, problems
+from fusion_problems import CLASSES, ENCODING, ENCODINGS, canvas, covered, nnunet_loss, one_hot, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nnunet_nmsw.benefit import benefit_map, dice_slope
 
+from nnunet_nmsw.benefit import benefit_map, dice_slope
 from nnunet_nmsw.fused_loss import distillation_loss, fused_loss, window_shares
 from nnunet_nmsw.fusion import FusionWeights, fuse
 from nnunet_nmsw.geometry import (
@@ -27,7 +27,7 @@ from nnunet_nmsw.loss_sums import dice_and_cross_entropy, loss_sums
 def test_the_sums_make_nnunets_loss(seed, encoding):
     torch.manual_seed(seed)
     logits, labels = torch.randn(CLASSES, 4, 5, 6) * 2, torch.randint(0, encoding.num_labels, (4, 5, 6))
-    sums = loss_sums(logits, encoding.one_hot(labels), encoding)
+    sums = loss_sums(logits, one_hot(labels, encoding), encoding)
     torch.testing.assert_close(dice_and_cross_entropy(sums, encoding), nnunet_loss(logits, labels, encoding))
 
 
@@ -155,8 +155,8 @@ def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem,
         d, h, w = (axis[part] for axis, part in zip(low, window_slices(start, grid.patch_size), strict=True))
         for i, j, k in itertools.product(d.unique(), h.unique(), w.unique()):
             block = (d == i)[:, None, None] & (h == j)[None, :, None] & (w == k)[None, None]
-            one_hot = encoding.one_hot(of_window[block])
-            sums = loss_sums(coarse[:, block], one_hot, encoding) - loss_sums(fused[:, block], one_hot, encoding)
+            target = one_hot(of_window[block], encoding)
+            sums = loss_sums(coarse[:, block], target, encoding) - loss_sums(fused[:, block], target, encoding)
             expected[:, i, j, k] += torch.cat([sums[: 2 * CLASSES], sums[-2, None]])
             voxels[i, j, k] += encoding.counted(of_window[block]).sum()
     for change in loss.changes:
@@ -187,7 +187,7 @@ def test_the_loss_has_the_gradient_of_the_sums_of_one_hot_targets(problem):
     rest, sums = counts.clone(), 0
     shares = window_shares(starts, grid.patch_size, torch.device("cpu"))
     for start, logits, of_window, share in zip(starts.tolist(), problem["patch_logits"], labels, shares, strict=True):
-        weighted = encoding.one_hot(of_window) * share
+        weighted = one_hot(of_window, encoding) * share
         coarse = upsample_window(problem["coarse"], start, grid.patch_size, factor)
         sums = sums + loss_sums(fuse(logits, coarse, weights), weighted, encoding)
         add_to_low_resolution_(rest, -weighted, start, factor)

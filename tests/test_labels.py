@@ -1,6 +1,6 @@
 import pytest
 import torch
-from fusion_problems import CLASSES, ENCODINGS, label_manager
+from fusion_problems import CLASSES, ENCODINGS, label_manager, one_hot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,7 @@ def test_hits_are_those_of_nnunets_validation(encoding):
 def test_voxels_of_one_label_are_as_their_one_hot_target(seed, encoding, decided):
     torch.manual_seed(seed)
     logits, labels = torch.randn(CLASSES, 4, 5, 6) * 2, torch.randint(0, encoding.num_labels, (4, 5, 6))
-    targets, voxels = encoding.targets(encoding.one_hot(labels))
+    targets, voxels = encoding.targets(one_hot(labels, encoding))
     prediction = encoding.prediction(logits)
     probability = encoding.decided(logits) if decided else prediction.probability_CV
     cross_entropy = prediction.common_V * voxels - (prediction.log_likelihood_CV * targets).sum(0)
