@@ -1,6 +1,8 @@
 """Errors for people: one line that says what is wrong and what to do."""
 
-ERRORS_OF_A_CASE = (OSError, RuntimeError, ValueError, AssertionError, MemoryError)
+from nibabel.filebasedimages import ImageFileError
+
+ERRORS_OF_A_CASE = (OSError, RuntimeError, ValueError, AssertionError, MemoryError, ImageFileError)
 """What readers and preprocessors raise for an image that they cannot take. Other cases go on."""
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
 from nnunet_nmsw.geometry import Shape, add_to_low_resolution_, upsample_window
@@ -84,6 +85,7 @@ def fused_loss(
     logits_weight_K: Tensor | None = None,
     num_fused: int | None = None,
     changes_of_labels: bool = False,
+    recompute: bool = False,
 ) -> FusedLoss:
     """Loss of the fused prediction of a volume, without its canvas.
 
@@ -108,6 +110,7 @@ def fused_loss(
             way.
         num_fused: the first so many windows are fused, all where None; the rest has changes only.
         changes_of_labels: in the changes, compare predicted labels instead of probabilities.
+        recompute: keep nothing of the windows' size for the gradient but compute it again.
     """
     num_fused = len(starts_K3) if num_fused is None else num_fused
     patch_size, device = patch_logits_KCDHW.shape[2:], coarse_logits_Cdhw.device
@@ -115,27 +118,25 @@ def fused_loss(
     covered_Ldhw, changes = torch.zeros_like(counts_Ldhw), []
     with_window, without_window, window_of_sums = [], [], []
     for window, slab, start, logits_CDHW in _parts(patch_logits_KCDHW, starts_K3):
+        fused = window < num_fused
         reference = LabelledBox(labels_KDHW[window, slab], start, factor, encoding)
-        coarse_CDHW = upsample_window(coarse_logits_Cdhw, start, logits_CDHW.shape[1:], factor)
-        fused_CDHW = fuse(logits_CDHW.float(), coarse_CDHW, weights)
-        if logits_weight_K is not None and window < num_fused:
-            fused_CDHW = coarse_CDHW + logits_weight_K[window] * (fused_CDHW - coarse_CDHW)
-        after = encoding.voxel_terms(fused_CDHW, reference.labels_DHW)
-        with torch.no_grad():
-            before = encoding.voxel_terms(coarse_CDHW, reference.labels_DHW)
-        if window < num_fused:
-            share_DHW = shares_KDHW[window, slab]
-            counts_of_part_Ldhw = reference.label_sums(share_DHW)
-            covered_Ldhw[(slice(None), *reference.label_sums.box)] += counts_of_part_Ldhw
-            with_window.append(reference.sums(after, share_DHW, counts_of_part_Ldhw))
-            without_window.append(reference.sums(before, share_DHW, counts_of_part_Ldhw))
+        arguments = (
+            logits_CDHW if fused else logits_CDHW.detach(),
+            coarse_logits_Cdhw if fused else coarse_logits_Cdhw.detach(),
+            weights if fused else FusionWeights(*(part.detach() for part in weights)),
+            logits_weight_K[window] if fused and logits_weight_K is not None else None,
+            reference,
+            shares_KDHW[window, slab] if fused else None,
+            changes_of_labels,
+        )
+        sums, change = checkpoint(_compared, *arguments, use_reentrant=False) if recompute else _compared(*arguments)
+        changes.append(change)
+        if sums is not None:
+            counts_of_part_Ldhw, with_S, without_S = sums
+            covered_Ldhw[(slice(None), *change.box)] += counts_of_part_Ldhw
+            with_window.append(with_S)
+            without_window.append(without_S)
             window_of_sums.append(window)
-        if changes_of_labels:
-            before, after = (
-                encoding.voxel_terms(logits_CDHW.detach(), reference.labels_DHW, decided=True)
-                for logits_CDHW in (coarse_CDHW, fused_CDHW)
-            )
-        changes.append(reference.change(before, after))
 
     coarse_S = loss_sums(coarse_logits_Cdhw, counts_Ldhw, encoding)
     rest_S = coarse_S.detach() + _without_covered(coarse_logits_Cdhw.detach(), counts_Ldhw, covered_Ldhw, encoding)
@@ -158,6 +159,44 @@ def fused_loss(
         slope_S,
         changes,
     )
+
+
+def _compared(
+    patch_logits_CDHW: Tensor,
+    coarse_logits_Cdhw: Tensor,
+    weights: FusionWeights,
+    logits_weight: Tensor | None,
+    reference: LabelledBox,
+    share_DHW: Tensor | None,
+    changes_of_labels: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor] | None, BoxChange]:
+    """The fused against the coarse prediction in one box.
+
+    Returns:
+        Where shares are given: the counts that they make of the labels, and the sums of the fused and of the coarse
+        prediction. Then the change of the sums, without shares.
+    """
+    encoding, labels_DHW = reference.encoding, reference.labels_DHW
+    coarse_CDHW = upsample_window(coarse_logits_Cdhw, reference.start, labels_DHW.shape, reference.factor)
+    fused_CDHW = fuse(patch_logits_CDHW.float(), coarse_CDHW, weights)
+    if logits_weight is not None:
+        fused_CDHW = coarse_CDHW + logits_weight * (fused_CDHW - coarse_CDHW)
+    after, sums = encoding.voxel_terms(fused_CDHW, labels_DHW), None
+    with torch.no_grad():
+        before = encoding.voxel_terms(coarse_CDHW, labels_DHW)
+    if share_DHW is not None:
+        counts_Ldhw = reference.label_sums(share_DHW)
+        sums = (
+            counts_Ldhw,
+            reference.sums(after, share_DHW, counts_Ldhw),
+            reference.sums(before, share_DHW, counts_Ldhw),
+        )
+    if changes_of_labels:
+        before, after = (
+            encoding.voxel_terms(logits_CDHW.detach(), labels_DHW, decided=True)
+            for logits_CDHW in (coarse_CDHW, fused_CDHW)
+        )
+    return sums, reference.change(before, after)
 
 
 def _parts(patch_logits_KCDHW: Tensor, starts_K3: Tensor) -> Iterator[tuple[int, slice, list[int], Tensor]]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_nmsw.geometry import Shape, crop, downsample, label_counts
+from nnunet_nmsw.precision import full_precision
 
 OUTSIDE = -1
 """nnU-Net's label of voxels outside of the image."""
@@ -173,7 +174,8 @@ class TrainingVolume:
             "segmentation": labels_1DHW.to(torch.int16, copy=True),
         }
         if transforms:
-            with generators_kept(image_CDHW.device) as torch_generators:
+            # nnU-Net's workers know no autocast, under which a blur, for one, would be computed in half precision.
+            with full_precision(image_CDHW.device), generators_kept(image_CDHW.device) as torch_generators:
                 for index, transform in enumerate(transforms):
                     # Anew for every transform: how much the one before drew depends on the size of the view.
                     random.seed(self.seed + index)

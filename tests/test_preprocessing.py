@@ -1,4 +1,5 @@
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,13 +78,14 @@ def test_no_more_cases_are_held_than_threads(predictor, images, monkeypatch):
     cases.close()
 
 
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
 @pytest.mark.parametrize("max_memory", [None, 8 << 30])
 def test_an_image_that_cannot_be_read_is_reported_and_the_others_are_predicted(
-    predictor, images, tmp_path, capsys, max_memory
+    predictor, images, tmp_path, capsys, max_memory, reader
 ):
     predictor.max_memory = max_memory
-    with open(images[1][0], "r+b") as file:
-        file.truncate(100)
+    predictor.plans_manager.plans["image_reader_writer"] = reader
+    Path(images[1][0]).write_bytes(b"what was left on the disk when it was full")
     outputs = [str(tmp_path / name) for name in "abcd"]
     with pytest.raises(UserError, match=r"cannot preprocess .*case1_0000"):
         predictor.predict_from_files(images, outputs, num_processes_preprocessing=2)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform, create_affine_matrix_3d
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +56,16 @@ def test_without_augmentation_views_are_the_volume():
     assert torch.equal(targets, crop_windows(labels, starts, PATCH).short())
     torch.testing.assert_close(training.low_resolution((3, 3, 2)), downsample(volume.float(), (3, 3, 2)))
     assert torch.equal(training.label_counts(3, (3, 3, 2)), label_counts(labels[0, 0], 3, (3, 3, 2)))
+
+
+def test_transforms_know_no_autocast():
+    blur = GaussianBlurTransform((0.8, 0.8), synchronize_channels=True, p_per_channel=1)
+    training = TrainingVolume(smooth_volume(), blocks(), torch.zeros(0, 3, dtype=torch.int64), transforms=[blur])
+    expected = training.low_resolution((2, 2, 2)), training.windows(torch.tensor([[1, 2, 3]]), PATCH)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        views = training.low_resolution((2, 2, 2)), training.windows(torch.tensor([[1, 2, 3]]), PATCH)[0]
+    for view, of_nnunet in zip(views, expected, strict=True):
+        assert torch.equal(view, of_nnunet)
 
 
 def test_views_of_one_volume_fit_together():

@@ -16,13 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from nibabel.filebasedimages import ImageFileError
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_nmsw.config import resolve_num_patches
-from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.errors import ERRORS_OF_A_CASE, UserError, reason
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.oracle import oracle_windows
@@ -313,7 +312,7 @@ class FoldPredictor:
             return preprocessor.run_case(
                 list(case.images), reference, self.plans_manager, self.configuration_manager, self.dataset_json
             )
-        except (RuntimeError, OSError, ValueError, AssertionError, ImageFileError) as error:
+        except ERRORS_OF_A_CASE as error:
             raise UserError(f"cannot read case {case.name} ({case.images[0]}): {reason(error)}") from error
 
     def _slide(self, method: Method, volume_CDHW: Tensor, properties: dict[str, Any]) -> Prediction:
