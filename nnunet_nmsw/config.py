@@ -119,8 +119,7 @@ class NMSWConfig:
 
     windows_at_once: int | None = None
     """Windows of a step whose activations the local branch keeps in memory at a time. The others' are computed again
-    for the gradient, and so is what the fused loss needs of them: a third more time for less memory. All at once where
-    None."""
+    for the gradient: a third more time for less memory. All at once where None."""
 
     regions: bool = False
     """The channels of the logits are overlapping regions with a sigmoid each. Set by the trainer from dataset.json."""

@@ -85,7 +85,6 @@ def fused_loss(
     logits_weight_K: Tensor | None = None,
     num_fused: int | None = None,
     changes_of_labels: bool = False,
-    recompute: bool = False,
 ) -> FusedLoss:
     """Loss of the fused prediction of a volume, without its canvas.
 
@@ -94,6 +93,8 @@ def fused_loss(
     not overlap the loss is that of the full canvas. Where they overlap, every voxel still counts once, its loss being
     the mean of the windows' losses with the blending weights instead of the loss of the blended logits. Cross-entropy
     is convex in the logits, hence never smaller than the canvas's.
+
+    Nothing of the size of the windows' logits is kept for the gradient: it is computed again, part by part.
 
     Args:
         patch_logits_KCDHW: logits of the windows.
@@ -110,7 +111,6 @@ def fused_loss(
             way.
         num_fused: the first so many windows are fused, all where None; the rest has changes only.
         changes_of_labels: in the changes, compare predicted labels instead of probabilities.
-        recompute: keep nothing of the windows' size for the gradient but compute it again.
     """
     num_fused = len(starts_K3) if num_fused is None else num_fused
     patch_size, device = patch_logits_KCDHW.shape[2:], coarse_logits_Cdhw.device
@@ -129,7 +129,7 @@ def fused_loss(
             shares_KDHW[window, slab] if fused else None,
             changes_of_labels,
         )
-        sums, change = checkpoint(_compared, *arguments, use_reentrant=False) if recompute else _compared(*arguments)
+        sums, change = checkpoint(_compared, *arguments, use_reentrant=False)
         changes.append(change)
         if sums is not None:
             counts_of_part_Ldhw, with_S, without_S = sums

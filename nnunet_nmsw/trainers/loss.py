@@ -87,7 +87,6 @@ class NMSWLoss(nn.Module):
                 weight_of_all if config.gradient_path == "contribution_logits" else None,
                 num_fused,
                 of_labels,
-                recompute=config.windows_at_once is not None,
             )
             benefit_K = fused.benefit_K[:num_sampled]
             selection, benefit_loss = torch.zeros_like(fused.loss), torch.zeros_like(fused.loss)
