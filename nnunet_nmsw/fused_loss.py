@@ -129,7 +129,7 @@ def fused_loss(
             shares_KDHW[window, slab] if fused else None,
             changes_of_labels,
         )
-        sums, change = checkpoint(_compared, *arguments, use_reentrant=False)
+        sums, change = checkpoint(_compared, *arguments, use_reentrant=False, preserve_rng_state=False)
         changes.append(change)
         if sums is not None:
             counts_of_part_Ldhw, with_S, without_S = sums
