@@ -11,19 +11,20 @@ Tensor suffixes:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
-from nnunet_nmsw.geometry import Shape, add_to_low_resolution_, upsample_window
+from nnunet_nmsw.geometry import Shape, add_to_low_resolution_, surroundings, upsample_window
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.loss_sums import (
     BoxChange,
     LabelledBox,
+    computed_again,
     dice_and_cross_entropy,
     loss_sums,
     most_voxels,
@@ -62,7 +63,7 @@ class FusedLoss(NamedTuple):
         benefit_K: by how much each fused window lowers it against the coarse prediction there, all others as they are
             (first order in the sums; detached).
         slope_S: derivative of the loss with respect to the sums of `loss_sums`; detached.
-        changes: what all windows do, each on its own, for `benefit_map`; detached.
+        changes: what all windows do, each on its own, in one part or several, for `benefit_map`; detached.
     """
 
     loss: Tensor
@@ -84,7 +85,7 @@ def fused_loss(
     window_weight_K: Tensor | None = None,
     logits_weight_K: Tensor | None = None,
     num_fused: int | None = None,
-    changes_of_labels: bool = False,
+    changes_of: str | None = "probabilities",
 ) -> FusedLoss:
     """Loss of the fused prediction of a volume, without its canvas.
 
@@ -94,7 +95,7 @@ def fused_loss(
     the mean of the windows' losses with the blending weights instead of the loss of the blended logits. Cross-entropy
     is convex in the logits, hence never smaller than the canvas's.
 
-    Nothing of the size of the windows' logits is kept for the gradient: it is computed again, part by part.
+    Nothing of the size of logits is kept for the gradient but the logits: it is computed again, part by part.
 
     Args:
         patch_logits_KCDHW: logits of the windows.
@@ -110,45 +111,53 @@ def fused_loss(
         logits_weight_K: a factor of 1 in value on the difference that each fused window makes to the logits, another
             way.
         num_fused: the first so many windows are fused, all where None; the rest has changes only.
-        changes_of_labels: in the changes, compare predicted labels instead of probabilities.
+        changes_of: compare "probabilities" or predicted "labels" in the changes; None for no changes.
     """
     num_fused = len(starts_K3) if num_fused is None else num_fused
     patch_size, device = patch_logits_KCDHW.shape[2:], coarse_logits_Cdhw.device
     shares_KDHW = window_shares(starts_K3[:num_fused], patch_size, device)
+    depth = max(1, most_voxels(patch_logits_KCDHW[0]) // math.prod(patch_size[1:]))
     covered_Ldhw, changes = torch.zeros_like(counts_Ldhw), []
     with_window, without_window, window_of_sums = [], [], []
-    for window, slab, start, logits_CDHW in _parts(patch_logits_KCDHW, starts_K3):
+    # Unbound, split, and cut out once: the gradient of each slice is as large as what it is a slice of.
+    for window, (patch_CDHW, start) in enumerate(zip(patch_logits_KCDHW.unbind(), starts_K3.tolist(), strict=True)):
         fused = window < num_fused
-        reference = LabelledBox(labels_KDHW[window, slab], start, factor, encoding)
-        arguments = (
-            logits_CDHW if fused else logits_CDHW.detach(),
-            coarse_logits_Cdhw if fused else coarse_logits_Cdhw.detach(),
-            weights if fused else FusionWeights(*(part.detach() for part in weights)),
-            logits_weight_K[window] if fused and logits_weight_K is not None else None,
-            reference,
-            shares_KDHW[window, slab] if fused else None,
-            changes_of_labels,
-        )
-        sums, change = checkpoint(_compared, *arguments, use_reentrant=False, preserve_rng_state=False)
-        changes.append(change)
-        if sums is not None:
-            counts_of_part_Ldhw, with_S, without_S = sums
-            covered_Ldhw[(slice(None), *change.box)] += counts_of_part_Ldhw
-            with_window.append(with_S)
-            without_window.append(without_S)
-            window_of_sums.append(window)
+        if not fused and changes_of is None:
+            break
+        coarse_Cdhw, origin = surroundings(coarse_logits_Cdhw, start, patch_size, factor)
+        for part, logits_CDHW in enumerate(patch_CDHW.split(depth, 1)):
+            slab = slice(part * depth, (part + 1) * depth)
+            reference = LabelledBox(labels_KDHW[window, slab], (start[0] + slab.start, *start[1:]), factor, encoding)
+            weighted = None
+            if fused:
+                share_DHW = shares_KDHW[window, slab]
+                counts_of_part_Ldhw = reference.label_sums(share_DHW)
+                covered_Ldhw[(slice(None), *reference.label_sums.box)] += counts_of_part_Ldhw
+                weighted = (share_DHW, counts_of_part_Ldhw)
+            logits_weight = logits_weight_K[window] if fused and logits_weight_K is not None else None
+            compare = partial(_compared, origin=origin, reference=reference, weighted=weighted, changes_of=changes_of)
+            with torch.set_grad_enabled(fused and torch.is_grad_enabled()):
+                sums, change = computed_again(compare, logits_CDHW, coarse_Cdhw, weights, logits_weight)
+            if change is not None:
+                changes.append(change)
+            if sums is not None:
+                with_window.append(sums[0])
+                without_window.append(sums[1])
+                window_of_sums.append(window)
 
     coarse_S = loss_sums(coarse_logits_Cdhw, counts_Ldhw, encoding)
+    # No less than nothing, where windows cover all that the coarse prediction has of a class.
     rest_S = coarse_S.detach() + _without_covered(coarse_logits_Cdhw.detach(), counts_Ldhw, covered_Ldhw, encoding)
+    rest_S = rest_S.clamp_min(0)
     index = torch.tensor(window_of_sums, device=device)
     with_KS, without_KS = (
         torch.zeros(num_fused, len(rest_S), device=device).index_add(0, index, torch.stack(sums))
         for sums in (with_window, without_window)
     )
     difference_KS = with_KS - without_KS
-    if window_weight_K is None:
-        window_weight_K = torch.ones(num_fused, device=device)
-    sums_S = rest_S + without_KS.sum(0) + window_weight_K @ difference_KS
+    sums_S = rest_S + with_KS.sum(0)
+    if window_weight_K is not None:
+        sums_S = sums_S + (window_weight_K - 1) @ difference_KS
     with torch.enable_grad():
         leaf_S = sums_S.detach().requires_grad_()
         (slope_S,) = torch.autograd.grad(dice_and_cross_entropy(leaf_S, encoding), leaf_S)
@@ -166,47 +175,45 @@ def _compared(
     coarse_logits_Cdhw: Tensor,
     weights: FusionWeights,
     logits_weight: Tensor | None,
+    origin: tuple[int, int, int],
     reference: LabelledBox,
-    share_DHW: Tensor | None,
-    changes_of_labels: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor] | None, BoxChange]:
+    weighted: tuple[Tensor, Tensor] | None,
+    changes_of: str | None,
+) -> tuple[tuple[Tensor, Tensor] | None, BoxChange | None]:
     """The fused against the coarse prediction in one box.
 
+    Args:
+        patch_logits_CDHW: logits of the box.
+        coarse_logits_Cdhw: coarse logits around it.
+        weights: of the fusion.
+        logits_weight: see `fused_loss`.
+        origin: the voxel of the volume at which the coarse logits begin.
+        reference: of the box.
+        weighted: what its voxels weigh, and that by label and low-resolution voxel.
+        changes_of: see `fused_loss`.
+
     Returns:
-        Where shares are given: the counts that they make of the labels, and the sums of the fused and of the coarse
-        prediction. Then the change of the sums, without shares.
+        Where weights are given, the sums of the fused and of the coarse prediction; and where they are asked for, the
+        changes, without weights.
     """
     encoding, labels_DHW = reference.encoding, reference.labels_DHW
-    coarse_CDHW = upsample_window(coarse_logits_Cdhw, reference.start, labels_DHW.shape, reference.factor)
+    start = [a - b for a, b in zip(reference.start, origin, strict=True)]
+    coarse_CDHW = upsample_window(coarse_logits_Cdhw, start, labels_DHW.shape, reference.factor)
     fused_CDHW = fuse(patch_logits_CDHW.float(), coarse_CDHW, weights)
     if logits_weight is not None:
         fused_CDHW = coarse_CDHW + logits_weight * (fused_CDHW - coarse_CDHW)
-    after, sums = encoding.voxel_terms(fused_CDHW, labels_DHW), None
-    with torch.no_grad():
-        before = encoding.voxel_terms(coarse_CDHW, labels_DHW)
-    if share_DHW is not None:
-        counts_Ldhw = reference.label_sums(share_DHW)
-        sums = (
-            counts_Ldhw,
-            reference.sums(after, share_DHW, counts_Ldhw),
-            reference.sums(before, share_DHW, counts_Ldhw),
-        )
-    if changes_of_labels:
-        before, after = (
-            encoding.voxel_terms(logits_CDHW.detach(), labels_DHW, decided=True)
-            for logits_CDHW in (coarse_CDHW, fused_CDHW)
-        )
-    return sums, reference.change(before, after)
-
-
-def _parts(patch_logits_KCDHW: Tensor, starts_K3: Tensor) -> Iterator[tuple[int, slice, list[int], Tensor]]:
-    """Windows in slabs: number of the window, where in it the slab lies along its first axis, first voxel, logits."""
-    depth = max(1, most_voxels(patch_logits_KCDHW[0]) // math.prod(patch_logits_KCDHW.shape[3:]))
-    # Unbound and split at once: the gradient of each single slice would be as large as all windows.
-    for window, (logits_CDHW, start) in enumerate(zip(patch_logits_KCDHW.unbind(), starts_K3.tolist(), strict=True)):
-        for part, slab_CDHW in enumerate(logits_CDHW.split(depth, 1)):
-            first = part * depth
-            yield window, slice(first, first + depth), [start[0] + first, *start[1:]], slab_CDHW
+    after = encoding.voxel_terms(fused_CDHW, labels_DHW)
+    with_S = reference.sums(after, *weighted) if weighted is not None else None
+    with torch.no_grad():  # after what has a gradient, which is all that is computed again
+        before, change = encoding.voxel_terms(coarse_CDHW, labels_DHW), None
+        without_S = reference.sums(before, *weighted) if weighted is not None else None
+        if changes_of == "labels":
+            before, after = (
+                encoding.voxel_terms(logits_CDHW, labels_DHW, decided=True) for logits_CDHW in (coarse_CDHW, fused_CDHW)
+            )
+        if changes_of is not None:
+            change = reference.change(before, after)
+    return None if with_S is None or without_S is None else (with_S, without_S), change
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What labels mean to the losses: plain labels or overlapping regions, with or without an ignore label.
 
-Tensor suffixes: L labels (the ignore label included), C channels of the logits, V voxels, any shape.
+Tensor suffixes: L labels (the ignore label included), C channels of the logits, V voxels, any shape, X as C where
+channels are regions and one where they are labels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """Logits, as the sums need them that nnU-Net's loss is made of.
+    """What the sums that nnU-Net's loss is made of need of logits.
 
     Attributes:
         probability_CV: by channel.
@@ -84,10 +85,8 @@ class LabelEncoding:
     def membership(self, device: torch.device) -> Tensor:
         """1 where a channel holds a label, float32 of shape C, L; nothing holds the ignore label."""
         groups = self.regions if self.regions is not None else [(label,) for label in range(self.num_channels)]
-        member_CL = torch.zeros(len(groups), self.num_labels, device=device)
-        for channel, labels in enumerate(groups):
-            member_CL[channel, list(labels)] = 1
-        return member_CL
+        rows = [[float(label in group) for label in range(self.num_labels)] for group in groups]
+        return torch.tensor(rows, device=device)
 
     def targets(self, counts_LV: Tensor) -> tuple[Tensor, Tensor]:
         """How much of each channel a voxel holds (C, V), and how much of it counts (V), from that of each label."""

@@ -11,11 +11,12 @@ Tensor suffixes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_nmsw.geometry import LabelSums, Shape, add_to_low_resolution_
 from nnunet_nmsw.labels import LabelEncoding, VoxelTerms
@@ -26,6 +27,9 @@ DICE_SMOOTH = 1e-5
 MOST_VALUES = 2**23 - 2**10
 """Of a tensor on a CPU, where it can be helped: glibc maps larger ones (32 MiB) anew each time they are made, and that
 takes longer than to compute them."""
+
+MOST_VALUES_ELSEWHERE = 2**26
+"""On a GPU: 256 MiB a tensor."""
 
 
 def loss_sums(logits_CV: Tensor, counts_LV: Tensor, encoding: LabelEncoding) -> Tensor:
@@ -53,7 +57,7 @@ def sums_of_targets(logits_CV: Tensor, targets_CV: Tensor, voxels_V: Tensor, enc
         voxels_V.flatten()[None].split(number, 1),
         strict=True,
     )
-    return torch.stack([_sums_of_part(*part, encoding) for part in parts]).sum(0)
+    return torch.stack([computed_again(_sums_of_part, *part, encoding) for part in parts]).sum(0)
 
 
 def _sums_of_part(logits_CV: Tensor, targets_CV: Tensor, voxels_1V: Tensor, encoding: LabelEncoding) -> Tensor:
@@ -63,15 +67,21 @@ def _sums_of_part(logits_CV: Tensor, targets_CV: Tensor, voxels_1V: Tensor, enco
             (probability_CV * targets_CV).sum(1),
             (probability_CV * voxels_1V).sum(1),
             targets_CV.sum(1),
-            ((common_V * voxels_1V).sum() - (log_likelihood_CV * targets_CV).sum())[None],
+            (common_V * voxels_1V - (log_likelihood_CV * targets_CV).sum(0)).sum(1),
             voxels_1V.sum(1),
         ]
     )
 
 
+def computed_again(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result, of which nothing is kept for the gradient but the arguments."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 def most_voxels(logits_CV: Tensor) -> int:
-    """Voxels to handle at once: all on a GPU, on a CPU what keeps tensors in memory that the process has already."""
-    return max(1, MOST_VALUES // len(logits_CV)) if logits_CV.device.type == "cpu" else max(1, logits_CV[0].numel())
+    """Voxels to handle at once, for tensors of classes × voxels that are no larger than they should be."""
+    most_values = MOST_VALUES if logits_CV.device.type == "cpu" else MOST_VALUES_ELSEWHERE
+    return max(1, most_values // len(logits_CV))
 
 
 def dice_and_cross_entropy(sums_S: Tensor, encoding: LabelEncoding) -> Tensor:
@@ -100,8 +110,7 @@ class BoxChange(NamedTuple):
 class LabelledBox:
     """The reference of a window, or of a part of it, and sums over its voxels.
 
-    Every voxel holds one label, so that nothing of size labels × voxels is made of it; `loss_sums` of its one-hot
-    target has the same result.
+    `loss_sums` of the one-hot target has the same result; but a voxel holds one label, which is looked up instead.
 
     Args:
         labels_DHW: integer labels.

@@ -1,4 +1,4 @@
-"""Where half precision is used: as in nnU-Net by autocast on CUDA, and never for scores and sums over a volume."""
+"""Where half precision is used: as in nnU-Net by autocast on CUDA, for the networks and nothing before and after."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -136,21 +136,21 @@ def test_the_weight_of_a_window_has_its_benefit_as_gradient():
 
 
 @settings(max_examples=40, deadline=None)
-@given(problems(overlapping=True), st.booleans())
-def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem, of_labels):
+@given(problems(overlapping=True), st.sampled_from(["probabilities", "labels"]))
+def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem, changes_of):
     grid, encoding, factor = problem["grid"], problem["encoding"], problem["grid"].downsampling_factor
     labels = crop_windows(problem["labels"][None, None], problem["starts"], grid.patch_size)[:, 0]
     counts = label_counts(problem["labels"], encoding.num_labels, factor)
     arguments = (problem["starts"], problem["coarse"], labels, counts, problem["weights"], factor, encoding)
     # Whether a window is fused has no say in its changes.
-    loss = fused_loss(problem["patch_logits"], *arguments, num_fused=1, changes_of_labels=of_labels)
+    loss = fused_loss(problem["patch_logits"], *arguments, num_fused=1, changes_of=changes_of)
     expected, lower = torch.zeros(2, 2 * CLASSES + 1, *grid.low_shape)
     voxels, counted = torch.zeros(2, *grid.low_shape)
     low = [torch.arange(n) // f for n, f in zip(grid.volume_shape, factor, strict=True)]
     for start, logits, of_window in zip(problem["starts"].tolist(), problem["patch_logits"], labels, strict=True):
         coarse = upsample_window(problem["coarse"], start, grid.patch_size, factor)
         fused = fuse(logits, coarse, problem["weights"])
-        if of_labels:  # logits of labels that are as good as certain
+        if changes_of == "labels":  # logits of labels that are as good as certain
             coarse, fused = (200 * encoding.decided(prediction) - 100 for prediction in (coarse, fused))
         d, h, w = (axis[part] for axis, part in zip(low, window_slices(start, grid.patch_size), strict=True))
         for i, j, k in itertools.product(d.unique(), h.unique(), w.unique()):
@@ -162,7 +162,7 @@ def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem,
     for change in loss.changes:
         lower[(slice(None), *change.box)] += change.lower_Tdhw
         counted[change.box] += change.voxels_dhw
-    channels = slice(2 * CLASSES if of_labels else None)  # the cross-entropy of labels is nobody's
+    channels = slice(2 * CLASSES if changes_of == "labels" else None)  # the cross-entropy of labels is nobody's
     torch.testing.assert_close(lower[channels], expected[channels], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(counted, voxels)
 
@@ -215,6 +215,7 @@ def test_in_parts_the_loss_is_the_same_and_nothing_of_their_size_is_kept(encodin
         encoding,
     )
     results = []
+    factors = torch.ones(2, 2, requires_grad=True)  # on the sums and on the logits of each window
     two_planes = 2 * CLASSES * 6 * 5
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (patches, arguments[0])}
     for most_values in (10**6, two_planes):
@@ -227,14 +228,44 @@ def test_in_parts_the_loss_is_the_same_and_nothing_of_their_size_is_kept(encodin
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = fused_loss(patches, starts, *arguments, num_fused=2)
-        assert max(kept) < patches[0].numel()
+            loss = fused_loss(patches, starts, *arguments, *factors.unbind(), num_fused=2)
+        assert sum(kept) < 2 * arguments[0].numel()  # what the volume holds of each channel
         measured = benefit_map(loss.changes, loss.slope_S, grid.low_shape, grid.patch_size, factor)
-        gradient = torch.autograd.grad(loss.loss + loss.coarse_loss, [patches, arguments[0]])
+        gradient = torch.autograd.grad(loss.loss + loss.coarse_loss, [patches, arguments[0], factors])
         results.append([*loss[:-1], *measured, *gradient, len(loss.changes)])
     assert [result.pop() for result in results] == [3, 12]
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_weight_on_a_windows_logits_has_the_gradient_of_what_it_does_to_them():
+    torch.manual_seed(0)
+    grid, factor = WindowGrid((8, 8, 12), (8, 8, 6), (2, 2, 2), 1.0), (2, 2, 2)
+    labels, coarse = torch.randint(0, CLASSES, grid.volume_shape), torch.randn(CLASSES, *grid.low_shape)
+    patches = torch.randn(2, CLASSES, *grid.patch_size)
+    cropped = crop_windows(labels[None, None], grid.starts_N3, grid.patch_size)[:, 0]
+    arguments = (label_counts(labels, CLASSES, factor), FusionWeights.convex(torch.ones(CLASSES)), factor, ENCODING)
+    factors = torch.ones(2, requires_grad=True)
+    loss = fused_loss(patches, grid.starts_N3, coarse, cropped, *arguments, logits_weight_K=factors).loss
+    smooth = upsample_window(coarse, (0, 0, 0), grid.volume_shape, factor)
+    fused = smooth + torch.cat([m * (p - s) for m, p, s in zip(factors, patches, smooth.split(6, 3), strict=True)], 3)
+    expected = nnunet_loss(fused, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    (gradient,), (of_canvas,) = (torch.autograd.grad(value, factors) for value in (loss, expected))
+    torch.testing.assert_close(gradient, of_canvas, rtol=1e-3, atol=1e-5)
+
+
+def test_a_class_that_nothing_has_any_more_costs_nothing():
+    """Windows cover all that the coarse prediction has of an absent class, overlap, and do not have it."""
+    grid, factor = WindowGrid((24, 24, 24), (16, 16, 16), (2, 2, 2), 0.5), (2, 2, 2)
+    labels = torch.zeros(grid.volume_shape, dtype=torch.long)
+    patches = torch.zeros(len(grid), CLASSES, *grid.patch_size)
+    patches[:, 0] = 60
+    cropped = crop_windows(labels[None, None], grid.starts_N3, grid.patch_size)[:, 0]
+    counts, weights = label_counts(labels, CLASSES, factor), FusionWeights.convex(torch.ones(CLASSES))
+    coarse = torch.zeros(CLASSES, *grid.low_shape)
+    loss = fused_loss(patches, grid.starts_N3, coarse, cropped, counts, weights, factor, ENCODING).loss
+    assert -1 - 1e-4 <= loss.item() <= 0.01
 
 
 @settings(max_examples=30, deadline=None)

@@ -113,6 +113,9 @@ def test_a_windows_interpolation_is_a_crop_of_the_whole(grid, data):
     low = torch.randn(1, 2, *grid.low_shape)
     whole = upsample_window(low, (0, 0, 0), grid.volume_shape, grid.downsampling_factor)
     assert tuple(whole.shape[2:]) == grid.volume_shape
+    incomplete = [n * f for n, f in zip(grid.low_shape, grid.downsampling_factor, strict=True)]
+    expected = torch.nn.functional.interpolate(low, incomplete, mode="trilinear", align_corners=False)
+    torch.testing.assert_close(whole, crop(expected, (0, 0, 0), grid.volume_shape), rtol=1e-4, atol=1e-5)
     start = data.draw(st.sampled_from(grid.starts_N3.tolist()))
     window = upsample_window(low, start, grid.patch_size, grid.downsampling_factor)
     torch.testing.assert_close(window, crop(whole, start, grid.patch_size), rtol=1e-4, atol=1e-5)

@@ -74,6 +74,7 @@ class NMSWLoss(nn.Module):
             num_fused = len(finest) if config.fuse_random_windows else num_sampled
             weight_of_all = torch.cat([weight_K, weight_K.new_ones(num_fused - num_sampled)])
             of_labels = config.benefit == "dice"
+            changes_of = ("labels" if of_labels else "probabilities") if config.benefit_loss_weight else None
             fused = fused_loss(
                 finest,
                 output.starts,
@@ -86,7 +87,7 @@ class NMSWLoss(nn.Module):
                 weight_of_all if config.gradient_path == "contribution" else None,
                 weight_of_all if config.gradient_path == "contribution_logits" else None,
                 num_fused,
-                of_labels,
+                changes_of,
             )
             benefit_K = fused.benefit_K[:num_sampled]
             selection, benefit_loss = torch.zeros_like(fused.loss), torch.zeros_like(fused.loss)
