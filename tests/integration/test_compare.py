@@ -131,7 +131,10 @@ def test_predictions_are_those_of_the_commands(folds, report):
         output = folds / f"predicted_{key}"
         run(f"{command} -o {output}", folds)
         file = f"{name}.nii.gz"
-        assert np.array_equal(labels(output / file), labels(report / "methods" / key / file)), key
+        differ = labels(output / file) != labels(report / "methods" / key / file)
+        # The comparison keeps logits of NMSW as nnU-Net does, in half precision, the command decides without: close
+        # calls may differ.
+        assert differ.sum() <= (1e-4 * differ.size if "greedy_benefit" in key else 0), key
 
 
 def test_numbers_of_the_report(report):
