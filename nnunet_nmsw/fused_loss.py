@@ -118,7 +118,7 @@ def fused_loss(
     shares_KDHW = window_shares(starts_K3[:num_fused], patch_size, device)
     depth = max(1, most_voxels(patch_logits_KCDHW[0]) // math.prod(patch_size[1:]))
     covered_Ldhw, changes = torch.zeros_like(counts_Ldhw), []
-    with_window, without_window, window_of_sums = [], [], []
+    with_window, without_window = [], []
     # Unbound, split, and cut out once: the gradient of each slice is as large as what it is a slice of.
     for window, (patch_CDHW, start) in enumerate(zip(patch_logits_KCDHW.unbind(), starts_K3.tolist(), strict=True)):
         fused = window < num_fused
@@ -143,16 +143,13 @@ def fused_loss(
             if sums is not None:
                 with_window.append(sums[0])
                 without_window.append(sums[1])
-                window_of_sums.append(window)
 
     coarse_S = loss_sums(coarse_logits_Cdhw, counts_Ldhw, encoding)
     # No less than nothing, where windows cover all that the coarse prediction has of a class.
     rest_S = coarse_S.detach() + _without_covered(coarse_logits_Cdhw.detach(), counts_Ldhw, covered_Ldhw, encoding)
     rest_S = rest_S.clamp_min(0)
-    index = torch.tensor(window_of_sums, device=device)
-    with_KS, without_KS = (
-        torch.zeros(num_fused, len(rest_S), device=device).index_add(0, index, torch.stack(sums))
-        for sums in (with_window, without_window)
+    with_KS, without_KS = (  # all windows have as many parts
+        torch.stack(sums).view(num_fused, -1, len(rest_S)).sum(1) for sums in (with_window, without_window)
     )
     difference_KS = with_KS - without_KS
     sums_S = rest_S + with_KS.sum(0)

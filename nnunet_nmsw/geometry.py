@@ -197,16 +197,19 @@ def add_to_low_resolution_(low_Cdhw: Tensor, window_CDHW: Tensor, start: Sequenc
         start: first voxel of the window.
         factor: voxels of the volume per low-resolution voxel.
     """
-    sums, box = window_CDHW, []
+    sums, box = window_CDHW, low_resolution_box(start, window_CDHW.shape[-3:], factor)
     for axis in (2, 1, 0):
         first, size = int(start[axis]), window_CDHW.shape[axis - 3]
-        low_first, low_end = first // factor[axis], -(-(first + size) // factor[axis])
         blocks = torch.arange(first, first + size, device=window_CDHW.device) // factor[axis]
-        lies_in = (blocks[:, None] == torch.arange(low_first, low_end, device=window_CDHW.device)).float()
+        lies_in = (blocks[:, None] == torch.arange(box[axis].start, box[axis].stop, device=window_CDHW.device)).float()
         sums = (sums.movedim(axis - 3, -1) @ lies_in).movedim(-1, axis - 3)
-        box.append(slice(low_first, low_end))
-    w, h, d = box
-    low_Cdhw[..., d, h, w] += sums
+    low_Cdhw[(..., *box)] += sums
+
+
+def low_resolution_box(start: Sequence[int], size: Sequence[int], factor: Shape) -> tuple[slice, slice, slice]:
+    """The low-resolution voxels that a window touches, as slices of the three axes."""
+    d, h, w = (slice(int(a) // f, -(-(int(a) + n) // f)) for a, n, f in zip(start, size, factor, strict=True))
+    return d, h, w
 
 
 def crop(volume_BCDHW: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
@@ -241,15 +244,14 @@ class LabelSums:
     """
 
     def __init__(self, labels_DHW: Tensor, num_labels: int, start: Sequence[int], factor: Shape) -> None:
-        offsets, blocks, shape, box = [], 1, [], []
+        self.box = low_resolution_box(start, labels_DHW.shape, factor)
+        self._shape = (num_labels, *(low.stop - low.start for low in self.box))
+        offsets, blocks = [], 1
         for axis in (2, 1, 0):
-            first, size = int(start[axis]), labels_DHW.shape[axis]
-            low_first, low_end = first // factor[axis], -(-(first + size) // factor[axis])
+            first, size, low_first = int(start[axis]), labels_DHW.shape[axis], self.box[axis].start
             block = torch.arange(first, first + size, device=labels_DHW.device) // factor[axis] - low_first
             offsets.append((block * blocks).view([-1 if a == axis else 1 for a in range(3)]))
-            blocks *= low_end - low_first
-            shape.append(low_end - low_first)
-            box.append(slice(low_first, low_end))
+            blocks *= self._shape[axis + 1]
         # In place, and of 32 bits where they suffice: this is most of the time that counts of a volume take.
         dtype = torch.int32 if num_labels * blocks < 2**31 else torch.int64
         index_DHW = labels_DHW.to(dtype, copy=True)
@@ -257,9 +259,6 @@ class LabelSums:
         index_DHW += offsets[0].to(dtype)
         index_DHW += (offsets[1] + offsets[2]).to(dtype)
         self._index_V = index_DHW.reshape(-1)
-        self._shape = (num_labels, *reversed(shape))
-        w, h, d = box
-        self.box = (d, h, w)
 
     def __call__(self, values_DHW: Tensor) -> Tensor:
         """The sums of values, float32, with their gradient.
