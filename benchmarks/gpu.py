@@ -4,8 +4,8 @@
 
 The network's part of a prediction, from a preprocessed volume on the host to what its export starts from: nnU-Net's
 sliding window to logits, NMSW to labels on the same grid, which includes most of its export. Both without mirroring,
-and in turns; the first round is not counted. Multiply-accumulates are counted by PyTorch in a round of their own.
-Files are `prediction.py`'s matter.
+and in turns; the first round is not counted. Every call is printed, and written with `-o`, as soon as it has ended.
+With `-macs` PyTorch counts multiply-accumulates in a round of their own. Files are `prediction.py`'s matter.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +44,36 @@ def main() -> None:
     parser.add_argument("-features", type=int, default=FULL_WIDTH)
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-rounds", type=int, default=3)
+    parser.add_argument("-macs", action="store_true", help="count multiply-accumulates, too")
     parser.add_argument("-o", type=Path, help="JSON file")
     args = parser.parse_args()
     device = torch.device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    rows = []
+    content: dict[str, Any] = {"command": sys.argv, "device": name, "torch": torch.__version__, "image": args.image}
+    content |= {"calls": [], "rows": []}
+
+    def keep(what: str, entry: dict[str, Any]) -> None:
+        content[what].append(entry)
+        print(what, entry, flush=True)
+        if args.o:
+            args.o.write_text(json.dumps(content, indent=1))
+
     for classes in args.classes:
-        for row in measure(classes, args, device):
-            rows.append({"classes": classes, **row})
-            print(rows[-1], flush=True)
-    if args.o:
-        content = {"command": sys.argv, "device": name, "torch": torch.__version__, "image": args.image, "rows": rows}
-        args.o.write_text(json.dumps(content, indent=1))
+        for row in measure(classes, args, device, partial(keep, "calls")):
+            keep("rows", {"classes": classes, **row})
 
 
-def measure(classes: int, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """A row for each way to predict: seconds (median), GiB of the device, multiply-accumulates in units of 10¹²."""
+def measure(
+    classes: int, args: argparse.Namespace, device: torch.device, keep: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """A row for each way to predict: seconds (median), GiB of the device, multiply-accumulates in units of 10¹².
+
+    Args:
+        classes: with the background.
+        args: of the command line.
+        device: that computes.
+        keep: takes every call's seconds and GiB at once.
+    """
     of_both: dict[str, Any] = {"use_mirroring": False, "device": device, "allow_tqdm": False}
     predictors = {STOCK: nnUNetPredictor(**of_both), **{k: NMSWPredictor(k, **of_both) for k in args.k}}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,16 +100,18 @@ def measure(classes: int, args: argparse.Namespace, device: torch.device) -> lis
                 torch.cuda.reset_peak_memory_stats()
             elapsed = timed(predict(name), device)
             gib[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+            keep({"classes": classes, "windows": name, "round": number, "seconds": elapsed, "gib": gib[name]})
             if number:
                 seconds[name].append(elapsed)
     rows = []
     for name in predictors:
-        with FlopCounterMode(display=False) as counter:
-            predict(name)()
         median = statistics.median(seconds[name])
         ratio = statistics.median(seconds[STOCK]) / median
-        tmacs = counter.get_total_flops() / 2e12
-        rows.append({"windows": name, "seconds": median, "times_faster": ratio, "gib": gib[name], "tmacs": tmacs})
+        rows.append({"windows": name, "seconds": median, "times_faster": ratio, "gib": gib[name]})
+        if args.macs:
+            with FlopCounterMode(display=False) as counter:
+                predict(name)()
+            rows[-1]["tmacs"] = counter.get_total_flops() / 2e12
     return rows
 
 
