@@ -22,6 +22,9 @@ PLANS_KEY = "nmsw"
 MAX_GLOBAL_COST_IN_PATCHES = 2.0
 """A median volume may cost the global branch as much as this many patches cost the local one."""
 
+MOST_WINDOWS = 1024
+"""Windows of a training step, of each kind."""
+
 GRADIENT_PATHS = ("none", "contribution", "contribution_logits", "input")
 FUSIONS = ("class_weights", "affine")
 BENEFITS = ("loss", "dice")
@@ -174,8 +177,9 @@ class NMSWConfig:
         )
         for name in ("sampled_windows", "random_windows"):
             value = getattr(self, name)
-            minimum = 1 if name == "sampled_windows" else 0
-            _require(type(value) is int and value >= minimum, name, value, f"an integer of at least {minimum}")
+            least = 1 if name == "sampled_windows" else 0
+            allowed = f"an integer from {least} to {MOST_WINDOWS}"
+            _require(type(value) is int and least <= value <= MOST_WINDOWS, name, value, allowed)
         for name in ("tile_step_size", "placement_step", "coverage_discount", "global_width"):
             value = getattr(self, name)
             _require(_is_number(value) and 0 < value <= 1, name, value, "a number above 0 and up to 1")
@@ -243,6 +247,7 @@ class NMSWConfig:
                 width,
             )
         config, local = cls(**settings), configuration["architecture"]
+        config._check_patch(configuration["patch_size"])
         check_local_architecture(local, configuration["patch_size"])
         if config.global_architecture is None and takes_one_size(local):
             convolutional = convolutional_architecture(
@@ -260,6 +265,23 @@ class NMSWConfig:
             f"a network that takes volumes of any size, as {global_['network_class_name']} does not",
         )
         return config
+
+    def _check_patch(self, patch_size: Sequence[int]) -> None:
+        """See that windows move by voxels and not by less, and that a patch is more than a low-resolution voxel.
+
+        Raises:
+            UserError: they do not, or it is not.
+        """
+        for name in ("tile_step_size", "placement_step"):
+            least = 1 / max(patch_size)
+            allowed = f"at least {least:.3g}, a voxel of a patch of {list(patch_size)}"
+            _require(getattr(self, name) >= least, name, getattr(self, name), allowed)
+        _require(
+            all(f <= n for f, n in zip(self.downsampling_factor, patch_size, strict=True)),
+            "downsampling_factor",
+            list(self.downsampling_factor),
+            f"no more voxels than a patch has by axis, {list(patch_size)}",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as they are written into a plans file (plain JSON types)."""
@@ -287,7 +309,8 @@ def default_downsampling_factor(
         factor = tuple(max(1, math.floor(low_spacing / axis_spacing + 1e-6)) for axis_spacing in spacing)
         if math.prod(math.ceil(n / f) for n, f in zip(median_shape, factor, strict=True)) <= budget:
             break
-    return factor[0], factor[1], factor[2]
+    d, h, w = (min(f, n) for f, n in zip(factor, patch_size, strict=True))
+    return d, h, w
 
 
 def parse_num_patches(value: int | str, source: str = "-k", automatic: bool = False) -> int | str:

@@ -248,15 +248,16 @@ class NMSWNetwork(nn.Module):
     def trust(self, scores_K: Tensor) -> Tensor:
         """How much of what chosen windows change is kept, from 0 to 1: the root of each benefit over the largest.
 
-        Benefits are the predicted ones. All of it where the settings say so, or where scores were not trained to
-        predict benefits.
+        Benefits are the predicted ones. All of it where the settings say so, where scores were not trained to predict
+        benefits, or where no window has a positive one: patches that were asked for, and paid for, count.
 
         Args:
             scores_K: scores of the windows of a case.
         """
         if self.config.trust == "full" or self.config.benefit_loss_weight == 0 or len(scores_K) == 0:
             return torch.ones_like(scores_K)
-        return (scores_K / scores_K.max().clamp_min(1e-12)).clamp(0, 1).sqrt()
+        largest = scores_K.max()
+        return (scores_K / largest).clamp(0, 1).sqrt() if largest > 0 else torch.ones_like(scores_K)
 
     def candidates(self, coarse_logits_Cdhw: Tensor, grid: WindowGrid, at_least: int) -> Tensor:
         """Windows worth a patch, bool of shape N: see `candidate_windows`."""

@@ -1,4 +1,4 @@
-"""How `nmsw_predict` starts.
+"""How commands start.
 
 Python's search for cyclic garbage walks over all objects of PyTorch's and nnU-Net's modules time and again while they
 are imported, and once more when the command ends. Without that, start and end take five seconds instead of seven.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from nnunet_nmsw.console import end_in_one_line
 
 
 @contextmanager
@@ -26,12 +28,21 @@ def importing() -> Iterator[None]:
 
 def predict() -> None:
     """The command `nmsw_predict`."""
+    end_in_one_line(": predictions that are there are whole, --continue_prediction makes the others")
     with importing():
         from nnunet_nmsw.inference.command import main
     try:
         main()
     finally:
         gc.freeze()
+
+
+def compare() -> None:
+    """The command `nmsw_compare`."""
+    end_in_one_line(": the folder keeps what is done, the same command goes on from there")
+    from nnunet_nmsw.evaluation.command import main
+
+    main()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class TrainingVolume:
     """A whole volume with the augmentation of one training step.
 
     Args:
-        volume_1CDHW: the image, half precision.
+        volume_1CDHW: the image, half or single precision.
         labels_11DHW: integer labels, -1 outside of the image.
         random_starts_R3: first voxels, in the augmented volume, of windows drawn at random; stays on the host.
         affine_33: the rotation and scaling of the step, which take a position in the augmented volume to one in the

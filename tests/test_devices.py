@@ -83,9 +83,13 @@ def test_devices_by_flag():
     for name in ("cpu", "cuda", "mps"):
         assert _parser().parse_args(["-i", "in", "-o", "out", "-device", name]).device == name
     threads = torch.get_num_threads()
-    assert prepare_device("mps") == torch.device("mps")
     assert prepare_device("cpu") == torch.device("cpu")
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="there is no CUDA device"):
             prepare_device("cuda")
+    if torch.backends.mps.is_available():
+        assert prepare_device("mps") == torch.device("mps")
+    else:
+        with pytest.raises(SystemExit, match="there is no MPS device"):
+            prepare_device("mps")

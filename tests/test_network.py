@@ -182,7 +182,7 @@ def test_patches_of_little_promise_change_little():
     scores = torch.tensor([4.0, 1.0, 0.0, -2.0])
     assert build_network().trust(scores).tolist() == [1.0, 0.5, 0.0, 0.0]
     assert build_network().trust(-scores - 1).tolist() == [0.0, 0.0, 0.0, 1.0]
-    assert build_network().trust(-scores.abs() - 1).tolist() == [0.0] * 4  # only harm is expected
+    assert build_network().trust(-scores.abs() - 1).tolist() == [1.0] * 4  # asked for, though only harm is expected
     assert build_network(trust="full").trust(scores).tolist() == [1.0] * 4
     # These scores were trained to draw windows, not to predict what they are worth.
     drawn = build_network(gradient_path="contribution", benefit_loss_weight=0.0)

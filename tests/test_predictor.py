@@ -11,6 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import build_network, initialized, make_plans
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.inference.bounded import to_channels_last_
 from nnunet_nmsw.inference.export import write_labels
 from nnunet_nmsw.inference.predictor import NMSWPredictor
@@ -154,7 +155,7 @@ def test_world_coordinates_are_simpleitks():
 def test_written_windows(tmp_path):
     properties, chosen, backward = window_case()
     plans = PlansManager({**make_plans(), "transpose_backward": backward})
-    write_windows(str(tmp_path), "case", [chosen], properties, plans, ".nii.gz")
+    write_windows(tmp_path, "case", [chosen], properties, plans, ".nii.gz")
     overlay = sitk.ReadImage(str(tmp_path / "case.nii.gz"))
     assert overlay.GetSize() == (30, 20, 10)
     np.testing.assert_allclose(overlay.GetOrigin(), properties["sitk_stuff"]["origin"])
@@ -258,17 +259,19 @@ def test_a_case_that_cannot_be_written_is_reported_and_the_others_are_there(tiny
     assert np.array_equal(image, predictor.predict_segmentation(cases[2]["data"], properties))
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha", ".gipl"])
 def test_a_disk_that_is_full_leaves_no_part_of_a_file(tmp_path, ending):
     geometry = {"spacing": (1, 1, 1), "origin": (0, 0, 0), "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)}
     labels = np.random.default_rng(0).integers(0, 3, (60, 60, 60)).astype(np.uint8)
-    file, before = str(tmp_path / "case"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = (PlansManager(make_plans()), {"sitk_stuff": geometry})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # as a full disk: writing ends with an error
     try:
-        with pytest.raises(UserError, match=f"cannot write .*case{ending}"):
-            write_labels(labels, file, ending, PlansManager(make_plans()), {"sitk_stuff": geometry})
+        with pytest.raises((OSError, RuntimeError)), written_whole(tmp_path) as folder:
+            write_labels(labels, folder / f"case{ending}", *arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
-    write_labels(labels, file, ending, PlansManager(make_plans()), {"sitk_stuff": geometry})
-    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(file + ending)), labels)
+    with written_whole(tmp_path) as folder:
+        write_labels(labels, folder / f"case{ending}", *arguments)
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f"case{ending}"))), labels)

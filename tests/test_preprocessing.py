@@ -87,7 +87,7 @@ def test_an_image_that_cannot_be_read_is_reported_and_the_others_are_predicted(
     predictor.plans_manager.plans["image_reader_writer"] = reader
     Path(images[1][0]).write_bytes(b"what was left on the disk when it was full")
     outputs = [str(tmp_path / name) for name in "abcd"]
-    with pytest.raises(UserError, match=r"cannot preprocess .*case1_0000"):
+    with pytest.raises(UserError, match=r"cannot read .*case1_0000"):
         predictor.predict_from_files(images, outputs, num_processes_preprocessing=2)
     assert sorted(file.name for file in tmp_path.glob("?.nii.gz")) == ["a.nii.gz", "c.nii.gz", "d.nii.gz"]
     assert "case1_0000" in capsys.readouterr().out

@@ -11,13 +11,13 @@ from test_backbones import folders, new_trainer  # noqa: F401
 from tiny import build_network, make_plans
 from torch import nn
 
+from nnunet_nmsw.checkpoint import read_checkpoint
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers.pretrained import (
     AlreadyLoaded,
     load_local_branch,
     load_pretrained,
     pretrained_weights_of_command_line,
-    read_checkpoint,
 )
 
 
@@ -83,7 +83,7 @@ def test_bad_files_are_refused(tmp_path):
         pretrained_weights_of_command_line(["-pretrained_weights", str(tmp_path / "missing.pth")])
     half = tmp_path / "half.pth"
     half.write_bytes(b"half a file")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no checkpoint of PyTorch"):
         read_checkpoint(half)
     torch.save({"weights": 1}, half)
     with pytest.raises(UserError, match="no network_weights"):

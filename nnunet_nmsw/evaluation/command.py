@@ -11,8 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_nmsw.checkpoint import TRUST_FLAG
 from nnunet_nmsw.config import parse_num_patches
-from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.errors import UserError, reason
 
 if TYPE_CHECKING:
     from nnunet_nmsw.evaluation.comparison import Comparison
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison.open()
     try:
         _run(comparison, args)
-    except KeyboardInterrupt as interrupt:
-        raise UserError(f"interrupted: {args.o} keeps what is done, the same command goes on from there") from interrupt
+    except OSError as error:
+        raise UserError(f"cannot write into {args.o}: {reason(error)}; the same command goes on from there") from error
     except BrokenProcessPool as error:
         raise UserError(
             "a process died, perhaps for lack of memory: lower -nps; the same command goes on from what is done"
@@ -100,9 +101,13 @@ def _check(args: argparse.Namespace) -> None:
     if not (args.margin >= 0 and math.isfinite(args.margin)):
         raise UserError(f"-margin is {args.margin}: give Dice points of at least 0")
     for fold in args.f:
-        if not fold.isdigit():
+        if not (fold.isascii() and fold.isdigit()):
             hint = ": its validation cases were trained on" if fold == "all" else ""
             raise UserError(f"-f {fold}{hint}; give folds as numbers from 0")
+    if args.tr_baseline == "none" and (args.p_baseline or args.c_baseline):
+        raise UserError("-p_baseline and -c_baseline name the baseline's model, and -tr_baseline none asks for none")
+    if args.o.exists() and not args.o.is_dir():
+        raise UserError(f"-o {args.o} is a file: give a folder")
     args.f = sorted({int(fold) for fold in args.f})
 
 
@@ -154,6 +159,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("cuda", "cpu", "mps"),
         default="cuda",
         help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
+    )
+    add(
+        TRUST_FLAG,
+        action="store_true",
+        help="load models as nnU-Net does, with whatever code their checkpoints and plans hold: for models of your own "
+        "whose networks are your own, too",
     )
     add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
     return parser

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
-import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,20 +24,26 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
 from nnunet_nmsw.config import PLANS_KEY
-from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.console import follow_parent
+from nnunet_nmsw.documents import COMPARISON, RECORD, TIMING, read_json
+from nnunet_nmsw.errors import Failures, UserError, reason
 from nnunet_nmsw.evaluation.methods import Method, primary_method, reference_method
 from nnunet_nmsw.evaluation.metrics import case_metrics
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.prediction import FoldPredictor, Prediction, padded
 from nnunet_nmsw.evaluation.timing import TimingTask, measure_in_new_process, measurement_order, timed_cases
+from nnunet_nmsw.files import PREFIX, remove_leftovers, write_json, written_whole
+from nnunet_nmsw.inference.export import write_logits
 from nnunet_nmsw.inference.windows import edges_in_image
 
 SETTINGS_FILE = "comparison.json"
+
+AGAIN = "call the same command again"
+ANEW = "delete the folder, or give a new one with -o"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Comparison:
         }
         file = self.folder / SETTINGS_FILE
         if file.is_file():
-            there = json.loads(file.read_text())
+            there = read_json(file, COMPARISON, ANEW)
             there_checkpoints = there.pop("checkpoints", {})
             checkpoints = {**there_checkpoints, **settings.pop("checkpoints")}
             different = [key for key in settings if there.get(key) != settings[key]]
@@ -136,8 +141,12 @@ class Comparison:
             settings["checkpoints"] = checkpoints
         elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_part, self.folder.iterdir()))):
             raise UserError(f"{self.folder} is there and holds no comparison: give an empty or new folder with -o")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
+        try:
+            write_json(file, settings)
+            remove_leftovers(self.folder)
+            remove_leftovers(self.folder / "methods")
+        except OSError as error:
+            raise UserError(f"-o {self.folder} cannot be written into: {error.strerror or reason(error)}") from error
 
     def record_file(self, case: Case) -> Path:
         """Metrics of all methods on a case."""
@@ -154,7 +163,12 @@ class Comparison:
         return self.folder / "methods" / method.key / (case.name + ending)
 
     def run_cases(self, num_parts: int, part_id: int, processes: int, progress: bool) -> None:
-        """Predict and measure the cases of one part that are not there yet."""
+        """Predict and measure the cases of one part that are not there yet.
+
+        Raises:
+            UserError: cases have failed; all others are done.
+        """
+        failures = Failures()
         todo = [case for case in self.cases[part_id::num_parts] if not self.record_file(case).is_file()]
         for folder in (*(self.folder / "methods" / method.key for method in self.methods), self.folder / "cases"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -167,8 +181,15 @@ class Comparison:
                     device = torch.device(self.device)
                     predictors = [FoldPredictor(model, fold, device, stop_at) for model in self.models]
                 for case in todo:
-                    if case.fold == fold:
+                    if case.fold != fold:
+                        continue
+                    try:
                         self._run_case(case, predictors, pool, processes, bar)
+                    except BrokenProcessPool:
+                        raise
+                    except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
+                        failures.add(f"cannot compare case {case.name} of fold {fold}", error)
+        failures.raise_any()
 
     def run_timing(self, progress: bool) -> None:
         """Measure what is not there yet of time and memory."""
@@ -193,14 +214,34 @@ class Comparison:
 
     def records(self) -> list[dict[str, Any]]:
         """Records of all cases, in their order."""
-        return [json.loads(self.record_file(case).read_text()) for case in self.cases]
+        return [self.record(case) for case in self.cases]
+
+    def record(self, case: Case) -> dict[str, Any]:
+        """What was measured on a case.
+
+        Raises:
+            UserError: its file is broken, or lacks a method.
+        """
+        file = self.record_file(case)
+        record: dict[str, Any] = read_json(file, RECORD, f"delete it, and {AGAIN}")
+        missing = [method.key for method in self.methods if method.key not in record["methods"]]
+        missing += [
+            f"{method.key}.metrics.{label}"
+            for method in self.methods
+            if not missing
+            for label in self.label_names
+            if label not in record["methods"][method.key]["metrics"]
+        ]
+        if missing:
+            raise UserError(f"{file} is broken: it has no methods.{missing[0]}; delete it, and {AGAIN}")
+        return record
 
     def timings(self) -> Iterator[dict[str, Any]]:
         """Time and memory: `method`, `round`, and the keys of `timing.measure`, one entry a case."""
         for number, method in measurement_order(self.methods, self.rounds if self.timed_cases else 0):
             file = self.timing_file(number, method)
             if file.is_file():
-                for entry in json.loads(file.read_text())["cases"]:
+                for entry in read_json(file, TIMING, f"delete it, and {AGAIN}")["cases"]:
                     yield {"method": method.key, "round": number, **entry}
 
     def _run_case(
@@ -268,16 +309,10 @@ class ExportTask:
 
 def export_and_measure(task: ExportTask) -> dict[str, Any]:
     """Write the labels of a prediction as nnU-Net does, and compare them with the reference."""
-    ending = task.dataset_json["file_ending"]
-    export_prediction_from_logits(
-        task.logits_CDHW,
-        task.properties,
-        task.configuration_manager,
-        task.plans_manager,
-        task.dataset_json,
-        task.prediction_file.removesuffix(ending),
-        num_threads_torch=1,
-    )
+    file, of_model = Path(task.prediction_file), (task.plans_manager, task.configuration_manager, task.dataset_json)
+    with written_whole(file.parent) as folder:
+        name = file.name.removesuffix(task.dataset_json["file_ending"])
+        write_logits(task.logits_CDHW, folder, name, *of_model, task.properties)
     metrics = case_metrics(
         task.reference_file,
         task.prediction_file,
@@ -287,13 +322,6 @@ def export_and_measure(task: ExportTask) -> dict[str, Any]:
         task.tolerance_mm,
     )
     return {"method": task.method, **task.about, "metrics": metrics}
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    part = file.with_name(file.name + f".part{os.getpid()}")
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(file)
 
 
 def versions() -> dict[str, str]:
@@ -311,7 +339,8 @@ def _for_the_viewer(predictor: FoldPredictor, prediction: Prediction, file: Path
     backward = predictor.plans_manager.transpose_backward
     properties = prediction.properties
     score_map = nmsw.coarse.score_map_dhw.float().cpu().numpy().transpose(backward)
-    np.savez_compressed(file, score_map=score_map.astype(np.float16))
+    with written_whole(file.parent) as folder:
+        np.savez_compressed(folder / file.name, score_map=score_map.astype(np.float16))
     chosen = nmsw.chosen_windows[0]
     factor = np.array(nmsw.nmsw_network.config.downsampling_factor)
     _, offset = padded(torch.zeros(1, *chosen.volume_shape, dtype=torch.bool), chosen.patch_size)
@@ -327,10 +356,11 @@ def _for_the_viewer(predictor: FoldPredictor, prediction: Prediction, file: Path
 
 def _is_part(file: Path) -> bool:
     """Whether another part of the comparison is writing this file just now."""
-    return ".part" in file.name
+    return file.name.startswith(PREFIX)
 
 
 def _start_export_process() -> None:
+    follow_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is told of once, by the parent
     torch.set_num_threads(1)
     # MONAI calls a deprecated part of itself.

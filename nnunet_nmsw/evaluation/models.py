@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_nmsw.config import PLANS_KEY
-from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.documents import SPLITS, SUMMARY, read_json
+from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, calibration_files, stop_at_of_folds
+from nnunet_nmsw.inference.model_folder import checked_folder, read_configuration, read_document
 
 DEFAULT_BASELINE = "nnUNetTrainer"
 
@@ -31,24 +31,23 @@ class Model:
         folder: the model folder, with plans.json and fold_X.
         trainer: name of the trainer.
         checkpoint: file name of the checkpoints.
+        trusted: let checkpoints and plans run code, see `nnunet_nmsw.checkpoint`.
     """
 
     role: str
     folder: Path
     trainer: str
     checkpoint: str
+    trusted: bool = False
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the model folder."""
-        content: dict[str, Any] = json.loads((self.folder / name).read_text())
-        return content
+        return read_document(self.folder, name)
 
     @property
     def configuration(self) -> dict[str, Any]:
         """The configuration of the model's plans that it was trained with, inheritance resolved."""
-        name = self.folder.name.split("__")[-1]
-        configuration: dict[str, Any] = PlansManager(self.json("plans.json")).get_configuration(name).configuration
-        return configuration
+        return read_configuration(self.folder, self.folder.name.split("__")[-1])
 
     def checkpoint_file(self, fold: int) -> Path:
         """The checkpoint of a fold."""
@@ -109,7 +108,7 @@ def dataset_name(dataset: str) -> str:
             raise UserError(f"{name} is not set: export it as for nnU-Net")
     try:
         name = maybe_convert_to_dataset_name(dataset)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"-d {dataset}: no such dataset under nnUNet_raw, nnUNet_preprocessed or nnUNet_results"
         ) from error
@@ -123,7 +122,7 @@ def find_models(args: argparse.Namespace, dataset: str) -> list[Model]:
     Raises:
         UserError: a model or a fold of it is not there, or the two do not have the same labels and channels.
     """
-    nmsw = _model("nmsw", dataset, args.tr, args.p, args.c, args.chk)
+    nmsw = _model("nmsw", dataset, args.tr, args.p, args.c, args)
     if "downsampling_factor" not in nmsw.configuration.get(PLANS_KEY, {}):
         raise UserError(f"{nmsw.folder} was not trained with an NMSW trainer: name one with -tr")
     _check_folds(nmsw, args.f)
@@ -133,8 +132,12 @@ def find_models(args: argparse.Namespace, dataset: str) -> list[Model]:
     plans, configuration = args.p_baseline or args.p, args.c_baseline or args.c
     folder = _folder(dataset, trainer, plans, configuration)
     if args.tr_baseline is None and not all((folder / f"fold_{fold}" / args.chk).is_file() for fold in args.f):
+        if args.p_baseline or args.c_baseline:
+            raise UserError(f"-p_baseline and -c_baseline name {folder}, which has not all of the folds {args.f}")
         return [nmsw]
-    baseline = _model("baseline", dataset, trainer, plans, configuration, args.chk)
+    baseline = _model("baseline", dataset, trainer, plans, configuration, args)
+    if PLANS_KEY in baseline.configuration and "downsampling_factor" in baseline.configuration[PLANS_KEY]:
+        raise UserError(f"the baseline {baseline.folder} was trained with NMSW: name a stock trainer with -tr_baseline")
     _check_folds(baseline, args.f)
     if len(baseline.configuration["patch_size"]) != 3 or "previous_stage" in baseline.configuration:
         raise UserError(f"the baseline {baseline.folder} must be a 3D configuration without a previous stage")
@@ -158,14 +161,17 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
     file = Path(str(nnUNet_preprocessed)) / dataset / "splits_final.json"
     if not file.is_file():
         raise UserError(f"there are no cross-validation splits {file}: train with nnUNetv2_train, which makes them")
-    splits = json.loads(file.read_text())
+    splits = read_json(file, SPLITS)
     raw = Path(str(nnUNet_raw)) / dataset
     if not (raw / "dataset.json").is_file():
         raise UserError(f"the raw dataset is missing: no {raw / 'dataset.json'}; nmsw_compare reads the images there")
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = read_document(raw, "dataset.json")
     if "dataset" not in dataset_json and not (raw / "imagesTr").is_dir():
         raise UserError(f"the training images are missing: no {raw / 'imagesTr'}; nmsw_compare reads them there")
-    files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    try:
+        files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{raw / 'dataset.json'} is broken at dataset: {reason(error)}") from error
     cases: list[Case] = []
     for fold in folds:
         if fold >= len(splits):
@@ -195,12 +201,9 @@ def _folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
     return Path(str(nnUNet_results)) / dataset / f"{trainer}__{plans}__{configuration}"
 
 
-def _model(role: str, dataset: str, trainer: str, plans: str, configuration: str, checkpoint: str) -> Model:
-    folder = _folder(dataset, trainer, plans, configuration)
-    for name in ("plans.json", "dataset.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not the folder of a trained model: it has no {name}")
-    return Model(role, folder, trainer, checkpoint)
+def _model(role: str, dataset: str, trainer: str, plans: str, configuration: str, args: argparse.Namespace) -> Model:
+    folder = checked_folder(_folder(dataset, trainer, plans, configuration))
+    return Model(role, folder, trainer, args.chk, args.trust_model)
 
 
 def _check_folds(model: Model, folds: Sequence[int]) -> None:
@@ -234,7 +237,7 @@ def _check_validated(model: Model, fold: int, names: Sequence[str], splits: Path
     ending = model.json("dataset.json")["file_ending"]
     validated = {
         Path(case["prediction_file"]).name.removesuffix(ending)
-        for case in json.loads(summary.read_text())["metric_per_case"]
+        for case in read_json(summary, SUMMARY, "validate again with --val")["metric_per_case"]
     }
     if validated != set(names):
         raise UserError(

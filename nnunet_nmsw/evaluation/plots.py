@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.results import MethodResult, Results, pareto_front
+from nnunet_nmsw.files import written_whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
@@ -38,6 +39,7 @@ STYLE: Any = {
     "legend.fontsize": 9,
     "svg.fonttype": "path",
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # names of cases and labels may have dollar signs
 }
 
 
@@ -96,8 +98,9 @@ def _write_plots(results: Results, folder: Path) -> list[Plot]:
     plots = []
     for plot, figure in drawings.items():
         if figure is not None:
-            figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
-            figure.savefig(folder / f"{plot.name}.png", dpi=150)
+            with written_whole(folder) as unfinished:
+                figure.savefig(unfinished / f"{plot.name}.svg", metadata={"Date": None})
+                figure.savefig(unfinished / f"{plot.name}.png", dpi=150)
             plt.close(figure)
             plots.append(plot)
     return plots

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_nmsw.config import resolve_num_patches
-from nnunet_nmsw.errors import ERRORS_OF_A_CASE, UserError, reason
+from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.selectors import entropy_windows, no_windows, object_windows, random_windows
 from nnunet_nmsw.geometry import WindowGrid, crop, window_slices
-from nnunet_nmsw.inference.command import load_model
+from nnunet_nmsw.inference.model_folder import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.tensor_file import TensorFile
 from nnunet_nmsw.network import CoarsePrediction, WindowChoice
@@ -253,7 +253,7 @@ class FoldPredictor:
         loaded: nnUNetPredictor = self.sliding_window
         if model.role == "nmsw":
             loaded = self.nmsw = SharedSelectingPredictor(**common)
-            load_model(self.nmsw, model.folder, [fold], model.checkpoint)
+            load_model(self.nmsw, model.folder, [fold], model.checkpoint, model.trusted)
             self.nmsw.stop_at = stop_at
             self.sliding_window.macs_per_patch = self.nmsw.macs_per_patch
             self.sliding_window.manual_initialization(
@@ -266,7 +266,7 @@ class FoldPredictor:
                 self.nmsw.allowed_mirroring_axes,
             )
         else:
-            load_model(self.sliding_window, model.folder, [fold], model.checkpoint)
+            load_model(self.sliding_window, model.folder, [fold], model.checkpoint, model.trusted)
         self.plans_manager = loaded.plans_manager
         self.configuration_manager = loaded.configuration_manager
         self.dataset_json = loaded.dataset_json
@@ -312,7 +312,7 @@ class FoldPredictor:
             return preprocessor.run_case(
                 list(case.images), reference, self.plans_manager, self.configuration_manager, self.dataset_json
             )
-        except ERRORS_OF_A_CASE as error:
+        except Exception as error:  # readers raise errors of every type
             raise UserError(f"cannot read case {case.name} ({case.images[0]}): {reason(error)}") from error
 
     def _slide(self, method: Method, volume_CDHW: Tensor, properties: dict[str, Any]) -> Prediction:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
+import html
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 import jinja2
 import torch
+from markupsafe import Markup
 
-from nnunet_nmsw.evaluation.comparison import Comparison, versions, write_json
+from nnunet_nmsw.evaluation.comparison import Comparison, versions
 from nnunet_nmsw.evaluation.models import unchecked_folds
 from nnunet_nmsw.evaluation.plots import Plot, shown_methods, write_plots
 from nnunet_nmsw.evaluation.results import Results, gather
@@ -30,6 +32,7 @@ from nnunet_nmsw.evaluation.tables import (
     with_interval,
 )
 from nnunet_nmsw.evaluation.viewer import CLASS_COLOURS, ShownCase, show_case
+from nnunet_nmsw.files import write_json, write_text
 
 
 def write_report(comparison: Comparison, margin: float, cases_shown: int) -> list[str]:
@@ -78,8 +81,9 @@ def write_report(comparison: Comparison, margin: float, cases_shown: int) -> lis
         cases=[dataclasses.asdict(case) for case in shown],
         colours=colours,
     )
-    _write(comparison.folder / "index.html", page)
-    _write(comparison.folder / "report.md", environment.get_template("report.md").render(**context, plots=plots))
+    markdown = environment.overlay(finalize=_escaped)
+    write_text(comparison.folder / "index.html", page)
+    write_text(comparison.folder / "report.md", markdown.get_template("report.md").render(**context, plots=plots))
     write_json(comparison.folder / "results.json", _finite(_plain(results, context)))
     return answer
 
@@ -193,7 +197,7 @@ def _shown_cases(results: Results, number: int) -> list[ShownCase]:
         rank = {last // 2: "median case", last: last_is, 0: first_is}.get(position, "")
         points = f"{100 * value:+.1f} Dice points"
         text = f"{rank + ': ' if rank and last else ''}{primary.name} is {points} from the {reference.name}"
-        record = json.loads(comparison.record_file(case).read_text())
+        record = comparison.record(case)
         shown.append(show_case(comparison, case, record, methods, text))
     return shown
 
@@ -235,7 +239,9 @@ def _svg_uri(folder: Path, plot: Plot) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode((folder / f"{plot.name}.svg").read_bytes()).decode()
 
 
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+def _escaped(value: Any) -> Any:
+    """A value for Markdown: names of cases and labels cannot end a cell, or begin a tag, a link or code."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = html.escape(" ".join(value.split()), quote=False)
+    return re.sub(r"([\\`\[\]|])", r"\\\1", text)

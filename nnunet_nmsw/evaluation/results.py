@@ -14,6 +14,7 @@ from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region, sav
 from nnunet_nmsw.evaluation.comparison import Comparison
 from nnunet_nmsw.evaluation.methods import SLIDING_WINDOW_STEPS, Method
 from nnunet_nmsw.evaluation.statistics import PairedDifference, correct, paired_difference
+from nnunet_nmsw.files import written_whole
 
 NNUNET_METRICS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
 METRICS = ("Dice", "NSD", "HD95")
@@ -117,7 +118,8 @@ def gather(comparison: Comparison) -> Results:
     """Make the tables of a finished comparison and write `metrics.csv` and nnU-Net's `summary.json` of each method."""
     records = comparison.records()
     table = metrics_table(records, comparison)
-    table.drop(columns="objects_found").to_csv(comparison.folder / "metrics.csv", index=False)
+    with written_whole(comparison.folder) as unfinished:
+        table.drop(columns="objects_found").to_csv(unfinished / "metrics.csv", index=False)
     for method in comparison.methods:
         _write_summary(records, comparison, method)
     costs = _costs(pd.DataFrame(comparison.timings()), comparison.reference)
@@ -256,12 +258,12 @@ def _write_summary(records: list[dict[str, Any]], comparison: Comparison, method
     }
     foreground_mean = {name: float(np.mean([mean[label][name] for label in labels])) for name in NNUNET_METRICS}
     folder = comparison.folder / "methods" / method.key
-    save_summary_json(
-        {"metric_per_case": cases, "mean": mean, "foreground_mean": foreground_mean}, str(folder / "summary.json")
-    )
     model = next(model for model in comparison.models if model.role == method.model)
-    for name in ("dataset.json", "plans.json"):
-        shutil.copy(model.folder / name, folder)
+    with written_whole(folder) as unfinished:
+        summary = {"metric_per_case": cases, "mean": mean, "foreground_mean": foreground_mean}
+        save_summary_json(summary, str(unfinished / "summary.json"))
+        for name in ("dataset.json", "plans.json"):
+            shutil.copy(model.folder / name, unfinished)
 
 
 def _nanmean(values: list[float]) -> float:

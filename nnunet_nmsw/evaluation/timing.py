@@ -26,11 +26,13 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
+from nnunet_nmsw.console import follow_parent
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.prediction import SelectingPredictor
-from nnunet_nmsw.inference.command import load_model, prepare_device
+from nnunet_nmsw.inference.command import prepare_device
 from nnunet_nmsw.inference.memory import most_memory_of_process
+from nnunet_nmsw.inference.model_folder import load_model
 
 
 class Stopwatch(nnUNetPredictor):
@@ -105,6 +107,7 @@ def measure(task: TimingTask) -> list[dict[str, Any]]:
         (with the Python interpreter and all libraries; None where the system does not tell) and `device_peak_bytes`
         (None on a CPU).
     """
+    follow_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is told of once, by the parent
     device = prepare_device(task.device)
     # nnU-Net tells of every trainer it looks at and of every case; the progress bar is the parent's.
@@ -146,7 +149,7 @@ def _predictor(task: TimingTask, device: torch.device) -> Stopwatch:
     else:
         predictor = TimedSelection(**common)
     fold = task.cases[0].fold
-    load_model(predictor, task.model.folder, [fold], task.model.checkpoint)
+    load_model(predictor, task.model.folder, [fold], task.model.checkpoint, task.model.trusted)
     if isinstance(predictor, TimedSelection):
         assert method.selection is not None
         predictor.selection, predictor.num_patches = method.selection, method.num_patches

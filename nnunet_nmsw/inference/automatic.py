@@ -6,14 +6,15 @@ predictions; how much Dice may be lost for fewer patches is decided when a model
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunet_nmsw.documents import CALIBRATION, read_json
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import write_json
 
 FILE = "automatic_patches.json"
 """In the folder `validation` of a fold."""
@@ -45,9 +46,7 @@ def write_calibration(file: Path, measured: Sequence[Measured]) -> None:
                 "patches": [taken for taken, _ in cases],
             }
         )
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"cases": len(cases), "thresholds": rows}, indent=1))
-    unfinished.replace(file)
+    write_json(file, {"cases": len(cases), "thresholds": rows})
 
 
 def calibration_files(model_folder: Path) -> list[Path]:
@@ -77,14 +76,21 @@ def stop_at_of_folds(model_folder: Path, folds: Sequence[int | str] | None, max_
             f"-k auto needs {missing or model_folder / 'fold_X' / 'validation' / FILE}, which the validation after a "
             "training writes: run nnUNetv2_train with --val for that fold, or give a number of patches"
         )
-    calibrations: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
-    dice: dict[float, list[float]] = {}
+    remedy = "run nnUNetv2_train with --val for that fold, or give a number of patches"
+    calibrations: list[dict[str, Any]] = [read_json(file, CALIBRATION, remedy) for file in files]
+    dice: dict[float, list[tuple[float, int]]] = {}
     for calibration in calibrations:
         for row in calibration["thresholds"]:
             if row["mean_dice"] is not None:
-                dice.setdefault(row["stop_at"], []).extend([row["mean_dice"]] * calibration["cases"])
+                dice.setdefault(row["stop_at"], []).append((row["mean_dice"], calibration["cases"]))
     if not dice:
         return STOP_AT[0]
-    means = {stop_at: float(np.mean(values)) for stop_at, values in dice.items()}
+    means = {stop_at: _weighted(measured) for stop_at, measured in dice.items()}
     best = max(means.values())
     return max(stop_at for stop_at, mean in means.items() if mean >= best - max_drop)
+
+
+def _weighted(measured: Sequence[tuple[float, int]]) -> float:
+    """The mean over cases of means of some cases, given with their numbers."""
+    means, cases = zip(*measured, strict=True)
+    return float(np.average(means, weights=cases))

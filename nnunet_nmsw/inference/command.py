@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import multiprocessing
 import os
-import pickle
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,25 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.file_path_utilities import get_output_folder
-from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_nmsw.config import PLANS_KEY, parse_num_patches
+from nnunet_nmsw.checkpoint import TRUST_FLAG, configuration_of, read_checkpoint
+from nnunet_nmsw.config import PLANS_KEY, NMSWConfig, parse_num_patches
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.files import remove_leftovers, written_whole
 from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP
-from nnunet_nmsw.inference.memory import parse_memory
+from nnunet_nmsw.inference.memory import check_least, parse_memory
+from nnunet_nmsw.inference.model_folder import (
+    checked_folder,
+    load_model,
+    read_configuration,
+    read_document,
+    trained_folds,
+)
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.ray_engine import RayPredictor, Workers
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
-from nnunet_nmsw.start import importing
 
 DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
 
@@ -34,33 +43,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Predict a folder of images from the command line."""
     args = _parser().parse_args(arguments)
     num_patches = None if args.k is None else parse_num_patches(args.k, "-k", automatic=True)
-    if not 0 <= args.part_id < args.num_parts:
-        raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
-    _check_model_flags(args)
+    _check_flags(args)
+    if args.engine != "ray":  # whose workers have devices of their own
+        prepare_device(args.device)
     folder = find_model(args).resolve()
     folds = find_folds(folder, args.f, args.chk)
     cases = find_cases(args.i, folder)
+    _check_output(args.o)
+    if args.max_memory is not None:
+        _check_memory(args, cases, folder, folds[0])
     make = partial(make_predictor, args, num_patches, folder, folds)
     predictor = make("cpu" if args.engine == "ray" else args.device)
-    _check_channels(cases, predictor)
     _check_previous_stage(cases, predictor, args.prev_stage_predictions)
     engine: nnUNetPredictor = predictor
     if args.engine == "ray":
         engine = for_ray(predictor, args, make)
     else:
         predictor.bound_memory(cases, args.npp)
-    os.makedirs(args.o, exist_ok=True)
-    engine.predict_from_files(
-        args.i,
-        args.o,
-        save_probabilities=args.save_probabilities,
-        overwrite=not args.continue_prediction,
-        num_processes_preprocessing=args.npp,
-        num_processes_segmentation_export=args.nps,
-        num_parts=args.num_parts,
-        part_id=args.part_id,
-        folder_with_segs_from_prev_stage=args.prev_stage_predictions,
-    )
+    try:
+        remove_leftovers(Path(args.o))
+        engine.predict_from_files(
+            args.i,
+            args.o,
+            save_probabilities=args.save_probabilities,
+            overwrite=not args.continue_prediction,
+            num_processes_preprocessing=args.npp,
+            num_processes_segmentation_export=args.nps,
+            num_parts=args.num_parts,
+            part_id=args.part_id,
+            folder_with_segs_from_prev_stage=args.prev_stage_predictions,
+        )
+    except OSError as error:  # not of a case: these are reported with the case
+        raise UserError(f"cannot write into {args.o}: {reason(error)}") from error
 
 
 def for_ray(predictor: NMSWPredictor, args: argparse.Namespace, make: Callable[[str], NMSWPredictor]) -> RayPredictor:
@@ -95,15 +109,15 @@ def make_predictor(
     }
     of_nmsw: dict[str, Any] = {"num_patches": num_patches, "save_patches": args.save_patches, **of_stock}
     of_nmsw |= {"max_drop": args.max_drop, "max_memory": args.max_memory and parse_memory(args.max_memory)}
-    of_nmsw |= {"bfloat16": args.bfloat16}
+    of_nmsw |= {"bfloat16": args.bfloat16, "trust_model": args.trust_model}
     if args.global_model is None:
         predictor = NMSWPredictor(**of_nmsw)
     else:
-        of_global = _checked_model(args.global_model)
+        of_global = checked_folder(args.global_model)
         coarse = nnUNetPredictor(**of_stock)
-        load_model(coarse, of_global, find_folds(of_global, args.f, args.chk), args.chk)
+        load_model(coarse, of_global, find_folds(of_global, args.f, args.chk), args.chk, args.trust_model)
         predictor = TwoModelPredictor(coarse, **of_nmsw)
-    load_model(predictor, folder, folds, args.chk)
+    load_model(predictor, folder, folds, args.chk, args.trust_model)
     return predictor
 
 
@@ -114,7 +128,7 @@ def find_model(args: argparse.Namespace) -> Path:
         UserError: there is no such folder, or more than one model to choose from.
     """
     if args.m is not None or args.local_model is not None:
-        return _checked_model(Path(args.m or args.local_model))
+        return checked_folder(Path(args.m or args.local_model))
     if not nnUNet_results.is_set():
         raise UserError("nnUNet_results is not set: export it as for nnU-Net, or name a model folder with -m")
     results = Path(str(nnUNet_results))
@@ -126,11 +140,11 @@ def find_model(args: argparse.Namespace) -> Path:
                 args.p or DEFAULT_PLANS,
                 args.c or DEFAULT_CONFIGURATION,
             )
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"-d {args.d}: no such dataset under nnUNet_raw, nnUNet_preprocessed or nnUNet_results"
             ) from error
-        return _checked_model(Path(folder))
+        return checked_folder(Path(folder))
     candidates = [
         folder
         for folder in sorted(results.glob("Dataset*/*__*__*"))
@@ -155,8 +169,12 @@ def find_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> li
     Raises:
         UserError: a checkpoint is missing.
     """
+    if not checkpoint or os.path.basename(checkpoint) != checkpoint:
+        raise UserError(
+            f"-chk {checkpoint}: give the name of a file in the folders fold_X, such as checkpoint_best.pth"
+        )
     if folds is None:
-        trained = [fold for fold in range(5) if (folder / f"fold_{fold}" / checkpoint).is_file()]
+        trained = trained_folds(folder, checkpoint)
         if not trained and (folder / "fold_all" / checkpoint).is_file():
             return ["all"]
         if not trained:
@@ -164,48 +182,61 @@ def find_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> li
         print(f"Using folds {', '.join(map(str, trained))}")
         return list(trained)
     for fold in folds:
-        if not (fold == "all" or fold.isdigit()):
+        if not (fold == "all" or (fold.isascii() and fold.isdigit())):
             raise UserError(f'-f {fold}: give folds as numbers, or "all"')
-        file = folder / f"fold_{fold}" / checkpoint
+    numbers: list[int | str] = [fold if fold == "all" else int(fold) for fold in folds]
+    for number in numbers:
+        file = folder / f"fold_{number}" / checkpoint
         if not file.is_file():
             raise UserError(f"there is no checkpoint {file}: train that fold, or choose with -f and -chk")
-    return [fold if fold == "all" else int(fold) for fold in folds]
+    return list(dict.fromkeys(numbers))
 
 
 def find_cases(input_folder: str, model_folder: Path) -> list[list[str]]:
     """The images in a folder, one list of channel files a case.
 
     Raises:
-        UserError: there is no folder, or no case in it.
+        UserError: there is no folder, no case in it, a file that belongs to none, or a case lacks a channel.
     """
-    file_ending = json.loads((model_folder / "dataset.json").read_text())["file_ending"]
+    dataset = read_document(model_folder, "dataset.json")
+    ending, channels = dataset["file_ending"], len(dataset.get("channel_names") or dataset["modality"])
+    convention = f"the model expects files named CASE_0000{ending}" + (
+        f", with _0000 to _{channels - 1:04d} for the channels" if channels > 1 else ""
+    )
     if not os.path.isdir(input_folder):
-        raise UserError(f"the input folder {input_folder} does not exist")
-    cases: list[list[str]] = create_lists_from_splitted_dataset_folder(input_folder, file_ending)
-    if not cases:
-        raise UserError(
-            f"no cases in {input_folder}: the model expects files named CASE_0000{file_ending}, "
-            "with _0000, _0001 and so on for the channels"
-        )
-    return cases
-
-
-def load_model(predictor: nnUNetPredictor, folder: Path, folds: Sequence[int | str], checkpoint: str) -> None:
-    """Load the folds' checkpoints into a predictor.
-
-    Raises:
-        UserError: a checkpoint cannot be read, or the predictor is NMSW's and the model is not.
-    """
+        what = "is a file, give the folder that holds it" if os.path.exists(input_folder) else "does not exist"
+        raise UserError(f"-i {input_folder} {what}")
     try:
-        with importing():  # nnU-Net imports trainers and networks when it needs them
-            predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot load {checkpoint} of folds {folds} in {folder}: {reason(error)}") from error
-    if isinstance(predictor, NMSWPredictor):
-        _ = predictor.nmsw_network  # raises for a model without one
+        names = sorted(name for name in os.listdir(input_folder) if name.endswith(ending))
+    except OSError as error:
+        raise UserError(f"-i {input_folder} cannot be read: {error.strerror}") from error
+    cases: dict[str, list[str]] = {}
+    for name in names:
+        if not os.path.isfile(os.path.join(input_folder, name)):
+            raise UserError(f"{os.path.join(input_folder, name)} is no file, or a link to a file that is missing")
+        match = re.fullmatch(r"(.*)_(\d{4})", name.removesuffix(ending), re.DOTALL)
+        if match is None:
+            raise UserError(f"{input_folder} has {name}, and {convention}: rename the file or move it away")
+        cases.setdefault(match[1], []).append(name)
+    if not cases:
+        raise UserError(f"no cases in {input_folder}: {convention}")
+    for case, files in cases.items():
+        if files != [f"{case}_{channel:04d}{ending}" for channel in range(channels)]:
+            raise UserError(
+                f"the model takes {channels} channel(s) a case, and {input_folder} has {', '.join(files)}: {convention}"
+            )
+    return [[os.path.join(input_folder, name) for name in files] for files in cases.values()]
 
 
-def _check_model_flags(args: argparse.Namespace) -> None:
+def _check_flags(args: argparse.Namespace) -> None:
+    for name, value, least in (("-npp", args.npp, 0), ("-nps", args.nps, 0), ("-num_parts", args.num_parts, 1)):
+        if value < least:
+            raise UserError(f"{name} is {value}: give a number of at least {least}")
+    if not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+    ignored = [flag for flag in ("d", "tr", "p", "c") if getattr(args, flag) is not None]
+    if args.m is not None and ignored:
+        raise UserError(f"-{ignored[0]} beside -m: -m names the model's folder, leave out one of them")
     if (args.global_model is None) != (args.local_model is None):
         raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
     if args.global_model is not None and any(flag is not None for flag in (args.m, args.d, args.tr, args.p, args.c)):
@@ -214,6 +245,8 @@ def _check_model_flags(args: argparse.Namespace) -> None:
         raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; two stock models do not")
     if args.global_model is not None and args.max_memory is not None:
         raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
+    if args.max_memory is not None:
+        parse_memory(args.max_memory)
     if args.bfloat16 and args.device != "cpu":
         raise UserError(f"--bfloat16 is for -device cpu; -device {args.device} computes as nnU-Net does there")
     if args.engine != "ray" and (args.ray_address is not None or args.cores_per_worker is not None):
@@ -222,38 +255,58 @@ def _check_model_flags(args: argparse.Namespace) -> None:
         raise UserError("--engine ray works on GPUs or processors: give -device cuda or -device cpu")
     if args.cores_per_worker is not None and args.cores_per_worker < 1:
         raise UserError(f"--cores_per_worker is {args.cores_per_worker}: give 1 or more")
-    if not args.max_drop >= 0:
+    if not 0 <= args.max_drop < math.inf:
         raise UserError(f"--max_drop is {args.max_drop}: give a Dice of 0 or more, such as {DEFAULT_MAX_DROP}")
 
 
-def _checked_model(folder: Path) -> Path:
-    for name in ("plans.json", "dataset.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not the folder of a trained model: it has no {name}")
-    return folder
+def _check_output(folder: str) -> None:
+    """See that files can be written into a folder, which is made.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"-o {folder} is a file: give a folder")
+    try:
+        with written_whole(Path(folder)):
+            pass
+    except OSError as error:
+        raise UserError(f"-o {folder} cannot be written into: {error.strerror or reason(error)}") from error
+
+
+def _check_memory(args: argparse.Namespace, cases: list[list[str]], folder: Path, fold: int | str) -> None:
+    """See that memory suffices but for what the network itself takes, which is known when it is loaded.
+
+    Raises:
+        UserError: it does not.
+    """
+    file = folder / f"fold_{fold}" / args.chk
+    name = configuration_of(read_checkpoint(file, args.trust_model, mmap=True), file)
+    resolved, dataset = read_configuration(folder, name), read_document(folder, "dataset.json")
+    plans = PlansManager(read_document(folder, "plans.json"))
+    configuration = plans.get_configuration(name)
+    channels = determine_num_input_channels(plans, configuration, dataset)
+    classes = plans.get_label_manager(dataset).num_segmentation_heads
+    factor = NMSWConfig.from_configuration(resolved).downsampling_factor
+    check_least(parse_memory(args.max_memory), cases, plans, configuration, channels, classes, factor)
 
 
 def _matches(folder: Path, args: argparse.Namespace) -> bool:
-    asked = (args.tr, args.p, args.c)
-    return all(a is None or a == part for a, part in zip(asked, folder.name.split("__"), strict=True))
+    asked, parts = (args.tr, args.p, args.c), folder.name.split("__")
+    return len(parts) == len(asked) and all(a is None or a == part for a, part in zip(asked, parts, strict=True))
 
 
 def _trained_with_nmsw(folder: Path) -> bool:
     """Whether an NMSW trainer wrote this folder: a stock one is named otherwise and resolves no settings."""
-    trainer, _, configuration = folder.name.split("__")
-    plans = folder / "plans.json"
-    if not plans.is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
+    trainer, _, name = folder.name.split("__")
+    if not (folder / "plans.json").is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
         return False
-    settings = json.loads(plans.read_text())["configurations"].get(configuration, {}).get(PLANS_KEY, {})
-    return "NMSW" in trainer or "downsampling_factor" in settings
-
-
-def _check_channels(cases: list[list[str]], predictor: NMSWPredictor) -> None:
-    channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
-    for files in cases:
-        if len(files) != channels:
-            names = ", ".join(os.path.basename(file) for file in files)
-            raise UserError(f"the model takes {channels} channel(s) a case, the input folder has {names}")
+    try:
+        settings = read_document(folder, "plans.json")["configurations"].get(name, {}).get(PLANS_KEY)
+    except UserError as error:  # one broken folder must not hide the others
+        print(f"WARNING: left out: {error}")
+        return False
+    return "NMSW" in trainer or (isinstance(settings, dict) and "downsampling_factor" in settings)
 
 
 def _check_previous_stage(cases: list[list[str]], predictor: NMSWPredictor, folder: str | None) -> None:
@@ -275,10 +328,17 @@ def _check_previous_stage(cases: list[list[str]], predictor: NMSWPredictor, fold
 
 
 def prepare_device(name: str) -> torch.device:
+    """The device of this name, with as many threads as go with it.
+
+    Raises:
+        UserError: there is none.
+    """
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA device: give -device cpu, or -device mps on a Mac")
         torch.set_num_threads(1)
+    elif name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no MPS device, which Macs with Apple's processors have: give -device cpu")
     elif name == "cpu":
         torch.set_num_threads(multiprocessing.cpu_count())
     return torch.device(name)
@@ -382,6 +442,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of a running Ray cluster. Default: RAY_ADDRESS, else the one that runs here, else one is started here",
     )
     add("--cores_per_worker", type=int, help="with Ray on a CPU: cores of a worker. Default: those of a machine")
+    add(
+        TRUST_FLAG,
+        action="store_true",
+        help="load the model as nnU-Net does, with whatever code its checkpoints and plans hold: for a model of your "
+        "own whose network is your own, too",
+    )
     add("--verbose", action="store_true", help="tell what is being done")
     add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
     add("--not_on_device", action="store_true", help="keep results on the host: for volumes too large for the device")

@@ -5,22 +5,26 @@ Tensor suffixes: Z Y X axes of the cropped image, transposed as the plans say.
 
 from __future__ import annotations
 
-import gzip
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.preprocessing.resampling.default_resampling import ANISO_THRESHOLD, determine_do_sep_z_and_axis
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
 
-from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.files import check_whole
 from nnunet_nmsw.inference.interpolation import Axis, linear_axis, nearest_axis
 from nnunet_nmsw.inference.resampling import is_known
+
+PLAIN = "labels"
+"""What files are named while they are written."""
 
 
 def can_stream(configuration: ConfigurationManager) -> bool:
@@ -79,42 +83,78 @@ def in_image(
     return transposed
 
 
-def write_labels(
-    segmentation: np.ndarray, file: str, file_ending: str, plans: PlansManager, properties: dict[str, Any]
-) -> None:
-    """Write labels with nnU-Net's writer, under another name until all is written.
+def write_labels(segmentation: np.ndarray, file: Path, plans: PlansManager, properties: dict[str, Any]) -> None:
+    """Write labels with nnU-Net's writer, and see that they are whole.
+
+    Writers of NIfTI take a name such as `a.nii.nii.gz` for another one, so files get their names afterwards.
 
     Args:
         segmentation: of `in_image`.
-        file: without the ending.
-        file_ending: the dataset's.
+        file: in a folder that `written_whole` gave.
         plans: the model's plans.
         properties: nnU-Net's of the preprocessed image.
 
     Raises:
-        UserError: it cannot be written.
+        OSError: it cannot be written; and whatever nnU-Net's writer raises.
     """
-    folder, name = os.path.split(os.path.abspath(file))
-    try:
-        # A folder, since some writers leave a second file beside the first.
-        with tempfile.TemporaryDirectory(prefix=f".{name}_", dir=folder) as unfinished:
-            plans.image_reader_writer_class().write_seg(
-                segmentation, os.path.join(unfinished, name + file_ending), properties
-            )
-            check_whole(os.path.join(unfinished, name + file_ending))
-            for written in sorted(os.listdir(unfinished), key=lambda other: other == name + file_ending):
-                os.replace(os.path.join(unfinished, written), os.path.join(folder, written))
-    except (OSError, EOFError, RuntimeError) as error:
-        raise UserError(f"cannot write {file}{file_ending}: {reason(error)}") from error
+    ending = ending_of(file.name, plans)
+    with plain_names(file.parent, file.name.removesuffix(ending)) as plain:
+        plans.image_reader_writer_class().write_seg(segmentation, f"{plain}{ending}", properties)
+        check_whole(f"{plain}{ending}")
 
 
-def check_whole(file: str) -> None:
-    """See that a compressed file is complete: SimpleITK's writer of NIfTI says nothing when the disk is full.
+def write_logits(
+    logits: np.ndarray,
+    folder: Path,
+    name: str,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset: dict[str, Any],
+    properties: dict[str, Any],
+    save_probabilities: bool = False,
+) -> None:
+    """Write the labels of a volume of logits by nnU-Net's export, and probabilities where they are asked for.
+
+    Args:
+        logits: shape C, D, H, W.
+        folder: that `written_whole` gave.
+        name: of the case.
+        plans: the model's.
+        configuration: the model's.
+        dataset: the model's dataset.json.
+        properties: nnU-Net's of the preprocessed image.
+        save_probabilities: write these, too.
 
     Raises:
-        EOFError: it is not.
+        OSError: it cannot be written; and whatever nnU-Net's writer raises.
     """
-    if file.endswith(".gz"):
-        with gzip.open(file) as compressed:
-            while compressed.read(1 << 20):
-                pass
+    ending = dataset["file_ending"]
+    with plain_names(folder, name) as plain:
+        export_prediction_from_logits(
+            logits,
+            properties,
+            configuration,
+            plans,
+            dataset,
+            str(plain),
+            save_probabilities,
+            num_threads_torch=torch.get_num_threads(),  # of the whole process, hence as they are
+        )
+        check_whole(f"{plain}{ending}")
+
+
+@contextmanager
+def plain_names(folder: Path, name: str) -> Iterator[Path]:
+    """Give a plain name, without ending, for what is written, and rename all that has it to `name` at the end."""
+    within = folder / PLAIN
+    within.mkdir()
+    yield within / PLAIN
+    for file in within.iterdir():
+        file.rename(folder / (name + file.name.removeprefix(PLAIN)))
+    within.rmdir()
+
+
+def ending_of(name: str, plans: PlansManager) -> str:
+    """The ending of a label file that nnU-Net's writer of the plans knows, the longest that fits."""
+    endings = [e for e in plans.image_reader_writer_class().supported_file_endings if name.lower().endswith(e.lower())]
+    return name[-len(max(endings, key=len)) :] if endings else Path(name).suffix

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from nnunet_nmsw.config import parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import blended_trust, fuse_volume_
 from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
+from nnunet_nmsw.inference.model_folder import initialize, trained_folds
 from nnunet_nmsw.inference.streaming import mean
 from nnunet_nmsw.inference.windows import ChosenWindows
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
@@ -34,6 +36,7 @@ class LogitsPredictor(nnUNetPredictor):
         num_patches: see `NMSWPredictor`.
         use_global_branch: see `NMSWPredictor`.
         bfloat16: see `NMSWPredictor`.
+        trust_model: see `NMSWPredictor`.
         **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
     """
 
@@ -42,10 +45,11 @@ class LogitsPredictor(nnUNetPredictor):
         num_patches: int | str | None = None,
         use_global_branch: bool = True,
         bfloat16: bool = False,
+        trust_model: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.bfloat16 = bfloat16
+        self.bfloat16, self.trust_model = bfloat16, trust_model
         self.num_patches = None
         if num_patches is not None:
             self.num_patches = parse_num_patches(num_patches, "num_patches", automatic=True)
@@ -73,9 +77,23 @@ class LogitsPredictor(nnUNetPredictor):
             )
         return self.network
 
-    def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
-        """See the parent."""
-        super().initialize_from_trained_model_folder(*args, **kwargs)
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """See the parent. Code that comes with the model does not run, unless `trust_model` allows it.
+
+        Raises:
+            UserError: the model cannot be loaded, or is not to be trusted.
+        """
+        folder = Path(model_training_output_dir)
+        folds = [use_folds] if isinstance(use_folds, str) else use_folds or trained_folds(folder, checkpoint_name)
+        if not folds:
+            raise UserError(f"no fold in {folder} has a {checkpoint_name}: finish a training, or name another one")
+        load = super().initialize_from_trained_model_folder
+        initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         self._compile_branches()
 
     def manual_initialization(self, *args: Any, **kwargs: Any) -> None:

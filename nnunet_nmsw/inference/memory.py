@@ -16,9 +16,11 @@ import SimpleITK as sitk
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_nmsw.errors import ERRORS_OF_A_CASE, UserError
+from nnunet_nmsw.console import printable
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.preprocessing import HEADERS
 from nnunet_nmsw.inference.resampling import is_known
-from nnunet_nmsw.inference.streaming import bytes_of_plane
+from nnunet_nmsw.inference.streaming import FEWEST_PLANES, bytes_of_plane
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -37,9 +39,6 @@ COPIES_OF_COARSE = 5
 
 SLACK = 256 << 20
 """For what is not counted, and for memory that the allocator keeps."""
-
-HEADERS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
-"""Files whose headers SimpleITK reads without the image."""
 
 
 class Size(NamedTuple):
@@ -123,6 +122,8 @@ def size_of(files: Sequence[str], plans: PlansManager, configuration: Configurat
         plans: the model's.
         configuration: the model's.
     """
+    if files[0] != printable(files[0]):  # readers do not survive it
+        return None
     try:
         if files[0].endswith(HEADERS):
             reader = sitk.ImageFileReader()
@@ -133,7 +134,7 @@ def size_of(files: Sequence[str], plans: PlansManager, configuration: Configurat
         else:
             image, properties = plans.image_reader_writer_class().read_images(list(files[:1]))
             shape, spacing = image.shape[1:], properties["spacing"]
-    except ERRORS_OF_A_CASE:
+    except Exception:  # noqa: BLE001 - readers raise errors of every type
         return None
     shape, spacing = ([of[axis] for axis in plans.transpose_forward] for of in (shape[-3:], spacing[-3:]))
     volume = compute_new_shape(shape, spacing, configuration.spacing)
@@ -163,6 +164,27 @@ def needs_of(
         plane=bytes_of_plane(classes, plane),
         window=2 * classes * math.prod(configuration.patch_size),
     )
+
+
+def check_least(
+    limit: int,
+    cases: Sequence[Sequence[str]],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    channels: int,
+    classes: int,
+    factor: Sequence[int],
+) -> None:
+    """See that a bound is not too small for what is known before a network is loaded. Arguments as in `needs_of`.
+
+    Raises:
+        UserError: it is.
+    """
+    wanted = Share(0, 1, 0, 0, 1)
+    for files in cases:
+        if size := size_of(files, plans, configuration):
+            needs = needs_of(size, configuration, channels, classes, factor)
+            share_out(limit, memory_of_process(), needs, 0, wanted, FEWEST_PLANES, size.case)
 
 
 def share_out(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -18,22 +18,24 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.errors import Failures, UserError
+from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.fusion import FusionWeights
 from nnunet_nmsw.geometry import Shape, crop_windows
 from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, stop_at_of_folds
 from nnunet_nmsw.inference.bounded import BoundedPredictor
-from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels
+from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels, write_logits
 from nnunet_nmsw.inference.interpolation import Axis
 from nnunet_nmsw.inference.logits import spatial_shape
-from nnunet_nmsw.inference.preprocessing import Case, preprocessed_cases
+from nnunet_nmsw.inference.preprocessing import Case, in_order, preprocessed_array, preprocessed_cases
 from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
-from nnunet_nmsw.inference.windows import write_windows
+from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
 from nnunet_nmsw.labels import LabelEncoding
 from nnunet_nmsw.network import WindowChoice
 
@@ -50,6 +52,7 @@ class NMSWPredictor(BoundedPredictor):
         max_drop: with "auto", how much Dice, of 1, may be lost for fewer patches.
         max_memory: bytes that this process may have on the host while it predicts files; see `inference.memory`.
         bfloat16: let the networks compute in it where the device is a CPU.
+        trust_model: let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.checkpoint`.
         **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
     """
 
@@ -61,10 +64,16 @@ class NMSWPredictor(BoundedPredictor):
         max_drop: float = DEFAULT_MAX_DROP,
         max_memory: int | None = None,
         bfloat16: bool = False,
+        trust_model: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            max_memory, num_patches=num_patches, use_global_branch=use_global_branch, bfloat16=bfloat16, **kwargs
+            max_memory,
+            num_patches=num_patches,
+            use_global_branch=use_global_branch,
+            bfloat16=bfloat16,
+            trust_model=trust_model,
+            **kwargs,
         )
         self.save_patches = save_patches
         self.max_drop = max_drop
@@ -175,32 +184,117 @@ class NMSWPredictor(BoundedPredictor):
 
     def predict_from_data_iterator(
         self,
-        data_iterator: Iterable[dict[str, Any]],
+        data_iterator: Iterable[Case],
         save_probabilities: bool = False,
         num_processes_segmentation_export: int = default_num_processes,
     ) -> list[Any]:
         """See the parent. Shows a progress bar over cases and writes the windows where `save_patches` asks for it.
 
         Labels are worked out without a volume of logits where neither probabilities nor the plans' way to resample need
-        one; then a list of them, or of None where they are written, comes back.
+        one. A case's files are written by threads while the next cases are predicted, each whole, the labels last. A
+        case that fails is reported, and the others go on.
+
+        Returns:
+            For each case None where it was written or has failed; else its labels, with probabilities a pair.
 
         Raises:
-            UserError: an image cannot be read or labels cannot be written; all other cases are there.
+            UserError: cases have failed; all others are there.
         """
-        failed: list[UserError] = []
-        cases = self._follow(data_iterator, failed)
         reason_for_logits = self._reason_for_logits(save_probabilities)
         if reason_for_logits is not None and self.max_memory is not None:
             raise UserError(f"--max_memory cannot be kept with volumes of logits, and {reason_for_logits}")
-        if reason_for_logits is None:
-            results = self._predict_and_write(cases, num_processes_segmentation_export, failed)
-        else:
+        if reason_for_logits is not None:
             print(f"Logits of whole volumes are kept, which takes time and memory: {reason_for_logits}")
-            num_processes = max(1, num_processes_segmentation_export)
-            results = super().predict_from_data_iterator(cases, save_probabilities, num_processes)
-        if failed:
-            raise UserError("; ".join(map(str, failed)))
+        by_logits = partial(self._logits_of_case, save_probabilities)
+        predict = self._labels_of_case if reason_for_logits is None else by_logits
+        num_writers = max(1, min(num_processes_segmentation_export, self.share.num_writers))
+        failures = Failures()
+        results: list[Any] = []
+        writing: dict[Future[Any], str] = {}
+
+        def collect(at_most: int) -> None:
+            while len(writing) > at_most:
+                done, _ = wait(writing, return_when=FIRST_COMPLETED)
+                for job in done:
+                    what, error = writing.pop(job), job.exception()
+                    if isinstance(error, Exception):
+                        failures.add(what, error)
+
+        bar = tqdm(total=self._num_cases, desc="cases", disable=not self.allow_tqdm, position=1, leave=False)
+        with bar, ThreadPoolExecutor(num_writers, "writing") as writers:
+            for case in data_iterator:
+                results.append(None)
+                if "error" in case:
+                    failures.add(case["what"], case["error"])
+                    bar.update()
+                    continue
+                file = case["ofile"]
+                try:
+                    result, write = predict(case)
+                except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
+                    failures.add(f"cannot predict {file or 'an array'}", error)
+                    empty_cache(self.device)
+                    bar.update()
+                    continue
+                if file is None:
+                    results[-1] = result()
+                else:
+                    windows = self.chosen_windows if self.save_patches else []
+                    collect(num_writers - 1)  # results must not pile up before a slow disk
+                    job = writers.submit(self._write_case, file, write, windows, case["data_properties"])
+                    writing[job] = f"cannot write {file}{self.dataset_json['file_ending']}"
+                bar.update()
+            collect(0)
+        compute_gaussian.cache_clear()
+        empty_cache(self.device)
+        failures.raise_any()
         return results
+
+    def _labels_of_case(self, case: Case) -> tuple[Callable[[], Any], Callable[[Path, str], None]]:
+        """Predict a case's labels; what gives them, and what writes them."""
+        properties = case["data_properties"]
+        segmentation = self.predict_segmentation(_loaded(case["data"]), properties)
+        ending = self.dataset_json["file_ending"]
+
+        def write(folder: Path, name: str) -> None:
+            write_labels(segmentation, folder / (name + ending), self.plans_manager, properties)
+
+        return lambda: segmentation, write
+
+    def _logits_of_case(
+        self, save_probabilities: bool, case: Case
+    ) -> tuple[Callable[[], Any], Callable[[Path, str], None]]:
+        """Predict a case's logits; what makes labels of them as nnU-Net does, and what writes these."""
+        logits = self.predict_logits_from_preprocessed_data(_loaded(case["data"])).cpu()
+        properties = case["data_properties"]
+
+        def labels() -> Any:
+            return convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits.numpy(),
+                self.plans_manager,
+                self.configuration_manager,
+                self.label_manager,
+                properties,
+                save_probabilities,
+                torch.get_num_threads(),
+            )
+
+        def write(folder: Path, name: str) -> None:
+            of_model = (self.plans_manager, self.configuration_manager, self.dataset_json)
+            write_logits(logits.numpy(), folder, name, *of_model, properties, save_probabilities)
+
+        return labels, write
+
+    def _write_case(
+        self, file: str, write: Callable[[Path, str], None], windows: list[ChosenWindows], properties: dict[str, Any]
+    ) -> None:
+        """Write all files of a case, the labels last: where they are, a continued prediction leaves the case out."""
+        path = Path(file)
+        ending = self.dataset_json["file_ending"]
+        with written_whole(path.parent, last=path.name + ending) as folder:
+            write(folder, path.name)
+            if windows:
+                write_windows(folder / "patches", path.name, windows, properties, self.plans_manager, ending)
 
     def predict_from_files_sequential(
         self,
@@ -211,16 +305,14 @@ class NMSWPredictor(BoundedPredictor):
         folder_with_segs_from_prev_stage: str | None = None,
     ) -> Any:
         """See the parent: one case after the other, without processes beside this."""
-        arguments = (list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files)
-        of_both: dict[str, Any] = {
-            "save_probabilities": save_probabilities,
-            "overwrite": overwrite,
-            "folder_with_segs_from_prev_stage": folder_with_segs_from_prev_stage,
-        }
-        if self._reason_for_logits(save_probabilities) is not None:
-            return super().predict_from_files_sequential(*arguments, **of_both)
         return self.predict_from_files(
-            *arguments, num_processes_preprocessing=0, num_processes_segmentation_export=1, **of_both
+            list_of_lists_or_source_folder,
+            output_folder_or_list_of_truncated_output_files,
+            save_probabilities,
+            overwrite,
+            num_processes_preprocessing=0,
+            num_processes_segmentation_export=1,
+            folder_with_segs_from_prev_stage=folder_with_segs_from_prev_stage,
         )
 
     def _reason_for_logits(self, save_probabilities: bool) -> str | None:
@@ -234,38 +326,6 @@ class NMSWPredictor(BoundedPredictor):
             function = self.configuration_manager.configuration["resampling_fn_probabilities"]
             return f"the plans resample probabilities with {function} and settings of their own"
         return None
-
-    def _predict_and_write(
-        self, cases: Iterable[dict[str, Any]], num_writers: int, failed: list[UserError]
-    ) -> list[Any]:
-        """Labels of the cases without a file; the others' are written while the next are predicted."""
-        written: list[Any] = []
-        num_writers = max(1, min(num_writers, self.share.num_writers))
-        with ThreadPoolExecutor(num_writers) as writers:
-            for case in cases:
-                data, file = case["data"], case["ofile"]
-                if isinstance(data, str):  # nnU-Net passes large volumes in files
-                    array = np.load(data)
-                    os.remove(data)
-                    data = torch.from_numpy(array)
-                segmentation = self.predict_segmentation(data, case["data_properties"])
-                if file is None:
-                    written.append(segmentation)
-                    continue
-                unfinished = [job for job in written if isinstance(job, Future) and not job.done()]
-                if len(unfinished) >= num_writers:  # labels must not pile up before a slow disk
-                    wait(unfinished, return_when=FIRST_COMPLETED)
-                arguments = (file, self.dataset_json["file_ending"], self.plans_manager, case["data_properties"])
-                written.append(writers.submit(write_labels, segmentation, *arguments))
-        compute_gaussian.cache_clear()
-        empty_cache(self.device)
-        for job in written:
-            error = job.exception() if isinstance(job, Future) else None
-            if isinstance(error, UserError):
-                failed.append(error)
-            elif error is not None:
-                raise error
-        return [None if isinstance(job, Future) else job for job in written]
 
     def _internal_get_data_iterator_from_lists_of_filenames(
         self,
@@ -288,30 +348,52 @@ class NMSWPredictor(BoundedPredictor):
         """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_cases`."""
         return preprocessed_cases(self, images, previous_stage, outputs, num_threads)
 
-    def _follow(self, data_iterator: Iterable[dict[str, Any]], failed: list[UserError]) -> Iterator[dict[str, Any]]:
-        """Pass the cases on, but for those that cannot be read; each is predicted by the time the next is asked for."""
-        with tqdm(total=self._num_cases, desc="cases", disable=not self.allow_tqdm, position=1, leave=False) as bar:
-            for case in data_iterator:
-                if "error" in case:
-                    print(case["error"])
-                    failed.append(case["error"])
-                    bar.update()
-                    continue
-                yield case
-                if self.save_patches and case["ofile"] is not None:
-                    try:
-                        self._write_windows(case)
-                    except UserError as error:
-                        failed.append(error)
-                bar.update()
-
-    def _write_windows(self, case: dict[str, Any]) -> None:
-        folder, name = os.path.split(case["ofile"])
-        write_windows(
-            os.path.join(folder, "patches"),
-            name,
-            self.chosen_windows,
-            case["data_properties"],
-            self.plans_manager,
-            self.dataset_json["file_ending"],
+    def get_data_iterator_from_raw_npy_data(
+        self,
+        image_or_list_of_images: np.ndarray | list[np.ndarray],
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: np.ndarray | list[np.ndarray] | None,
+        properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
+        truncated_ofname: str | list[str] | None,
+        num_processes: int = 3,
+    ) -> Iterator[Case]:
+        """See the parent. In threads: a script needs no guard against being run again by every process."""
+        images, previous, properties, outputs = map(
+            _as_list,
+            (
+                image_or_list_of_images,
+                segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+                properties_or_list_of_properties,
+                truncated_ofname,
+            ),
         )
+        self._num_cases = len(images)
+        nothing: list[Any] = [None] * len(images)
+        return self.preprocess_arrays(images, properties, previous or nothing, outputs or nothing, num_processes)
+
+    def preprocess_arrays(
+        self,
+        images: list[np.ndarray],
+        properties: list[dict[str, Any]],
+        previous_stage: list[np.ndarray | None],
+        outputs: list[str | None],
+        num_threads: int,
+    ) -> Iterator[Case]:
+        """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_array`."""
+        of_cases = zip(images, properties, previous_stage, outputs, strict=True)
+        return in_order([partial(preprocessed_array, self, *of_case) for of_case in of_cases], num_threads)
+
+
+def _as_list(one_or_several: Any) -> list[Any]:
+    """nnU-Net takes one, several or none of everything."""
+    if one_or_several is None:
+        return []
+    return one_or_several if isinstance(one_or_several, list) else [one_or_several]
+
+
+def _loaded(data: Tensor | str) -> Tensor:
+    """A volume, which nnU-Net's iterators pass in a file where it is large."""
+    if not isinstance(data, str):
+        return data
+    array = np.load(data)
+    os.remove(data)
+    return torch.from_numpy(array)

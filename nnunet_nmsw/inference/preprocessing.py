@@ -6,21 +6,57 @@ would take seconds and half a gigabyte to import nnU-Net.
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
+import numpy as np
+import SimpleITK as sitk
 import torch
-from nnunetv2.inference.data_iterators import PreprocessAdapter
+from nnunetv2.inference.data_iterators import PreprocessAdapter, PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-from nnunet_nmsw.errors import ERRORS_OF_A_CASE, UserError, reason
+from nnunet_nmsw.console import printable
+from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.files import check_whole
 from nnunet_nmsw.inference.resampling import InferenceConfiguration
 
 Case = dict[str, Any]
-"""What nnU-Net's data iterators give: `data`, `data_properties` and `ofile`; or `error`, why it is not there."""
+"""What nnU-Net's data iterators give: `data`, `data_properties` and `ofile`; or `error`, why these are not there, and
+`what` could not be done."""
+
+HEADERS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
+"""Files whose headers SimpleITK reads without the image."""
+
+
+def in_order(jobs: Sequence[Callable[[], Case]], num_threads: int) -> Iterator[Case]:
+    """Do what gives cases, in their order, ahead of who asks for them.
+
+    Args:
+        jobs: each gives a case.
+        num_threads: that work; as many cases are held, ready or not, beside the one that was asked for last. With 0,
+            each job is done when its case is asked for.
+    """
+    left = list(jobs)[::-1]
+    if num_threads == 0:
+        while left:
+            yield left.pop()()
+        return
+    with ThreadPoolExecutor(num_threads, "preprocessing") as threads:
+        ahead: deque[Future[Case]] = deque()
+        try:
+            while left or ahead:
+                while left and len(ahead) < num_threads:
+                    ahead.append(threads.submit(left.pop()))
+                yield ahead.popleft().result()
+        finally:  # whoever asked may have had enough
+            for waiting in ahead:
+                waiting.cancel()
 
 
 def preprocessed_cases(
@@ -37,42 +73,161 @@ def preprocessed_cases(
         images: files by case and channel.
         previous_stage: for the cascade, the file of each case.
         outputs: for each case, the file to be written, without ending.
-        num_threads: that preprocess; as many cases are held, ready or not, beside the one that was asked for last. With
-            0, each is preprocessed when it is asked for.
+        num_threads: that preprocess, see `in_order`.
     """
     previous: list[Any] = previous_stage if previous_stage is not None else [None] * len(images)
     files: list[Any] = outputs if outputs is not None else [None] * len(images)
-    left = list(zip(images, previous, files, strict=True))[::-1]
-    if num_threads == 0:
-        while left:
-            yield preprocessed(predictor, *left.pop())
-        return
-    with ThreadPoolExecutor(num_threads, "preprocessing") as threads:
-        ahead: deque[Future[Case]] = deque()
-        try:
-            while left or ahead:
-                while left and len(ahead) < num_threads:
-                    ahead.append(threads.submit(preprocessed, predictor, *left.pop()))
-                yield ahead.popleft().result()
-        finally:  # whoever asked may have had enough
-            for waiting in ahead:
-                waiting.cancel()
+    of_cases = zip(images, previous, files, strict=True)
+    return in_order([partial(preprocessed, predictor, *of_case) for of_case in of_cases], num_threads)
 
 
 def preprocessed(predictor: nnUNetPredictor, images: list[str], previous_stage: str | None, output: str | None) -> Case:
-    """One case."""
-    configuration = predictor.configuration_manager
-    preprocessor = configuration.preprocessor_class(verbose=predictor.verbose_preprocessing)
-    faster = InferenceConfiguration(
-        configuration, predictor.device, previous_stage is not None or not is_stock(preprocessor)
-    )
-    arguments = (preprocessor, [output], predictor.plans_manager, predictor.dataset_json, faster)
+    """A case from files; with `error` where they cannot be read or preprocessed.
+
+    Args:
+        predictor: whose case it is.
+        images: files by channel.
+        previous_stage: for the cascade, the file of its labels.
+        output: the file to be written, without ending.
+    """
+    what = printable(f"cannot preprocess {', '.join(images)}")
     try:
-        case: Case = next(PreprocessAdapter([images], [previous_stage], *arguments))
-    except ERRORS_OF_A_CASE as error:
-        return {"error": UserError(f"cannot preprocess {', '.join(images)}: {reason(error)}")}
-    case["data"] = case["data"].to(dtype=torch.float32, memory_format=torch.contiguous_format)
-    return case
+        check_names(images, output)
+        if not is_stock(predictor.configuration_manager.preprocessor_class(verbose=False)):
+            preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
+            arguments = (predictor.plans_manager, predictor.dataset_json, _faster(predictor, True))
+            case = next(PreprocessAdapter([images], [previous_stage], preprocessor, [output], *arguments))
+            return _contiguous(case)
+        image, properties = read_images(predictor, images)
+        previous = None if previous_stage is None else read_labels(predictor, previous_stage)
+        return preprocessed_array(predictor, image, properties, previous, output, what)
+    except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
+        return {"error": error, "what": what}
+
+
+def preprocessed_array(
+    predictor: nnUNetPredictor,
+    image: np.ndarray,
+    properties: dict[str, Any],
+    previous_stage: np.ndarray | None,
+    output: str | None,
+    what: str = "cannot preprocess an array",
+) -> Case:
+    """A case from an array as nnU-Net's reader gives it; with `error` where it cannot be preprocessed.
+
+    Args:
+        predictor: whose case it is.
+        image: shape C, Z, Y, X.
+        properties: nnU-Net's of it; not changed.
+        previous_stage: for the cascade, its labels, shape 1, Z, Y, X.
+        output: the file to be written, without ending.
+        what: cannot be done, for messages.
+    """
+    try:
+        case = next(
+            PreprocessAdapterFromNpy(
+                [image],
+                [previous_stage],
+                [deepcopy(properties)],
+                [output],
+                predictor.plans_manager,
+                predictor.dataset_json,
+                _faster(predictor, previous_stage is not None),
+                verbose=predictor.verbose_preprocessing,
+            )
+        )
+    except Exception as error:  # noqa: BLE001 - see above
+        return {"error": error, "what": what}
+    return _contiguous(case)
+
+
+def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """The channels of an image, by nnU-Net's reader, and its properties. Warns of voxels that are no numbers.
+
+    Raises:
+        UserError: a file cannot be read, is damaged, or holds something else than one channel for the model.
+    """
+    image, properties = _read(predictor, files)
+    channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
+    if len(image) != channels:
+        raise UserError(
+            f"cannot use {', '.join(files)}: {'it holds' if len(files) == 1 else 'they hold'} an array of shape "
+            f"{' × '.join(map(str, image.shape))}, and the model takes {channels} channel(s), each a file of three axes"
+        )
+    # The sum of numbers is a number, unless it is too large; and it takes no memory.
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious = not np.isfinite(image.sum(dtype=np.float64))
+    if suspicious and not (finite := np.isfinite(image)).all():
+        number = finite.size - int(np.count_nonzero(finite))
+        print(
+            printable(
+                f"WARNING: {', '.join(files)} has {number:,} voxels that are not numbers or infinite: the prediction "
+                "may be worthless"
+            ),
+            flush=True,
+        )
+    return image, properties
+
+
+def read_labels(predictor: nnUNetPredictor, file: str) -> np.ndarray:
+    """Labels of the cascade's previous stage, shape 1, Z, Y, X.
+
+    Raises:
+        UserError: the file cannot be read or is damaged.
+    """
+    labels, _ = _read(predictor, [file])
+    return labels
+
+
+def _read(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """By nnU-Net's reader, while the files are checked beside it."""
+    reader = predictor.plans_manager.image_reader_writer_class()
+    try:
+        for file in files:
+            check_type(file)
+        with ThreadPoolExecutor(len(files), "checking") as threads:
+            checks = [threads.submit(check_whole, file) for file in files]
+            image, properties = reader.read_images(files)
+            for check in checks:
+                check.result()
+    except Exception as error:
+        # Readers raise errors of every type, and all of them are about the files.
+        why = reason(error) if str(error) or len(files) == 1 else "its channels differ in size or spacing"
+        raise UserError(f"cannot read {', '.join(files)}: {why}") from error
+    return image, properties
+
+
+def check_type(file: str) -> None:
+    """See that the voxels of an image are real numbers: nnU-Net's readers drop the imaginary part.
+
+    Raises:
+        ValueError: they are complex.
+    """
+    if not file.lower().endswith(HEADERS):
+        return
+    header = sitk.ImageFileReader()
+    header.SetFileName(file)
+    try:
+        header.ReadImageInformation()
+    except RuntimeError:  # nnU-Net's reader, perhaps another one, decides
+        return
+    kind = sitk.GetPixelIDValueAsString(header.GetPixelID())
+    if "complex" in kind:
+        raise ValueError(f"its voxels are complex numbers ({kind})")
+
+
+def check_names(images: Sequence[str], output: str | None) -> None:
+    """See that files can be named to libraries, and that the output lies where it should.
+
+    Raises:
+        UserError: a name is not UTF-8, which readers do not survive, or the case has no name for a file.
+    """
+    for name in (*images, output or ""):
+        if name != printable(name):
+            raise UserError(f"cannot read {name}: its name is not UTF-8, rename it")
+    if output is not None and os.path.basename(output) in ("", ".", ".."):
+        case = os.path.basename(output)
+        raise UserError(f'cannot use {", ".join(images)}: no file can have the name of its case, "{case}"; rename it')
 
 
 def is_stock(preprocessor: DefaultPreprocessor) -> bool:
@@ -80,3 +235,13 @@ def is_stock(preprocessor: DefaultPreprocessor) -> bool:
     return all(
         getattr(type(preprocessor), name) is getattr(DefaultPreprocessor, name) for name in ("run_case", "run_case_npy")
     )
+
+
+def _faster(predictor: nnUNetPredictor, keeps_labels: bool) -> Any:
+    """The configuration with a faster resampling of the same result."""
+    return InferenceConfiguration(predictor.configuration_manager, predictor.device, keeps_labels)
+
+
+def _contiguous(case: Case) -> Case:
+    case["data"] = case["data"].to(dtype=torch.float32, memory_format=torch.contiguous_format)
+    return case

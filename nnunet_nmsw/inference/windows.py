@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
+from nibabel.orientations import io_orientation
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.inference.export import write_labels
@@ -39,7 +41,7 @@ class ChosenWindows:
 
 
 def write_windows(
-    folder: str,
+    folder: Path,
     case: str,
     chosen: list[ChosenWindows],
     properties: dict[str, Any],
@@ -49,20 +51,24 @@ def write_windows(
     """Write `<case>.json` and an overlay image `<case>.nii.gz` into a folder.
 
     In the overlay every voxel holds the rank, from 1, of the best window over it, and 0 where no patch was taken. It is
-    NIfTI wherever nnU-Net's reader of the dataset can write that, else of the dataset's own type.
+    NIfTI wherever nnU-Net's reader of the dataset can write that, else of the dataset's own type. Voxels are counted as
+    in the file, whose axes a reader may have turned.
 
     Args:
-        folder: made if needed.
+        folder: within one that `written_whole` gave.
         case: name of the case.
         chosen: one entry a fold of the ensemble.
         properties: nnU-Net's properties of the preprocessed image.
         plans_manager: the model's plans.
         file_ending: the dataset's.
+
+    Raises:
+        OSError: something cannot be written.
     """
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shape = np.array(properties["shape_before_cropping"])[plans_manager.transpose_backward]
     overlay = np.zeros(shape, np.uint8)
-    affine = index_to_world(properties)
+    affine, axes = index_to_world(properties), axes_in_file(properties)
     windows: list[dict[str, Any]] = []
     for fold, choice in enumerate(chosen):
         edges = edges_in_image(choice, properties, plans_manager.transpose_backward)
@@ -71,7 +77,7 @@ def write_windows(
             box = overlay[tuple(slice(a, b) for a, b in zip(first, end, strict=True))]
             box[(box == 0) | (box > rank)] = min(rank, MAX_OVERLAY_RANK)
         for rank, (edge, score) in enumerate(zip(edges, choice.scores, strict=True), 1):
-            first, end = edge[:, ::-1].round().astype(int).clip(0, shape[::-1])
+            first, last = in_file(edge[:, ::-1].round().astype(int).clip(0, shape[::-1]), shape[::-1], axes)
             centre = affine @ [*(edge.mean(0)[::-1] - 0.5), 1]
             windows.append(
                 {
@@ -79,24 +85,56 @@ def write_windows(
                     "rank": rank,
                     "score": round(float(score), 6),
                     "first_voxel_xyz": first.tolist(),
-                    "last_voxel_xyz": (end - 1).tolist(),
+                    "last_voxel_xyz": last.tolist(),
                     "centre_mm_lps": centre[:3].round(3).tolist(),
                 }
             )
     endings = plans_manager.image_reader_writer_class().supported_file_endings
     ending = ".nii.gz" if ".nii.gz" in endings else file_ending
-    write_labels(overlay, os.path.join(folder, case), ending, plans_manager, properties)
+    write_labels(overlay, folder / (case + ending), plans_manager, properties)
     content = {
         "case": case,
         "windows_to_choose_from": chosen[0].num_windows,
         "patches_per_model": [len(choice.starts) for choice in chosen],
         # In nnU-Net's order and under its name: where the overlay is a TIFF, nnU-Net looks for its spacing here.
         "spacing": list(map(float, properties["spacing"])),
-        "image_shape_xyz": shape[::-1].tolist(),
+        "image_shape_xyz": [int(shape[::-1][axis]) for axis, _ in axes],
         "windows": windows,
     }
-    with open(os.path.join(folder, case + ".json"), "w") as file:
-        json.dump(content, file, indent=1)
+    (folder / f"{case}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def axes_in_file(properties: dict[str, Any]) -> list[tuple[int, bool]]:
+    """Where the axes of a file (x, y, z) are in the image as its reader gave it: number there, and whether turned over.
+
+    nnU-Net's readers `NibabelIOWithReorient` and `SimpleITKIOWithReorient` bring images into RAS.
+    """
+    if "reoriented_affine" in properties.get("nibabel_stuff", {}):
+        axes = io_orientation(properties["nibabel_stuff"]["original_affine"])
+        return [(int(axis), direction < 0) for axis, direction in axes]
+    if "original_orientation" in properties.get("sitk_stuff", {}):
+        of_image = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(properties["sitk_stuff"]["direction"])
+        pairs = [next(pair for pair in ("RL", "AP", "IS") if letter in pair) for letter in of_image]
+        of_file = properties["sitk_stuff"]["original_orientation"]
+        numbers = [next(axis for axis in range(3) if letter in pairs[axis]) for letter in of_file]
+        return [(axis, letter != of_image[axis]) for axis, letter in zip(numbers, of_file, strict=True)]
+    return [(0, False), (1, False), (2, False)]
+
+
+def in_file(edges: np.ndarray, shape: np.ndarray, axes: list[tuple[int, bool]]) -> tuple[np.ndarray, np.ndarray]:
+    """First and last voxel of a box as the file counts them.
+
+    Args:
+        edges: first voxel and the one behind the last, 2 × 3 integers, as the image has been read; x, y, z.
+        shape: voxels of the image as it has been read; x, y, z.
+        axes: of `axes_in_file`.
+    """
+    first, last = edges[0], edges[1] - 1
+    boxes = [
+        (shape[axis] - 1 - last[axis], shape[axis] - 1 - first[axis]) if turned else (first[axis], last[axis])
+        for axis, turned in axes
+    ]
+    return np.array([box[0] for box in boxes]), np.array([box[1] for box in boxes])
 
 
 def edges_in_image(choice: ChosenWindows, properties: dict[str, Any], transpose_backward: list[int]) -> np.ndarray:

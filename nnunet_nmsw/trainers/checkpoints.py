@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nnunet_nmsw.checkpoint import read_checkpoint
 from nnunet_nmsw.config import PLANS_KEY, NMSWConfig
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import remove_leftovers, written_whole
 from nnunet_nmsw.trainers.pretrained import (
     AlreadyLoaded,
     load_pretrained,
     pretrained_weights_of_command_line,
-    read_checkpoint,
 )
 from nnunet_nmsw.trainers.validation import TrainerWithNMSWValidation
 
@@ -51,6 +52,8 @@ class TrainerWithNMSWCheckpoints(TrainerWithNMSWValidation):
         """See the parent."""
         self._unwrap_pretrained()
         super().on_train_start()
+        if self.local_rank == 0:
+            remove_leftovers(Path(self.output_folder))
 
     def _unwrap_pretrained(self) -> None:
         if isinstance(self.network, AlreadyLoaded):
@@ -58,10 +61,12 @@ class TrainerWithNMSWCheckpoints(TrainerWithNMSWValidation):
 
     def save_checkpoint(self, filename: str) -> None:
         """See the parent. A training that is killed while it writes leaves the checkpoint before, not half a file."""
-        unfinished = Path(f"{filename}.unfinished")
-        super().save_checkpoint(str(unfinished))
-        if self.local_rank == 0 and not self.disable_checkpointing:
-            unfinished.replace(filename)
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        file = Path(filename)
+        with written_whole(file.parent) as unfinished:
+            super().save_checkpoint(str(unfinished / file.name))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """See the parent. For `--c`, `--val` and `--val_best`.

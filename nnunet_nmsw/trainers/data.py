@@ -5,6 +5,7 @@ Tensor suffixes: 1 a batch of one, C channels, D H W axes of the volume, R rando
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from nnunet_nmsw.console import follow_parent
 from nnunet_nmsw.views import OUTSIDE, seed_everything
+
+SLICES_OF_NOISE = 8
+"""Slices of a volume in which its noise is estimated, evenly spaced."""
 
 MOST_DRAWS = 20
 """How often a foreground voxel is drawn until one lies inside of the rotated volume."""
@@ -104,11 +109,11 @@ class Augmentation(NamedTuple):
 class WholeVolumeLoader(DataLoader):
     """Yields one volume a batch, with the first voxels of windows drawn at random, and the draws of its augmentation.
 
-    Each batch is a dictionary: `data` (1, C, D, H, W) float16; `target` (1, 1, D, H, W) int8, or int16 where labels
-    need it, -1 outside of the image; both mirrored, and padded to the patch size where the volume is smaller, as
-    nnU-Net's predictor pads; `previous`, the labels that the cascade's previous stage predicted, as `target`, or None;
-    `random_starts` (R, 3) int64, in the augmented volume; `affine` (3, 3) or None; `seed`;
-    and `keys`.
+    Each batch is a dictionary: `data` (1, C, D, H, W), see `for_travel`; `target` (1, 1, D, H, W) int8, or int16
+    where labels need it, -1 outside of the image; both mirrored, and padded to the patch size where the volume is
+    smaller, as nnU-Net's predictor pads; `previous`, the labels that the cascade's previous stage predicted, as
+    `target`, or None; `random_starts` (R, 3) int64, in the augmented volume; `affine` (3, 3) or None; `seed`; and
+    `keys`.
 
     Args:
         dataset: nnU-Net's preprocessed cases.
@@ -141,6 +146,7 @@ class WholeVolumeLoader(DataLoader):
         self.augmentation = augmentation
         self.at_random = at_random
         self.next_in_order = 0
+        self.follows_parent = False
         self.seed = seed
 
     def get_indices(self) -> list[str]:
@@ -155,11 +161,14 @@ class WholeVolumeLoader(DataLoader):
         if self.seed is not None:
             seed_everything(*self.seed, self.thread_id)
             self.seed = None
+        if not self.follows_parent and multiprocessing.parent_process() is not None:
+            follow_parent()
+            self.follows_parent = True
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             data, segmentation, previous, properties = self._data.load_case(keys[0])
             axes = self.augmentation.draw_mirrored_axes()
-            volume_CDHW = torch.from_numpy(np.asarray(data[:], dtype=np.float16)).flip([axis + 1 for axis in axes])
+            volume_CDHW = for_travel(np.asarray(data[:], dtype=np.float32)).flip([axis + 1 for axis in axes])
             shape = np.array(volume_CDHW.shape[1:])
             volume_CDHW, unpad = pad_nd_image(volume_CDHW, self.patch_size, "constant", {"value": 0}, True)
             labels_1DHW = self._labels(segmentation[:1], axes)
@@ -226,6 +235,32 @@ class WholeVolumeLoader(DataLoader):
                     break
             starts[window] = np.clip(centre - np.array(self.patch_size) // 2, 0, last_start)
         return torch.from_numpy(starts)
+
+
+def for_travel(volume: np.ndarray) -> Tensor:
+    """A volume in the type in which it travels from worker to device: half of the bytes, where nothing is lost by that.
+
+    That is float16, unless a channel has values that it cannot hold, or that it would round by more than the noise of
+    the image. The noise is estimated by the smallest differences: those of neighbours along the last axis which differ,
+    the lower quartile of them.
+
+    Args:
+        volume: float32, shape C, D, H, W.
+
+    Returns:
+        float16 or float32, of the same shape.
+    """
+    for channel in volume:
+        largest = max(abs(float(channel.min(initial=0))), abs(float(channel.max(initial=0))))
+        if not largest <= np.finfo(np.float16).max:  # a NaN is not, either
+            return torch.from_numpy(volume)
+        sample = channel[:: max(1, channel.shape[0] // SLICES_OF_NOISE)]
+        differences = np.abs(np.diff(sample, axis=-1))
+        differences = differences[differences > 0]
+        rounding = float(np.spacing(np.float16(largest))) / 2
+        if len(differences) and rounding > np.quantile(differences, 0.25):
+            return torch.from_numpy(volume)
+    return torch.from_numpy(volume.astype(np.float16))
 
 
 def in_augmented_volume(voxel: np.ndarray, shape: np.ndarray, affine_33: np.ndarray | None) -> np.ndarray:

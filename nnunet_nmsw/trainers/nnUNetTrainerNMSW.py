@@ -29,7 +29,7 @@ from nnunet_nmsw.network import NMSWNetwork, branch_architectures
 from nnunet_nmsw.precision import mixed_precision
 from nnunet_nmsw.trainers.checkpoints import TrainerWithNMSWCheckpoints
 from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
-from nnunet_nmsw.trainers.distributed import mean_over_processes
+from nnunet_nmsw.trainers.distributed import gather_over_processes, mean_over_processes
 from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
 from nnunet_nmsw.trainers.progress import SampledCase, plot_progress, plot_sampling
 from nnunet_nmsw.views import TrainingVolume, seed_everything
@@ -235,15 +235,43 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
         """nnU-Net's step on a whole volume and its random windows."""
         volume = training_volume(batch, self.augmentation, len(self.label_manager.foreground_labels))
         result: dict[str, Any] = super().train_step({"data": volume, "target": volume})
+        if not self.is_ddp and not np.isfinite(result["loss"]):
+            self._check_weights()
         return {**result, **_to_numpy(self.loss.report)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Log the means of the parts of the loss beside nnU-Net's lines."""
+        """Log the means of the parts of the loss beside nnU-Net's lines.
+
+        Raises:
+            UserError: the training cannot recover: a weight is no number, or no step of the epoch had a finite loss.
+        """
+        losses = gather_over_processes([float(output["loss"]) for output in train_outputs])
+        if not np.isfinite(losses).all():
+            self._check_weights()
+        if not np.isfinite(losses).any():
+            raise UserError(
+                f"training stopped in epoch {self.current_epoch}: no step had a finite loss. Look for images that are "
+                "not normalised or hold no numbers; the checkpoints of earlier epochs are as they were"
+            )
         super().on_train_epoch_end(train_outputs)
         outputs = collate_outputs([{k: np.atleast_2d(v) for k, v in output.items()} for output in train_outputs])
         means = mean_over_processes({name: np.concatenate(outputs[name]).mean(0) for name in LOGGED})
         for name, mean in means.items():
             self.logger.log(f"nmsw_{name}", mean.tolist() if len(mean) > 1 else float(mean[0]), self.current_epoch)
+
+    def _check_weights(self) -> None:
+        """See that the network can still learn: once a weight is no number, every later prediction is none, either.
+
+        Raises:
+            UserError: a weight is no number.
+        """
+        for name, weights in self._plain_network().state_dict().items():
+            if weights.is_floating_point() and not weights.isfinite().all():
+                raise UserError(
+                    f"training stopped in epoch {self.current_epoch}: the loss is not finite and weights of {name} are "
+                    "no numbers any more. Look for images that are not normalised or hold no numbers, or lower the "
+                    "learning rate; the checkpoints of earlier epochs are as they were"
+                )
 
     def validation_step(self, batch: dict) -> dict:
         """Loss and pseudo Dice of the fused prediction of one volume, with the windows that inference would take."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nnunet_nmsw.checkpoint import read_checkpoint
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
-from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch, read_checkpoint
+from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch
 
 
 class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):

@@ -7,16 +7,14 @@ takes segmentation layers, without which a frozen branch is worth nothing.
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.network import NMSWNetwork
 
 LOCAL_BRANCH = "local_branch."
@@ -43,21 +41,6 @@ def pretrained_weights_of_command_line(arguments: Sequence[str] | None = None) -
     if file is not None and not file.is_file():
         raise UserError(f"-pretrained_weights {file}: there is no such file")
     return file
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint of nnU-Net, on the host.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"-pretrained_weights {file} cannot be read: {reason(error)}") from error
-    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
-        raise UserError(f"-pretrained_weights {file} is no checkpoint of nnU-Net: it has no network_weights")
-    return checkpoint
 
 
 def load_pretrained(network: NMSWNetwork, weights: Mapping[str, Tensor], source: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import style
@@ -18,10 +18,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.geometry import Shape, upsample_window
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#000000")
 """Okabe and Ito's colours, which the colour-blind can tell apart."""
+
+
+STYLE: list[Any] = ["default", {"text.parse_math": False}]
+"""nnU-Net sets seaborn's for the whole process; and names of cases and labels may have dollar signs."""
 
 
 class SampledCase(NamedTuple):
@@ -48,7 +53,7 @@ class SampledCase(NamedTuple):
     factor: Shape
 
 
-@style.context("default")  # nnU-Net sets seaborn's for the whole process
+@style.context(STYLE)
 def plot_progress(logged: Mapping[str, Sequence], file: Path) -> None:
     """Losses, what the sampler draws, and the fusion, by epoch.
 
@@ -83,7 +88,7 @@ def plot_progress(logged: Mapping[str, Sequence], file: Path) -> None:
     _save(figure, file)
 
 
-@style.context("default")
+@style.context(STYLE)
 def plot_sampling(cases: Sequence[SampledCase], title: str, file: Path) -> None:
     """One row a case: image with the chosen windows, score map, coarse prediction, reference, in one slice.
 
@@ -132,7 +137,5 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
 
 
 def _save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(file.name + ".unfinished")
-    figure.savefig(unfinished, format="png", dpi=100)
-    unfinished.replace(file)
+    with written_whole(file.parent) as unfinished:
+        figure.savefig(unfinished / file.name, format="png", dpi=100)

@@ -1,0 +1,69 @@
+"""What commands print, and how they end: on Ctrl-C and SIGTERM in one line, with nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How often a worker process looks whether its parent is still there."""
+
+unfinished_folders: set[Path] = set()
+"""Folders of files that this process has begun and not finished, see `files.written_whole`."""
+
+
+def printable(text: str) -> str:
+    """A text that every terminal takes: a file name that is not UTF-8 is shown with escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def end_in_one_line(hint: str = "") -> None:
+    """From now on, end this process on Ctrl-C or SIGTERM: one line, no traceback, no workers, no unfinished files.
+
+    The exit status is 130 or 143. That happens between two operations of the main thread, hence after the batch that
+    runs. Threads that read or write are not waited for: what they write has no name yet.
+
+    Args:
+        hint: what remains and how to go on, printed behind "interrupted".
+    """
+    for number, word in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")):
+        signal.signal(number, partial(_end_now, word + hint))
+
+
+def _end_now(line: str, number: int, _frame: FrameType | None) -> None:
+    """Kill workers, remove unfinished files, and leave without waiting for threads."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    for folder in list(unfinished_folders):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(RuntimeError):  # it was printing just now
+        sys.stdout.flush()
+    # A progress bar may stand in the last line.
+    os.write(2, f"{os.linesep if os.isatty(2) else ''}{line}{os.linesep}".encode())
+    os._exit(128 + number)
+
+
+def follow_parent() -> None:
+    """Let this worker process end when its parent is gone, killed for example: it would wait for work for ever."""
+    parent = os.getppid()
+
+    def look() -> None:
+        process = psutil.Process(parent) if psutil.pid_exists(parent) else None
+        while process is not None and os.getppid() == parent and process.is_running():
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=look, name="follow parent", daemon=True).start()

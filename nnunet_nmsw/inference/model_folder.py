@@ -1,0 +1,159 @@
+"""Folders of trained models: found, checked, and loaded into predictors without running code that came with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_nmsw.checkpoint import check_finite, check_origin, configuration_of, loading, read_checkpoint
+from nnunet_nmsw.config import PLANS_KEY
+from nnunet_nmsw.documents import DATASET, PLANS, read_json
+from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.start import importing
+
+DOCUMENTS: dict[str, dict[str, Any]] = {"plans.json": PLANS, "dataset.json": DATASET}
+"""What training leaves in the folder of a model, with the schema of each."""
+
+NEEDED = ("patch_size", "spacing", "normalization_schemes", "architecture")
+"""Keys of a configuration, inheritance resolved, without which nothing can be predicted."""
+
+
+def checked_folder(folder: Path) -> Path:
+    """The folder of a trained model.
+
+    Raises:
+        UserError: it is none.
+    """
+    for name in DOCUMENTS:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not the folder of a trained model: it has no {name}")
+    return folder
+
+
+def read_document(folder: Path, name: str) -> dict[str, Any]:
+    """One of `DOCUMENTS` of a model folder.
+
+    Raises:
+        UserError: it cannot be read or is broken.
+    """
+    content: dict[str, Any] = read_json(folder / name, DOCUMENTS[name])
+    return content
+
+
+def read_configuration(folder: Path, name: str) -> dict[str, Any]:
+    """A configuration of a model's plans, inheritance resolved.
+
+    Raises:
+        UserError: the plans cannot be read or are broken, or have no such configuration.
+    """
+    plans, file = read_document(folder, "plans.json"), folder / "plans.json"
+    if name not in plans["configurations"]:
+        raise UserError(f"{file} has no configuration {name}; it has {', '.join(plans['configurations'])}")
+    try:
+        configuration: dict[str, Any] = PlansManager(plans).get_configuration(name).configuration
+    except Exception as error:  # nnU-Net takes plans as they are
+        raise UserError(f"{file} is broken at configurations.{name}: {reason(error)}") from error
+    missing = next((key for key in NEEDED if key not in configuration), None)
+    if missing is not None:
+        raise UserError(f"{file} is broken at configurations.{name}: it has no {missing}")
+    return configuration
+
+
+def trained_folds(folder: Path, checkpoint: str) -> list[int]:
+    """Numbers of the folds that have a checkpoint."""
+    matches = (
+        re.fullmatch(r"fold_(0|[1-9]\d*)", path.name) for path in folder.glob("fold_*") if (path / checkpoint).is_file()
+    )
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool) -> None:
+    """See that a model can be loaded, before anything of it is.
+
+    Args:
+        folder: of the model.
+        folds: to load.
+        checkpoint: file name of the checkpoints.
+        trust: let checkpoints and plans run code, as nnU-Net does.
+
+    Raises:
+        UserError: a file is missing, broken or damaged, or names code that no model needs.
+    """
+    checked_folder(folder)
+    read_document(folder, "dataset.json")
+    for fold in folds:
+        file = folder / f"fold_{fold}" / checkpoint
+        if not file.is_file():
+            raise UserError(f"there is no checkpoint {file}: train that fold, or choose with -f and -chk")
+        name = configuration_of(read_checkpoint(file, trust, mmap=True), file)
+        configuration = read_configuration(folder, name)
+        if not trust:
+            where = f"{folder / 'plans.json'}, configurations.{name}"
+            check_origin(configuration["architecture"], where)
+            settings = configuration.get(PLANS_KEY)
+            if isinstance(settings, dict) and isinstance(settings.get("global_architecture"), dict):
+                check_origin(settings["global_architecture"], f"{where}.{PLANS_KEY}.global_architecture")
+
+
+def initialize(
+    load: Callable[..., None],
+    predictor: nnUNetPredictor,
+    folder: Path,
+    folds: Sequence[int | str],
+    checkpoint: str,
+    trust: bool,
+) -> None:
+    """Have nnU-Net load a model into a predictor, after `check_model`.
+
+    Args:
+        load: nnU-Net's `initialize_from_trained_model_folder`.
+        predictor: whose method that is.
+        folder: of the model.
+        folds: to load.
+        checkpoint: file name of the checkpoints.
+        trust: see `check_model`.
+
+    Raises:
+        UserError: see `check_model`; or the network cannot be built, or weights do not fit it or are no numbers.
+    """
+    check_model(folder, folds, checkpoint, trust)
+    try:
+        with loading(trust), importing():  # nnU-Net imports trainers and networks when it needs them
+            load(str(folder), tuple(folds), checkpoint)
+    except UserError:
+        raise
+    except Exception as error:
+        # Plans and checkpoint are anybody's, and so is what nnU-Net and networks raise for them.
+        raise UserError(f"cannot load {checkpoint} of folds {list(folds)} in {folder}: {reason(error)}") from error
+    for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
+        check_finite(weights, folder / f"fold_{fold}" / checkpoint)
+
+
+def load_model(
+    predictor: nnUNetPredictor, folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool = False
+) -> None:
+    """Load the folds' checkpoints into a predictor, nnU-Net's or one of this package.
+
+    Args:
+        predictor: to load into.
+        folder: of the model.
+        folds: to load.
+        checkpoint: file name of the checkpoints.
+        trust: see `check_model`.
+
+    Raises:
+        UserError: see `initialize`; or the predictor is NMSW's and the model is not.
+    """
+    from nnunet_nmsw.inference.predictor import NMSWPredictor  # which itself loads by `initialize`
+
+    if isinstance(predictor, NMSWPredictor):
+        predictor.trust_model = trust
+        predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
+        _ = predictor.nmsw_network  # raises for a model without one
+    else:
+        initialize(predictor.initialize_from_trained_model_folder, predictor, folder, folds, checkpoint, trust)
