@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -128,11 +129,11 @@ def _to_disk(file: Path) -> None:
 
 def _is_abandoned(folder: Path) -> bool:
     """Whether the process that wrote in a folder is gone."""
-    host, process, started = folder.name.removeprefix(PREFIX + "_").rsplit("_", 1)[0].rsplit("_", 2)
-    if host != socket.gethostname() or not process.isdigit():
+    match = re.fullmatch(rf"{re.escape(PREFIX)}_(.*)_(\d+)_(\d+)_[^-]{{8}}", folder.name)
+    if match is None or match[1] != socket.gethostname():
         return time.time() - folder.stat().st_mtime > SECONDS_TO_LIVE
     try:
-        return int(psutil.Process(int(process)).create_time()) != int(started)
+        return int(psutil.Process(int(match[2])).create_time()) != int(match[3])
     except psutil.NoSuchProcess:
         return True
 

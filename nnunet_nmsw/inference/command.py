@@ -260,15 +260,18 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _check_output(folder: str) -> None:
-    """See that files can be written into a folder, which is made.
+    """See that files can be written into a folder, or into the one that it will be made in.
 
     Raises:
         UserError: they cannot.
     """
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"-o {folder} is a file: give a folder")
+    there = Path(os.path.abspath(folder))
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"-o {folder}: {there} is a file, give a folder")
     try:
-        with written_whole(Path(folder)):
+        with written_whole(there):
             pass
     except OSError as error:
         raise UserError(f"-o {folder} cannot be written into: {error.strerror or reason(error)}") from error
