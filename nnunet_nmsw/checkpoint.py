@@ -68,11 +68,11 @@ def read_checkpoint(file: Path, trust: bool = False, mmap: bool = False) -> dict
     Raises:
         UserError: it cannot be read, is damaged, would run code, or is no checkpoint of nnU-Net.
     """
-    check_archive(file)
+    is_archive = check_archive(file)
     try:
         with loading(trust):
             # nnU-Net's way: it is `loading` that makes it safe.
-            checkpoint = torch.load(file, map_location="cpu", weights_only=False, mmap=mmap or None)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=False, mmap=(mmap and is_archive) or None)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
         raise UserError(explained(file, error)) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
@@ -98,8 +98,11 @@ def configuration_of(checkpoint: Mapping[str, Any], file: Path) -> str:
     return name
 
 
-def check_archive(file: Path) -> None:
+def check_archive(file: Path) -> bool:
     """See that each part of a checkpoint has the checksum that it was written with; PyTorch does not look.
+
+    Returns:
+        Whether it has such parts: files of before PyTorch 1.6 do not.
 
     Raises:
         UserError: it is damaged or cut off.
@@ -109,13 +112,14 @@ def check_archive(file: Path) -> None:
             with file.open("rb") as opened:
                 if opened.read(2) == b"PK":
                     raise UserError(f"{file} is cut off: copy it again, or choose another checkpoint with -chk")
-            return  # written before PyTorch 1.6
+            return False
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"cannot read {file}: {reason(error)}") from error
     if damaged is not None:
         raise UserError(f"{file} is damaged: {damaged} in it has a wrong checksum; copy it again")
+    return True
 
 
 def check_finite(weights: Mapping[str, Any], file: Path) -> None:
@@ -144,8 +148,9 @@ def explained(file: Path, error: BaseException) -> str:
             f"who made it and give {TRUST_FLAG}"
         )
     if isinstance(error, pickle.UnpicklingError):
-        error = ValueError(text.split("Please file an issue")[0].split("WeightsUnpickler error:")[-1])
-    elif not isinstance(error, RuntimeError | OSError):
+        what = " ".join(text.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].split())
+        return f"{file} cannot be loaded without running code ({what}): give {TRUST_FLAG} if you trust who made it"
+    if not isinstance(error, RuntimeError | OSError):
         return f"{file} is no checkpoint of PyTorch: copy it again, or choose another one with -chk"
     return f"cannot load {file}: {reason(error)}"
 

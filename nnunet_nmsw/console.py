@@ -18,6 +18,9 @@ import psutil
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often a worker process looks whether its parent is still there."""
 
+ENDING = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+"""Signals that end a command, and what it says then."""
+
 unfinished_folders: set[Path] = set()
 """Folders of files that this process has begun and not finished, see `files.written_whole`."""
 
@@ -36,13 +39,34 @@ def end_in_one_line(hint: str = "") -> None:
     Args:
         hint: what remains and how to go on, printed behind "interrupted".
     """
-    for number, word in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")):
+    for number, word in ENDING.items():
         signal.signal(number, partial(_end_now, word + hint))
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_end_as_usual)
+
+
+def _hold_signals() -> None:
+    """Before a fork: a signal that came between it and `_end_as_usual` would be forgotten by Python.
+
+    nnU-Net's pools terminate workers that have hardly started, and wait for them for ever if they do not end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+
+def _release_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def _end_as_usual() -> None:
+    """In a forked worker, which is not the command: it ends when it is told to, without a word."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _release_signals()
 
 
 def _end_now(line: str, number: int, _frame: FrameType | None) -> None:
     """Kill workers, remove unfinished files, and leave without waiting for threads."""
-    for other in (signal.SIGINT, signal.SIGTERM):
+    for other in ENDING:
         signal.signal(other, signal.SIG_IGN)
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):

@@ -173,20 +173,22 @@ TIMING = {
 """Seconds and memory of a method in a comparison."""
 
 
-def read_json(file: Path, schema: dict[str, Any], remedy: str = "") -> Any:
+def read_json(file: Path, schema: dict[str, Any], remedy: str = "", finite: bool = False) -> Any:
     """Read a JSON file and check it.
 
     Args:
         file: to read.
         schema: JSON schema of its content.
         remedy: what to do where it is broken, behind the message.
+        finite: refuse NaN and infinities, which Python writes though JSON has none.
 
     Raises:
         UserError: it cannot be read, is no JSON, or does not fit; names the file and the key.
     """
     hint = f"; {remedy}" if remedy else ""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text, parse_constant=_refuse if finite else None)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or reason(error)}{hint}") from error
     except (ValueError, RecursionError) as error:  # what is not UTF-8 or no JSON
@@ -206,6 +208,10 @@ def check(content: Any, schema: dict[str, Any], where: str, hint: str = "") -> N
         return
     key = ".".join(map(str, best.absolute_path))
     raise UserError(f"{where} is broken{f' at {key}' if key else ''}: {_shortened(best.message)}{hint}")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
 def _shortened(message: str) -> str:

@@ -15,8 +15,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 
 from nnunet_nmsw.console import unfinished_folders
@@ -29,6 +30,9 @@ SECONDS_TO_LIVE = 24 * 3600
 
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
+
+HEADER = 540
+"""Bytes of the longest header that is looked at, NIfTI 2."""
 
 
 @contextmanager
@@ -88,37 +92,42 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def check_whole(file: str | Path) -> None:
+def check_whole(file: str | Path) -> int:
     """See that an image file is complete, where its reader would not: ITK reads missing NIfTI slices as zeros.
 
     Compressed data is decompressed, which checks its checksum; the size that a header of NIfTI or GIPL promises is
     compared with what is there. Readers of other formats see for themselves.
+
+    Returns:
+        How many voxels of a NIfTI file are no numbers, or infinite. ITK reads these as zeros, too.
 
     Raises:
         OSError: it is not complete, or damaged.
     """
     name = str(file).lower()
     try:
-        if name.endswith(".gz"):
-            with gzip.open(file) as data:
-                start, size = _start_and_size(data)
-        else:
-            with open(file, "rb") as data:
-                start, size = data.read(544), os.fstat(data.fileno()).st_size
-                if name.endswith(".mha"):
-                    data.seek(0)
-                    _check_meta_image(data)
+        with gzip.open(file) if name.endswith(".gz") else open(file, "rb") as data:
+            header = data.read(HEADER)
+            if not header:
+                raise OSError("the file is empty")
+            if name.endswith(".mha"):
+                data.seek(0)
+                _check_meta_image(data)
+                return 0
+            nifti = _nifti(header) if name.endswith((".nii", ".nii.gz")) else None
+            floating = None if nifti is None else nifti.floating
+            if name.endswith(".gz") or floating is not None:
+                size, not_finite = _read_through(data, header, nifti)
+            else:
+                size, not_finite = os.fstat(data.fileno()).st_size, 0
     except (EOFError, zlib.error) as error:
         raise OSError(f"the file is damaged or cut off ({error})") from error
-    if not size:
-        raise OSError("the file is empty")
-    needed = 0
-    if name.endswith((".nii", ".nii.gz")):
-        needed = _size_of_nifti(start)
-    elif name.endswith((".gipl", ".gipl.gz")):
-        needed = _size_of_gipl(start)
+    needed = 0 if nifti is None else nifti.size
+    if name.endswith((".gipl", ".gipl.gz")):
+        needed = _size_of_gipl(header)
     if size < needed:
         raise OSError(f"the file is cut off: it has {size:,} bytes of the {needed:,} that its header promises")
+    return not_finite
 
 
 def _to_disk(file: Path) -> None:
@@ -138,16 +147,27 @@ def _is_abandoned(folder: Path) -> bool:
         return True
 
 
-def _start_and_size(data: Any) -> tuple[bytes, int]:
-    """The first bytes of an open file, read to its end, and how many there are."""
-    start = data.read(BLOCK)
-    size = len(start)
+def _read_through(data: Any, header: bytes, nifti: Nifti | None) -> tuple[int, int]:
+    """Read an open file from behind its header to its end: bytes in all, and voxels that are not finite."""
+    size, not_finite, rest = len(header), 0, b""
+    skip = 0
+    if nifti is not None:
+        rest, skip = header[nifti.offset :], max(0, nifti.offset - len(header))
     while block := data.read(BLOCK):
         size += len(block)
-    return start[:544], size
+        if nifti is None or nifti.floating is None:
+            continue
+        skipped = min(skip, len(block))
+        skip -= skipped
+        block = rest + block[skipped:]
+        whole = len(block) - len(block) % nifti.floating.itemsize
+        values = np.frombuffer(block[:whole], nifti.floating)
+        not_finite += len(values) - int(np.count_nonzero(np.isfinite(values)))
+        rest = block[whole:]
+    return size, not_finite
 
 
-def _check_meta_image(data: BinaryIO) -> None:
+def _check_meta_image(data: Any) -> None:
     """Decompress a MetaImage, whose reader goes on after an error."""
     fields = {}
     for line in iter(data.readline, b""):
@@ -164,32 +184,49 @@ def _check_meta_image(data: BinaryIO) -> None:
         raise EOFError("compressed data ends before its end")
 
 
-def _size_of_nifti(start: bytes) -> int:
-    """Bytes of an uncompressed NIfTI file by its header, version 1 or 2; 0 for what is none."""
+class Nifti(NamedTuple):
+    """What the header of an uncompressed NIfTI file says, version 1 or 2.
+
+    Attributes:
+        size: bytes of the file.
+        offset: of the first voxel.
+        floating: type of the voxels where that is a floating one.
+    """
+
+    size: int
+    offset: int
+    floating: np.dtype | None
+
+
+def _nifti(header: bytes) -> Nifti | None:
+    """Read the header; None for what is none."""
     for order in "<>":
-        if len(start) >= 348 and struct.unpack_from(order + "i", start)[0] == 348:
-            axes, *shape = struct.unpack_from(order + "8h", start, 40)
-            (bits,) = struct.unpack_from(order + "h", start, 72)
-            (offset,) = struct.unpack_from(order + "f", start, 108)
-        elif len(start) >= 540 and struct.unpack_from(order + "i", start)[0] == 540:
-            axes, *shape = struct.unpack_from(order + "8q", start, 16)
-            (bits,) = struct.unpack_from(order + "h", start, 14)
-            (offset,) = struct.unpack_from(order + "q", start, 168)
+        if len(header) >= 348 and struct.unpack_from(order + "i", header)[0] == 348:
+            axes, *shape = struct.unpack_from(order + "8h", header, 40)
+            kind, bits = struct.unpack_from(order + "2h", header, 70)
+            (offset,) = struct.unpack_from(order + "f", header, 108)
+        elif len(header) >= 540 and struct.unpack_from(order + "i", header)[0] == 540:
+            axes, *shape = struct.unpack_from(order + "8q", header, 16)
+            kind, bits = struct.unpack_from(order + "2h", header, 12)
+            (offset,) = struct.unpack_from(order + "q", header, 168)
         else:
             continue
+        if not 0 <= offset < 1 << 31:  # nor a NaN
+            return None
         size = bits // 8
         for n in shape[: max(0, min(axes, 7))]:
             size *= max(1, n)
-        return int(offset) + size if offset == offset else 0  # a NaN has no bytes
-    return 0
+        floating = {16: np.dtype(order + "f4"), 64: np.dtype(order + "f8")}.get(kind)
+        return Nifti(int(offset) + size, int(offset), floating)
+    return None
 
 
-def _size_of_gipl(start: bytes) -> int:
+def _size_of_gipl(header: bytes) -> int:
     """Bytes of an uncompressed GIPL file by its header of 256 bytes; 0 for a type of voxel that is not known."""
     bytes_of_type = {7: 1, 8: 1, 15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}
-    if len(start) < 256:
+    if len(header) < 256:
         return 256
-    *shape, voxel_type = struct.unpack_from(">5H", start)
+    *shape, voxel_type = struct.unpack_from(">5H", header)
     size = bytes_of_type.get(voxel_type, 0)
     for n in shape:
         size *= max(1, n)

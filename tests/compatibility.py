@@ -40,10 +40,6 @@ FEATURES = (
 RESULTS = pytest.StashKey[dict[str, str]]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--compatibility", metavar="FILE", help="write what the tests marked `compatibility` showed")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = {}
 

@@ -1,8 +1,10 @@
-"""Fixtures for tests that need a network but no training, and the document of `compatibility.py`."""
+"""Fixtures that tests of all kinds share, options, and the document of `compatibility.py`."""
+
+from pathlib import Path
 
 import pytest
+from commands import DATASET, TRAINER, run_executable, write_tiny_plans
 from compatibility import (  # noqa: F401
-    pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_runtest_makereport,
@@ -10,10 +12,37 @@ from compatibility import (  # noqa: F401
 )
 from tiny import build_network
 
+from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.network import NMSWNetwork
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compatibility", metavar="FILE", help="write what the tests marked `compatibility` showed")
+    parser.addoption("--kills", type=int, default=4, help="how often the tests marked `faults` kill each command")
 
 
 @pytest.fixture
 def tiny_network() -> NMSWNetwork:
     """The network of the default tiny plans, in evaluation mode."""
     return build_network().eval()
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model: plan, preprocess, train one epoch, validate."""
+    folder = tmp_path_factory.mktemp("nnunet")
+    write_dataset(folder / "nnUNet_raw" / DATASET, num_training=5, num_test=2, size=44)
+    run_executable("nnUNetv2_plan_and_preprocess -d 998 -c 3d_fullres -npfp 1 -np 1", folder)
+    before = sorted((folder / "nnUNet_preprocessed" / DATASET).rglob("*"))
+    write_tiny_plans(folder, DATASET)
+    run_executable(f"nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr {TRAINER} -device cpu", folder)
+    after = sorted((folder / "nnUNet_preprocessed" / DATASET).rglob("*"))
+    new = {file.name for file in set(after) - set(before)}
+    assert new == {"nnUNetPlans_small.json", "splits_final.json"}  # no second copy of the data
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(workspace: Path) -> Path:
+    """The model's folder."""
+    return workspace / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans_small__3d_fullres"

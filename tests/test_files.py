@@ -70,9 +70,14 @@ def test_files_appear_together_the_last_one_last(tmp_path, monkeypatch):
 
 def test_after_an_error_there_is_nothing(tmp_path):
     (tmp_path / "a").write_text("before")
-    with pytest.raises(ValueError, match="half"), written_whole(tmp_path) as folder:
-        (folder / "a").write_text("half")
-        raise ValueError("half")
+
+    def fail() -> None:
+        with written_whole(tmp_path) as folder:
+            (folder / "a").write_text("half")
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        fail()
     assert (tmp_path / "a").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
 

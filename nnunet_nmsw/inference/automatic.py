@@ -77,7 +77,7 @@ def stop_at_of_folds(model_folder: Path, folds: Sequence[int | str] | None, max_
             "training writes: run nnUNetv2_train with --val for that fold, or give a number of patches"
         )
     remedy = "run nnUNetv2_train with --val for that fold, or give a number of patches"
-    calibrations: list[dict[str, Any]] = [read_json(file, CALIBRATION, remedy) for file in files]
+    calibrations: list[dict[str, Any]] = [read_json(file, CALIBRATION, remedy, finite=True) for file in files]
     dice: dict[float, list[tuple[float, int]]] = {}
     for calibration in calibrations:
         for row in calibration["thresholds"]:

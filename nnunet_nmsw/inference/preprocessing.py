@@ -147,7 +147,7 @@ def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarra
     Raises:
         UserError: a file cannot be read, is damaged, or holds something else than one channel for the model.
     """
-    image, properties = _read(predictor, files)
+    image, properties, not_finite = _read(predictor, files)
     channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
     if len(image) != channels:
         raise UserError(
@@ -157,15 +157,11 @@ def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarra
     # The sum of numbers is a number, unless it is too large; and it takes no memory.
     with np.errstate(over="ignore", invalid="ignore"):
         suspicious = not np.isfinite(image.sum(dtype=np.float64))
-    if suspicious and not (finite := np.isfinite(image)).all():
-        number = finite.size - int(np.count_nonzero(finite))
-        print(
-            printable(
-                f"WARNING: {', '.join(files)} has {number:,} voxels that are not numbers or infinite: the prediction "
-                "may be worthless"
-            ),
-            flush=True,
-        )
+    if suspicious:
+        not_finite = max(not_finite, image.size - int(np.count_nonzero(np.isfinite(image))))
+    if not_finite:
+        what = f"WARNING: {', '.join(files)} has {not_finite:,} voxels that are no numbers or infinite"
+        print(printable(f"{what}: the prediction may be worthless"), flush=True)
     return image, properties
 
 
@@ -175,12 +171,12 @@ def read_labels(predictor: nnUNetPredictor, file: str) -> np.ndarray:
     Raises:
         UserError: the file cannot be read or is damaged.
     """
-    labels, _ = _read(predictor, [file])
+    labels, _, _ = _read(predictor, [file])
     return labels
 
 
-def _read(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """By nnU-Net's reader, while the files are checked beside it."""
+def _read(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarray, dict[str, Any], int]:
+    """By nnU-Net's reader, while the files are checked beside it; and what `check_whole` counts."""
     reader = predictor.plans_manager.image_reader_writer_class()
     try:
         for file in files:
@@ -188,13 +184,12 @@ def _read(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarray, dic
         with ThreadPoolExecutor(len(files), "checking") as threads:
             checks = [threads.submit(check_whole, file) for file in files]
             image, properties = reader.read_images(files)
-            for check in checks:
-                check.result()
+            not_finite = sum(check.result() for check in checks)
     except Exception as error:
         # Readers raise errors of every type, and all of them are about the files.
         why = reason(error) if str(error) or len(files) == 1 else "its channels differ in size or spacing"
         raise UserError(f"cannot read {', '.join(files)}: {why}") from error
-    return image, properties
+    return image, properties, not_finite
 
 
 def check_type(file: str) -> None:

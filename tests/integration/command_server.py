@@ -4,10 +4,11 @@ What runs is the function of the installed command with its arguments, environme
 command, without the six seconds of computation that importing PyTorch and nnU-Net takes.
 
 Reads one request a line on standard input, an object in JSON: `arguments` (the name of the command first), `variables`
-(the whole environment), `folder`, and the files `stdout` and `stderr`. Writes one line when the command has ended, its
-exit status.
+(the whole environment), `folder`, and the files `stdout` and `stderr`. Writes one line when the command has started,
+its number as a process and a process group, and one when it has ended, its exit status.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the requests are the server's
             os.chdir(request["folder"])
             os.environ.clear()
             os.environ.update(request["variables"])
@@ -38,6 +40,9 @@ def main() -> None:
             register()  # as at the start of every interpreter
             sys.argv = request["arguments"]
             sys.exit(scripts[sys.argv[0]].load()())
+        with contextlib.suppress(PermissionError):  # the child is further, and has done it itself
+            os.setpgid(child, child)
+        print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

@@ -34,13 +34,20 @@ def environment(workspace: Path) -> dict[str, str]:
     }
 
 
-def run(command: str, workspace: Path, check: bool = True, **changes: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: str,
+    workspace: Path,
+    check: bool = True,
+    meanwhile: Callable[[int], None] | None = None,
+    **changes: str,
+) -> subprocess.CompletedProcess[str]:
     """Run a console command of this environment with nnU-Net's folders inside a workspace, see `command_server.py`.
 
     Args:
         command: name and arguments, as in a shell.
         workspace: the working folder.
         check: fail where the command does.
+        meanwhile: is called with the command's number as a process, and process group, while it runs.
         **changes: of the environment; an empty value takes the variable out.
     """
     variables = {key: value for key, value in {**environment(workspace), **changes}.items() if value}
@@ -51,6 +58,9 @@ def run(command: str, workspace: Path, check: bool = True, **changes: str) -> su
         assert server.stdin is not None
         assert server.stdout is not None
         print(json.dumps(request), file=server.stdin, flush=True)
+        process = int(server.stdout.readline())
+        if meanwhile is not None:
+            meanwhile(process)
         status = int(server.stdout.readline())
         stdout, stderr = (Path(file).read_text() for file in files.values())
     if check and status:

@@ -1,0 +1,52 @@
+"""A model that was never trained, whose labels are noise: faults do not depend on what a model has learned."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tiny import DATASET_JSON, make_plans
+
+from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+
+
+def write_model(folder: Path, trainer: str = "nnUNetTrainerNMSW") -> Path:
+    """A model folder as training leaves it, with an untrained network."""
+    torch.manual_seed(0)
+    plans = make_plans()
+    plans["configurations"]["3d_fullres"].pop("nmsw", None)
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration("3d_fullres")
+    network = nnUNetTrainerNMSW.build_network_architecture(manager, configuration, 1, 3, False)
+    weights = network.state_dict()
+    if trainer == "nnUNetTrainerNMSW":
+        settings = NMSWConfig.from_configuration(configuration.configuration).to_dict()
+        plans["configurations"]["3d_fullres"]["nmsw"] = settings
+    else:
+        weights = {k.removeprefix("local_branch."): w for k, w in weights.items() if k.startswith("local_branch.")}
+    (folder / "fold_0").mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    checkpoint = {
+        "network_weights": weights,
+        "init_args": {"configuration": "3d_fullres", "plans": plans, "fold": 0, "dataset_json": DATASET_JSON},
+        "trainer_name": trainer,
+        "inference_allowed_mirroring_axes": None,
+        # What nnU-Net logs is in NumPy's scalars.
+        "_best_ema": np.float64(0.5),
+        "logging": {"train_losses": [np.float32(1.0)], "ema_fg_dice": [np.float64(0.5)]},
+    }
+    torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
+    return folder
+
+
+def write_image(file: Path, seed: int = 0, shape: tuple[int, ...] = (14, 15, 16)) -> np.ndarray:
+    """A small image of noise."""
+    array = np.random.default_rng(seed).normal(100, 30, shape).astype(np.float32)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((1.0,) * len(shape))
+    sitk.WriteImage(image, str(file))
+    return array
