@@ -76,7 +76,7 @@ def _end_now(line: str, number: int, _frame: FrameType | None) -> None:
     with suppress(RuntimeError):  # it was printing just now
         sys.stdout.flush()
     # A progress bar may stand in the last line.
-    os.write(2, f"{os.linesep if os.isatty(2) else ''}{line}{os.linesep}".encode())
+    os.write(2, f"{os.linesep}{line}{os.linesep}".encode())
     os._exit(128 + number)
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_nmsw.config import resolve_num_patches
-from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.oracle import oracle_windows
@@ -29,6 +28,7 @@ from nnunet_nmsw.evaluation.selectors import entropy_windows, no_windows, object
 from nnunet_nmsw.geometry import WindowGrid, crop, window_slices
 from nnunet_nmsw.inference.model_folder import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.inference.preprocessing import is_stock, read_images, read_labels
 from nnunet_nmsw.inference.tensor_file import TensorFile
 from nnunet_nmsw.network import CoarsePrediction, WindowChoice
 
@@ -308,12 +308,16 @@ class FoldPredictor:
 
     def _preprocess(self, case: Case, reference: str | None) -> tuple[Any, Any, dict[str, Any]]:
         preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
-        try:
-            return preprocessor.run_case(
-                list(case.images), reference, self.plans_manager, self.configuration_manager, self.dataset_json
+        of_model = (self.plans_manager, self.configuration_manager, self.dataset_json)
+        image, properties = read_images(self.sliding_window, list(case.images))
+        labels = None if reference is None else read_labels(self.sliding_window, reference)
+        if not is_stock(preprocessor):
+            preprocessed: tuple[Any, Any, dict[str, Any]] = preprocessor.run_case(
+                list(case.images), reference, *of_model
             )
-        except Exception as error:  # readers raise errors of every type
-            raise UserError(f"cannot read case {case.name} ({case.images[0]}): {reason(error)}") from error
+            return preprocessed
+        preprocessed = preprocessor.run_case_npy(image, labels, properties, *of_model)
+        return preprocessed
 
     def _slide(self, method: Method, volume_CDHW: Tensor, properties: dict[str, Any]) -> Prediction:
         self.sliding_window.use_mirroring = method.mirrored

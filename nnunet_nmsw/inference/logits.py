@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 
@@ -22,6 +21,7 @@ from nnunet_nmsw.config import parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.fusion import blended_trust, fuse_volume_
 from nnunet_nmsw.geometry import Shape, WindowGrid, downsample, window_slices
+from nnunet_nmsw.inference.from_files import FilesPredictor
 from nnunet_nmsw.inference.model_folder import initialize, trained_folds
 from nnunet_nmsw.inference.streaming import mean
 from nnunet_nmsw.inference.windows import ChosenWindows
@@ -29,7 +29,7 @@ from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork, WindowChoice
 from nnunet_nmsw.precision import mixed_precision
 
 
-class LogitsPredictor(nnUNetPredictor):
+class LogitsPredictor(FilesPredictor):
     """nnU-Net's predictor with the sliding window replaced by chosen windows, up to the logits of a volume.
 
     Args:

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.inference.from_files import FilesPredictor
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 ATTEMPTS = 3
@@ -69,7 +69,7 @@ class Workers:
     verbose: bool = False
 
 
-class RayPredictor(nnUNetPredictor):
+class RayPredictor(FilesPredictor):
     """Predicts files as `nnUNetPredictor` does, with Ray's workers. Needs a model for its plans only.
 
     Args:

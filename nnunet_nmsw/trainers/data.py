@@ -36,6 +36,9 @@ from nnunet_nmsw.views import OUTSIDE, seed_everything
 SLICES_OF_NOISE = 8
 """Slices of a volume in which its noise is estimated, evenly spaced."""
 
+LARGEST_HALF = float(np.finfo(np.float16).max)
+"""Largest number of half precision."""
+
 MOST_DRAWS = 20
 """How often a foreground voxel is drawn until one lies inside of the rotated volume."""
 
@@ -252,7 +255,7 @@ def for_travel(volume: np.ndarray) -> Tensor:
     """
     for channel in volume:
         largest = max(abs(float(channel.min(initial=0))), abs(float(channel.max(initial=0))))
-        if not largest <= np.finfo(np.float16).max:  # a NaN is not, either
+        if not largest <= LARGEST_HALF:  # a NaN is not, either
             return torch.from_numpy(volume)
         sample = channel[:: max(1, channel.shape[0] // SLICES_OF_NOISE)]
         differences = np.abs(np.diff(sample, axis=-1))

@@ -71,7 +71,7 @@ def report(folds: Path) -> Path:
     merged = run(f"nmsw_compare {COMPARE} -o {output}", folds)
     assert "Report:" in merged.stdout
     assert done.stat().st_mtime_ns == before
-    assert not list(output.rglob("*.part*"))
+    assert not list(output.rglob(".nmsw_unfinished*"))
     return output
 
 
@@ -117,13 +117,14 @@ def test_predictions_are_those_of_the_commands(folds, report):
     images = folds / "one_case"
     images.mkdir()
     shutil.copy(folds / "nnUNet_raw" / DATASET / "imagesTr" / f"{name}_0000.nii.gz", images)
-    common = f"-i {images} -d 998 -c 3d_fullres -p {PLANS} -f 0 -device cpu --disable_tta -npp 1 -nps 1"
+    flags = f"-i {images} -f 0 -device cpu --disable_tta -npp 1 -nps 1"
+    common = f"{flags} -d 998 -c 3d_fullres -p {PLANS}"
     # The threshold of the automatic number is that of the fold that did not see the case in its validation.
     calibrated = folds / "calibrated"
     shutil.copytree(folds / "nnUNet_results" / DATASET / f"{TRAINER}__{PLANS}__3d_fullres", calibrated)
     shutil.copy(calibrated / "fold_1" / "validation" / FILE, calibrated / "fold_0" / "validation" / FILE)
     for command, key in (
-        (f"nmsw_predict {common} -m {calibrated} -k auto", "nmsw_greedy_benefit_auto"),
+        (f"nmsw_predict {flags} -m {calibrated} -k auto", "nmsw_greedy_benefit_auto"),
         (f"nmsw_predict {common} -tr {TRAINER} -k 10%", "nmsw_greedy_benefit_10percent"),
         (f"nnUNetv2_predict {common} -tr {BASELINE}", "baseline_sliding_window_step_0.5"),
         (f"nnUNetv2_predict {common} -tr {TRAINER} -step_size 0.75", "nmsw_sliding_window_step_0.75"),

@@ -77,3 +77,17 @@ def die_at(point):
 
 class nnUNetTrainerNMSW_tiny_NoMirroring(NoMirroring, nnUNetTrainerNMSW_tiny):
     """NMSW without mirroring."""
+
+
+class nnUNetTrainerNMSW_diverging(Tiny, nnUNetTrainerNMSW):
+    """Learns in its first epoch, and diverges in the second: a step too large for any number."""
+
+    def initialize(self):
+        super().initialize()
+        self.save_every = 1
+
+    def train_step(self, batch):
+        if self.current_epoch == 1:
+            for group in self.optimizer.param_groups:
+                group["lr"] = float("inf")
+        return super().train_step(batch)
