@@ -311,12 +311,11 @@ class FoldPredictor:
         of_model = (self.plans_manager, self.configuration_manager, self.dataset_json)
         image, properties = read_images(self.sliding_window, list(case.images))
         labels = None if reference is None else read_labels(self.sliding_window, reference)
-        if not is_stock(preprocessor):
-            preprocessed: tuple[Any, Any, dict[str, Any]] = preprocessor.run_case(
-                list(case.images), reference, *of_model
-            )
-            return preprocessed
-        preprocessed = preprocessor.run_case_npy(image, labels, properties, *of_model)
+        preprocessed: tuple[Any, Any, dict[str, Any]]
+        if is_stock(preprocessor):
+            preprocessed = preprocessor.run_case_npy(image, labels, properties, *of_model)
+        else:
+            preprocessed = preprocessor.run_case(list(case.images), reference, *of_model)
         return preprocessed
 
     def _slide(self, method: Method, volume_CDHW: Tensor, properties: dict[str, Any]) -> Prediction:
