@@ -45,5 +45,13 @@ def compare() -> None:
     main()
 
 
+def demo() -> None:
+    """The command `nmsw_demo`."""
+    end_in_one_line(": the folder keeps what is done")
+    from nnunet_nmsw.demo.command import main
+
+    main()
+
+
 if __name__ == "__main__":
     predict()

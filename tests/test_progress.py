@@ -1,8 +1,11 @@
+import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 import torch
 from matplotlib import rc_context
 from PIL import Image
 
+from nnunet_nmsw.evaluation.plots import STYLE
 from nnunet_nmsw.trainers.progress import COLOURS, SampledCase, plot_progress, plot_sampling
 
 
@@ -40,3 +43,20 @@ def test_sampling_shows_windows_of_the_slice_with_most_foreground(tmp_path):
         plot_sampling([case, case], "epoch 3", tmp_path / "sampling" / f"{name}.png")
         drawn[name] = shows(np.asarray(Image.open(tmp_path / "sampling" / f"{name}.png"))[:, :400], COLOURS[1])
     assert drawn["cut"] > 100 > drawn["elsewhere"]
+
+
+@pytest.mark.parametrize("name", ["$", "a$b$c", "$\\frac{1}{$", "a_b^c", "ä%"])
+def test_names_are_no_formulas(tmp_path, name):
+    labels = torch.zeros(8, 8, 8)
+    case = SampledCase(
+        name, labels, labels, torch.zeros(3, 4, 4, 4), torch.zeros(4, 4, 4), torch.zeros(1, 3), (4, 4, 4), (2, 2, 2)
+    )
+    plot_sampling([case], name, tmp_path / "sampling.png")
+    with plt.rc_context(STYLE):  # of the report
+        figure, axes = plt.subplots()
+        axes.set(title=name, xlabel=name)
+        axes.plot([1, 2], label=name)
+        axes.legend()
+        figure.savefig(tmp_path / "plot.png")
+        plt.close(figure)
+    assert (tmp_path / "plot.png").stat().st_size > 1000

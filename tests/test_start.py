@@ -1,10 +1,75 @@
 """How the command starts."""
 
 import gc
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from nnunet_nmsw.start import importing
+
+POOLS = """
+import multiprocessing, time
+from nnunet_nmsw.console import end_in_one_line
+end_in_one_line(": the hint")
+print("READY", flush=True)
+for _ in range(40):  # as nnU-Net does: workers are terminated when they have hardly started
+    with multiprocessing.Pool(8) as pool:
+        pool.map(abs, [1])
+print("DONE", flush=True)
+time.sleep(60)
+"""
+
+
+def test_pools_end_although_signals_are_handled():
+    """A forked worker that forgets the signal of its pool is waited for for ever."""
+    process = subprocess.Popen([sys.executable, "-c", POOLS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["READY\n", "DONE\n"]
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert errors.strip() == "terminated: the hint"
+    assert process.returncode == 143
+
+
+FOLLOWING = """
+import os, subprocess, sys, time
+from nnunet_nmsw.console import follow_parent
+if len(sys.argv) == 1:
+    child = subprocess.Popen([sys.executable, __file__, "child"])
+    print(child.pid, flush=True)
+    time.sleep(60)
+follow_parent()
+time.sleep(60)
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FOLLOWING)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(2)
+    assert is_running(child)
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while time.monotonic() < until and is_running(child):
+        time.sleep(0.1)
+    assert not is_running(child)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{process}/stat") as file:  # nobody may have waited for it
+        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -20,6 +20,7 @@ from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.demo.small_plans import PLANS_NAME, write_small_plans
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation.command import require_extra
+from nnunet_nmsw.files import write_json
 
 DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"{args.o} holds something else: give an empty or new folder with -o")
         shutil.rmtree(args.o)
     args.o.mkdir(parents=True, exist_ok=True)
-    (args.o / "nmsw_demo.json").write_text(json.dumps({"command": sys.argv}))
+    write_json(args.o / "nmsw_demo.json", {"command": sys.argv})
     folders = {name: args.o.resolve() / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     for name, folder in folders.items():
         folder.mkdir()

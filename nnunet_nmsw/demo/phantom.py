@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
+
+from nnunet_nmsw.files import write_json
 
 LABELS = {"background": 0, "kidney": 1, "lesion": 2}
 SPACING_MM = 3.0
@@ -80,4 +81,4 @@ def write_dataset(folder: Path, num_training: int, num_test: int, size: int = 96
             itk_image.SetSpacing([SPACING_MM] * 3)
             sitk.WriteImage(itk_image, str(file), True)
     dataset = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": num_training, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(dataset, indent=1))
+    write_json(folder / "dataset.json", dataset)

@@ -18,6 +18,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import write_json
 
 PLANS_NAME = "nnUNetPlans_small"
 
@@ -56,7 +57,7 @@ def write_small_plans(dataset: int | str, patch_size: list[int], features: list[
     folder = Path(os.environ["nnUNet_preprocessed"]) / maybe_convert_to_dataset_name(dataset)
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
     file = folder / f"{name}.json"
-    file.write_text(json.dumps(small_plans(plans, patch_size, features, name, nmsw), indent=1))
+    write_json(file, small_plans(plans, patch_size, features, name, nmsw))
     return file
 
 

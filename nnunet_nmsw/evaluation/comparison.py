@@ -185,8 +185,11 @@ class Comparison:
                         continue
                     try:
                         self._run_case(case, predictors, pool, processes, bar)
-                    except BrokenProcessPool:
-                        raise
+                    except BrokenProcessPool as error:
+                        raise UserError(
+                            f"a process died while it wrote predictions of case {case.name}, perhaps for lack of "
+                            "memory: lower -nps; the same command goes on from what is done"
+                        ) from error
                     except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
                         failures.add(f"cannot compare case {case.name} of fold {fold}", error)
         failures.raise_any()

@@ -16,6 +16,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.inference.automatic import FILE, STOP_AT, Measured, write_calibration
 from nnunet_nmsw.inference.export import labels_of
 from nnunet_nmsw.inference.interpolation import linear_axis
@@ -137,19 +138,18 @@ class TrainerWithNMSWValidation(DistributedTrainer):
             except FileNotFoundError:
                 self.print_to_log_file(f"no prediction of {key} for {name}: preprocess that configuration first")
                 continue
-            output_folder = join(self.output_folder_base, "predicted_next_stage", name)
-            maybe_mkdir_p(output_folder)
-            resample_and_save(
-                logits,
-                data.shape[1:],
-                join(output_folder, key),
-                self.plans_manager,
-                self.configuration_manager,
-                properties,
-                self.dataset_json,
-                default_num_processes,
-                dataset_class,
-            )
+            with written_whole(Path(self.output_folder_base, "predicted_next_stage", name)) as unfinished:
+                resample_and_save(
+                    logits,
+                    data.shape[1:],
+                    str(unfinished / key),
+                    self.plans_manager,
+                    self.configuration_manager,
+                    properties,
+                    self.dataset_json,
+                    default_num_processes,
+                    dataset_class,
+                )
 
     def _plain_network(self) -> NMSWNetwork:
         network = self.network.network if isinstance(self.network, AlreadyLoaded) else self.network

@@ -105,6 +105,21 @@ ACCEPTED = {("sheared", "NibabelIO"), ("sheared", "NibabelIOWithReorient")}
 """Images that these readers read, and others do not."""
 
 
+@pytest.mark.parametrize("ending", [".nii", ".mha", ".nrrd", ".gipl"])
+def test_images_of_other_formats_that_are_cut_off_are_refused(tmp_path, ending):
+    model, images = write_model(tmp_path / "model"), tmp_path / "images"
+    dataset = json.loads((model / "dataset.json").read_text())
+    (model / "dataset.json").write_text(json.dumps({**dataset, "file_ending": ending}))
+    images.mkdir()
+    for name in ("bad", "good"):
+        write_image(images / f"{name}_0000{ending}")
+    bad = images / f"bad_0000{ending}"
+    bad.write_bytes(bad.read_bytes()[:-700])
+    with pytest.raises(SystemExit, match=f"bad_0000{ending}"):
+        predict(images, model)
+    assert [file.name for file in (tmp_path / "out").glob(f"*{ending}")] == [f"good{ending}"]
+
+
 @pytest.mark.parametrize("bad", ["broken", "json", "no json", "two-dimensional"])
 def test_a_bad_tiff_is_named_and_the_good_one_is_predicted(tmp_path, bad):
     images = tmp_path / "images"

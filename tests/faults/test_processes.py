@@ -164,6 +164,26 @@ def test_workers_notice_that_their_parent_was_killed(what, request):
     assert gone(before | {p.pid for p in psutil.process_iter() if "pytest" in p.name()})
 
 
+def test_a_worker_that_dies_in_a_comparison_is_told(compared):
+    """The case is named, and the same command goes on."""
+
+    def kill_workers(process: int) -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not list(compared.glob("report/methods/*/*.nii.gz")):
+            time.sleep(0.02)
+        for child in psutil.Process(process).children():
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
+
+    command = f"{COMPARE} -o report -nps 1 --disable_tta"
+    result = run(command, compared, check=False, meanwhile=kill_workers)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "a process died while it wrote predictions of case case_" in result.stderr.strip().splitlines()[-1]
+    run(command, compared)
+    assert (compared / "report" / "index.html").is_file()
+
+
 @pytest.mark.parametrize(("number", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
 def test_signals_end_a_prediction_in_one_line(many_images, untrained, tmp_path, number, status, word):
     output = tmp_path / "out"
