@@ -6,6 +6,7 @@ import os
 import pickle
 import pydoc
 import re
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,32 +39,47 @@ def safe_classes() -> list[Any]:
 def loading(trust: bool) -> Iterator[None]:
     """Inside, every `torch.load`, nnU-Net's included, unpickles nothing but tensors and `safe_classes`.
 
+    The environment of the process says so to PyTorch, so one thread at a time is inside.
+
     Args:
         trust: load as nnU-Net does instead, which runs whatever code a checkpoint holds.
     """
     if trust:
         yield
         return
-    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        with torch.serialization.safe_globals(safe_classes()):
+    with _one_at_a_time, _only_safe_classes():
+        before = {name: os.environ.pop(name, None) for name in (FORCE_SAFE, FORCE_UNSAFE)}
+        os.environ[FORCE_SAFE] = "1"
+        try:
             yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+        finally:
+            os.environ.pop(FORCE_SAFE, None)
+            os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def read_checkpoint(file: Path, trust: bool = False, mmap: bool = False) -> dict[str, Any]:
+FORCE_SAFE, FORCE_UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""Variables by which PyTorch overrules the argument `weights_only`; both at once are an error."""
+
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def _only_safe_classes() -> Iterator[None]:
+    """Allow `safe_classes` beside those that the application has allowed itself."""
+    allowed = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals(safe_classes()):
+        yield
+    torch.serialization.add_safe_globals(allowed)  # leaving removes ours, be they the application's or not
+
+
+def read_checkpoint(file: Path, trust: bool = False, mmap: bool = False, training: bool = False) -> dict[str, Any]:
     """A checkpoint of nnU-Net, on the host, with all of its bytes checked.
 
     Args:
         file: to read.
         trust: see `loading`.
         mmap: leave tensors on the disk, for a look at the rest.
+        training: it is read by a training, whose command has other flags.
 
     Raises:
         UserError: it cannot be read, is damaged, would run code, or is no checkpoint of nnU-Net.
@@ -71,10 +87,11 @@ def read_checkpoint(file: Path, trust: bool = False, mmap: bool = False) -> dict
     is_archive = check_archive(file)
     try:
         with loading(trust):
-            # nnU-Net's way: it is `loading` that makes it safe.
-            checkpoint = torch.load(file, map_location="cpu", weights_only=False, mmap=(mmap and is_archive) or None)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
-        raise UserError(explained(file, error)) from error
+            checkpoint = torch.load(
+                file, map_location="cpu", weights_only=not trust, mmap=(mmap and is_archive) or None
+            )
+    except Exception as error:  # whatever it is, it is about the file
+        raise UserError(explained(file, error, training)) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
         raise UserError(f"{file} is no checkpoint of nnU-Net: it has no network_weights")
     weights = checkpoint["network_weights"]
@@ -108,18 +125,22 @@ def check_archive(file: Path) -> bool:
         UserError: it is damaged or cut off.
     """
     try:
-        if not zipfile.is_zipfile(file):
-            with file.open("rb") as opened:
-                if opened.read(2) == b"PK":
-                    raise UserError(f"{file} is cut off: copy it again, or choose another checkpoint with -chk")
-            return False
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"cannot read {file}: {reason(error)}") from error
+        is_archive = zipfile.is_zipfile(file)
+        with file.open("rb") as opened:
+            is_part = opened.read(2) == b"PK" and not is_archive
+        damaged = None
+        if is_archive:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or reason(error)}") from error
+    except Exception as error:  # of the archive's directory, where bytes are wrong
+        raise UserError(f"{file} is damaged ({reason(error)}); copy it again") from error
+    if is_part:
+        raise UserError(f"{file} is cut off: copy it again, or take another checkpoint")
     if damaged is not None:
         raise UserError(f"{file} is damaged: {damaged} in it has a wrong checksum; copy it again")
-    return True
+    return is_archive
 
 
 def check_finite(weights: Mapping[str, Any], file: Path) -> None:
@@ -134,25 +155,27 @@ def check_finite(weights: Mapping[str, Any], file: Path) -> None:
         if weight.is_floating_point() and not weight.isfinite().all():
             raise UserError(
                 f"{file} holds weights that are no numbers ({name}), as a training that diverged leaves them: train "
-                "anew, or choose another checkpoint with -chk"
+                "anew, or take another checkpoint"
             )
 
 
-def explained(file: Path, error: BaseException) -> str:
-    """Why a checkpoint cannot be loaded, in one line."""
+def explained(file: Path, error: Exception, training: bool = False) -> str:
+    """Why a checkpoint cannot be loaded, in one line, and what to do."""
     text = str(error)
-    unsafe = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", text)
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in text.lower().replace(" ", "_") and unsafe:
-        return (
-            f"{file} holds {unsafe[1]}, which no model needs and which may run code: do not use it, unless you trust "
-            f"who made it and give {TRUST_FLAG}"
-        )
+    remedy = f"give {TRUST_FLAG} if you trust who made it"
+    if training:
+        remedy = "if you made it, save its network_weights again without the rest"
     if isinstance(error, pickle.UnpicklingError):
+        unsafe = re.search(r"(?:GLOBAL|global) `?([\w.]+)`?", text)
+        if unsafe and "weights_only" in text.lower().replace(" ", "_"):
+            return f"{file} holds {unsafe[1]}, which no model needs and which may run code: {remedy}"
         what = " ".join(text.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].split())
-        return f"{file} cannot be loaded without running code ({what}): give {TRUST_FLAG} if you trust who made it"
-    if not isinstance(error, RuntimeError | OSError):
-        return f"{file} is no checkpoint of PyTorch: copy it again, or choose another one with -chk"
-    return f"cannot load {file}: {reason(error)}"
+        return f"{file} cannot be loaded without running code ({what}): {remedy}"
+    if isinstance(error, ImportError | AttributeError):
+        return f"{file} needs code that is not there: {reason(error)}"
+    if isinstance(error, RuntimeError | OSError):
+        return f"cannot load {file}: {reason(error)}"
+    return f"{file} is no checkpoint of PyTorch: copy it again, or take another checkpoint"
 
 
 def check_origin(architecture: Mapping[str, Any], where: str) -> None:

@@ -273,7 +273,8 @@ class NMSWConfig:
             UserError: they do not, or it is not.
         """
         for name in ("tile_step_size", "placement_step"):
-            least = 1 / max(patch_size)
+            # With patches so thin that the default is less, that is allowed: it only places some windows twice.
+            least = min(1 / min(patch_size), getattr(type(self), name))
             allowed = f"at least {least:.3g}, a voxel of a patch of {list(patch_size)}"
             _require(getattr(self, name) >= least, name, getattr(self, name), allowed)
         _require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -40,7 +41,8 @@ def end_in_one_line(hint: str = "") -> None:
         hint: what remains and how to go on, printed behind "interrupted".
     """
     for number, word in ENDING.items():
-        signal.signal(number, partial(_end_now, word + hint))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell does for what runs in the background
+            signal.signal(number, partial(_end_now, word + hint))
     if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_end_as_usual)
 
@@ -59,29 +61,35 @@ def _release_signals() -> None:
 
 def _end_as_usual() -> None:
     """In a forked worker, which is not the command: it ends when it is told to, without a word."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, usual)
     _release_signals()
 
 
 def _end_now(line: str, number: int, _frame: FrameType | None) -> None:
     """Kill workers, remove unfinished files, and leave without waiting for threads."""
-    for other in ENDING:
-        signal.signal(other, signal.SIG_IGN)
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    for folder in list(unfinished_folders):
-        shutil.rmtree(folder, ignore_errors=True)
-    with suppress(RuntimeError):  # it was printing just now
-        sys.stdout.flush()
-    # A progress bar may stand in the last line.
-    os.write(2, f"{os.linesep}{line}{os.linesep}".encode())
-    os._exit(128 + number)
+    try:
+        for other in ENDING:
+            signal.signal(other, signal.SIG_IGN)
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
+        for folder in list(unfinished_folders):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(RuntimeError, OSError, ValueError):  # it was printing just now, or who listened is gone
+            sys.stdout.flush()
+        # A progress bar may stand in the last line.
+        os.write(2, f"{os.linesep}{line}{os.linesep}".encode())
+    finally:  # whatever went wrong: the command has been told to end
+        os._exit(128 + number)
 
 
 def follow_parent() -> None:
     """Let this worker process end when its parent is gone, killed for example: it would wait for work for ever."""
+    started_by = multiprocessing.parent_process()
+    if started_by is not None and not started_by.is_alive():  # it went while this process imported
+        os._exit(1)
     parent = os.getppid()
 
     def look() -> None:

@@ -58,6 +58,7 @@ PLANS = {
                     "preprocessor_name": TEXT,
                     "data_identifier": TEXT,
                     "previous_stage": {"type": ["string", "null"]},
+                    "nmsw": {"type": "object"},
                     "resampling_fn_data": TEXT,
                     "resampling_fn_seg": TEXT,
                     "resampling_fn_probabilities": TEXT,

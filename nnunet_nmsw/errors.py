@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from typing import Any
 
 from nnunet_nmsw.console import printable
 
@@ -69,19 +70,23 @@ class Failures:
         else:
             line = printable(f"{what}: {reason(error)}")
             if not isinstance(error, ERRORS_FROM_OUTSIDE):
-                self.bugs.append(error)
                 traceback.print_exception(error)
+                traceback.clear_frames(error.__traceback__)  # which hold volumes and logits
+                self.bugs.append(error)
         self.lines.append(line)
         print(line, flush=True)
 
-    def raise_any(self) -> None:
+    def raise_any(self, results: list[Any] | None = None) -> None:
         """Raise what has been noted, when all other cases are done.
+
+        Args:
+            results: of the other cases, for the attribute of this name of what is raised.
 
         Raises:
             UserError: cases failed, all of them for reasons from outside.
             Exception: the first error of the code itself.
         """
-        if self.bugs:
-            raise self.bugs[0]
-        if self.lines:
-            raise UserError("; ".join(self.lines))
+        raised = self.bugs[0] if self.bugs else UserError("; ".join(self.lines)) if self.lines else None
+        if raised is not None:
+            raised.results = results  # type: ignore[attr-defined]
+            raise raised

@@ -28,6 +28,9 @@ PREFIX = ".nmsw_unfinished"
 SECONDS_TO_LIVE = 24 * 3600
 """How long an unfinished folder of another machine is left alone: nobody here knows whether it is still used."""
 
+SECONDS_OF_CLOCK = 600
+"""By how much the time at which a process started may seem to change, when the clock is set."""
+
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
 
@@ -50,7 +53,7 @@ def written_whole(folder: Path, last: str | None = None) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     started = int(psutil.Process().create_time())
-    prefix = f"{PREFIX}_{socket.gethostname()}_{os.getpid()}_{started}_"
+    prefix = f"{PREFIX}_{_place()}_{os.getpid()}_{started}_"
     unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     unfinished_folders.add(unfinished)
     try:
@@ -95,8 +98,8 @@ def remove_leftovers(folder: Path) -> None:
 def check_whole(file: str | Path) -> int:
     """See that an image file is complete, where its reader would not: ITK reads missing NIfTI slices as zeros.
 
-    Compressed data is decompressed, which checks its checksum; the size that a header of NIfTI or GIPL promises is
-    compared with what is there. Readers of other formats see for themselves.
+    Compressed data of NIfTI, MetaImage and NRRD is decompressed, which checks its checksum; the size that a header of
+    NIfTI or GIPL promises is compared with what is there. Readers of other formats see for themselves.
 
     Returns:
         How many voxels of a NIfTI file are no numbers, or infinite. ITK reads these as zeros, too.
@@ -106,20 +109,20 @@ def check_whole(file: str | Path) -> int:
     """
     name = str(file).lower()
     try:
-        with gzip.open(file) if name.endswith(".gz") else open(file, "rb") as data:
+        with open(file, "rb") as opened, gzip.open(opened) if _is_gzip(opened) else opened as data:
             header = data.read(HEADER)
             if not header:
                 raise OSError("the file is empty")
-            if name.endswith(".mha"):
+            if name.endswith((".mha", ".nrrd")):
                 data.seek(0)
-                _check_meta_image(data)
+                (_check_meta_image if name.endswith(".mha") else _check_nrrd)(data)
                 return 0
             nifti = _nifti(header) if name.endswith((".nii", ".nii.gz")) else None
             floating = None if nifti is None else nifti.floating
-            if name.endswith(".gz") or floating is not None:
+            if data is not opened or floating is not None:
                 size, not_finite = _read_through(data, header, nifti)
             else:
-                size, not_finite = os.fstat(data.fileno()).st_size, 0
+                size, not_finite = os.fstat(opened.fileno()).st_size, 0
     except (EOFError, zlib.error) as error:
         raise OSError(f"the file is damaged or cut off ({error})") from error
     needed = 0 if nifti is None else nifti.size
@@ -139,12 +142,28 @@ def _to_disk(file: Path) -> None:
 def _is_abandoned(folder: Path) -> bool:
     """Whether the process that wrote in a folder is gone."""
     match = re.fullmatch(rf"{re.escape(PREFIX)}_(.*)_(\d+)_(\d+)_[^-]{{8}}", folder.name)
-    if match is None or match[1] != socket.gethostname():
-        return time.time() - folder.stat().st_mtime > SECONDS_TO_LIVE
     try:
-        return int(psutil.Process(int(match[2])).create_time()) != int(match[3])
+        if match is None or match[1] != _place():
+            return time.time() - folder.stat().st_mtime > SECONDS_TO_LIVE
+        return abs(psutil.Process(int(match[2])).create_time() - int(match[3])) > SECONDS_OF_CLOCK
     except psutil.NoSuchProcess:
         return True
+    except (psutil.Error, OSError):  # nobody here knows, or another call has just removed it
+        return False
+
+
+def _place() -> str:
+    """Where numbers of processes mean the same: the host, and on Linux the container."""
+    namespace = Path("/proc/self/ns/pid")
+    number = re.sub(r"\D", "", os.readlink(namespace)) if namespace.is_symlink() else ""
+    return f"{socket.gethostname()}-{number}"
+
+
+def _is_gzip(opened: Any) -> bool:
+    """Whether an open file is compressed, whatever its name says: readers look inside, too."""
+    start = opened.read(2)
+    opened.seek(0)
+    return bool(start == b"\x1f\x8b")
 
 
 def _read_through(data: Any, header: bytes, nifti: Nifti | None) -> tuple[int, int]:
@@ -219,6 +238,20 @@ def _nifti(header: bytes) -> Nifti | None:
         floating = {16: np.dtype(order + "f4"), 64: np.dtype(order + "f8")}.get(kind)
         return Nifti(int(offset) + size, int(offset), floating)
     return None
+
+
+def _check_nrrd(data: Any) -> None:
+    """Decompress an NRRD file, whose reader does not look at the checksum."""
+    compressed = False
+    for line in iter(data.readline, b""):
+        if not line.strip():
+            break
+        name, _, value = line.decode("latin-1").partition(":")
+        compressed |= name.strip().lower() == "encoding" and value.strip().lower() in ("gz", "gzip")
+    if compressed:
+        with gzip.open(data) as content:
+            while content.read(BLOCK):
+                pass
 
 
 def _size_of_gipl(header: bytes) -> int:

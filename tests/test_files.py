@@ -29,6 +29,17 @@ def test_whole_files_are_whole(tmp_path, ending, compressed):
     check_whole(file)
 
 
+def test_what_is_not_compressed_may_be_named_so(tmp_path):
+    """ITK looks inside, too."""
+    write(tmp_path / "image.nii", False)
+    (tmp_path / "image.nii").rename(tmp_path / "image.nii.gz")
+    check_whole(tmp_path / "image.nii.gz")
+    content = (tmp_path / "image.nii.gz").read_bytes()
+    (tmp_path / "image.nii.gz").write_bytes(content[:-100])
+    with pytest.raises(OSError, match="cut off"):
+        check_whole(tmp_path / "image.nii.gz")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
 @pytest.mark.parametrize(("ending", "compressed"), FORMATS)
 def test_files_that_are_cut_off_are_recognised(tmp_path, ending, compressed, share):
@@ -42,7 +53,7 @@ def test_files_that_are_cut_off_are_recognised(tmp_path, ending, compressed, sha
         check_whole(file)
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
 def test_compressed_files_are_checked_byte_by_byte(tmp_path, ending):
     file = tmp_path / f"image{ending}"
     write(file, True)
@@ -92,7 +103,7 @@ def test_leftovers_of_dead_processes_are_removed_and_those_of_the_living_are_not
     left = list((tmp_path / "within").glob(f"{PREFIX}*"))
     assert len(left) == 5
     # The host is this one, and the process is gone.
-    foreign = tmp_path / re.sub(r"_[^_]*_(\d+_\d+_)", r"_other-host_\1", left[0].name, count=1)
+    foreign = tmp_path / re.sub(r"_[^_]*_(\d+_\d+_)", r"_other-host-1_\1", left[0].name, count=1)
     foreign.mkdir()
     link = tmp_path / f"{PREFIX}_link"
     link.symlink_to(tmp_path / "elsewhere")

@@ -173,6 +173,7 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{raw / 'dataset.json'} is broken at dataset: {reason(error)}") from error
     cases: list[Case] = []
+    channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
     for fold in folds:
         if fold >= len(splits):
             raise UserError(f"-f {fold}: {file} has folds 0 to {len(splits) - 1}")
@@ -185,9 +186,9 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
             if name in {case.name for case in cases}:
                 raise UserError(f"{file} has case {name} in the validation set of more than one of the folds {folds}")
             images, reference = files[name]["images"], files[name]["label"]
-            if len(images) != len(dataset_json["channel_names"]):
+            if len(images) != channels:
                 raise UserError(
-                    f"validation case {name} of fold {fold} has {len(images)} of {len(dataset_json['channel_names'])} "
+                    f"validation case {name} of fold {fold} has {len(images)} of {channels} "
                     f"channels: {', '.join(Path(image).name for image in images)}"
                 )
             missing = [path for path in (*images, reference) if not Path(path).is_file()]

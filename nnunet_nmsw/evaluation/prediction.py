@@ -310,7 +310,7 @@ class FoldPredictor:
         preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
         of_model = (self.plans_manager, self.configuration_manager, self.dataset_json)
         image, properties = read_images(self.sliding_window, list(case.images))
-        labels = None if reference is None else read_labels(self.sliding_window, reference)
+        labels = None if reference is None else read_labels(self.sliding_window, reference, image.shape[1:])
         preprocessed: tuple[Any, Any, dict[str, Any]]
         if is_stock(preprocessor):
             preprocessed = preprocessor.run_case_npy(image, labels, properties, *of_model)

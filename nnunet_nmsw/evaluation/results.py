@@ -263,7 +263,7 @@ def _write_summary(records: list[dict[str, Any]], comparison: Comparison, method
         summary = {"metric_per_case": cases, "mean": mean, "foreground_mean": foreground_mean}
         save_summary_json(summary, str(unfinished / "summary.json"))
         for name in ("dataset.json", "plans.json"):
-            shutil.copy(model.folder / name, unfinished)
+            shutil.copyfile(model.folder / name, unfinished / name)
 
 
 def _nanmean(values: list[float]) -> float:

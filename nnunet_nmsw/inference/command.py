@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             part_id=args.part_id,
             folder_with_segs_from_prev_stage=args.prev_stage_predictions,
         )
+    except BrokenPipeError:  # nobody reads what is printed
+        raise
     except OSError as error:  # not of a case: these are reported with the case
         raise UserError(f"cannot write into {args.o}: {reason(error)}") from error
 
@@ -363,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-p", help=f"plans identifier. Default: {DEFAULT_PLANS}")
     add("-tr", help=f"trainer the model was trained with. Default: {DEFAULT_TRAINER}")
     add("-c", help=f"configuration. Default: {DEFAULT_CONFIGURATION}")
-    add("-f", nargs="+", help="folds to ensemble. Default: all of 0 to 4 that are trained")
+    add("-f", nargs="+", help="folds to ensemble. Default: all that are trained")
     add("-m", help="model folder (with plans.json and fold_X in it) instead of -d, -p, -tr and -c")
     add(
         "--global_model",

@@ -8,6 +8,7 @@ from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
@@ -51,6 +52,7 @@ class FilesPredictor(nnUNetPredictor):
                 "num_parts": num_parts,
                 "part_id": part_id,
             }
+            recursive_fix_for_json_export(arguments)
             write_json(folder / "predict_from_raw_data_args.json", arguments)
             # nnU-Net's tools want these beside predictions.
             write_json(folder / "dataset.json", self.dataset_json)

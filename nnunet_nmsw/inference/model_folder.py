@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_nmsw.architecture import global_architecture
 from nnunet_nmsw.checkpoint import check_finite, check_origin, configuration_of, loading, read_checkpoint
-from nnunet_nmsw.config import PLANS_KEY
+from nnunet_nmsw.config import PLANS_KEY, NMSWConfig
 from nnunet_nmsw.documents import DATASET, PLANS, read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.start import importing
@@ -95,9 +97,14 @@ def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust
         if not trust:
             where = f"{folder / 'plans.json'}, configurations.{name}"
             check_origin(configuration["architecture"], where)
-            settings = configuration.get(PLANS_KEY)
-            if isinstance(settings, dict) and isinstance(settings.get("global_architecture"), dict):
-                check_origin(settings["global_architecture"], f"{where}.{PLANS_KEY}.global_architecture")
+            if PLANS_KEY in configuration:
+                # As it will be built: what the settings leave out comes from the plans, and so may what to import.
+                try:
+                    setting = NMSWConfig.from_configuration(configuration).global_architecture
+                    merged = global_architecture(configuration["architecture"], setting, width=1.0)
+                except (UserError, TypeError) as error:
+                    raise UserError(f"{where}: {reason(error)}") from error
+                check_origin(merged, f"{where}.{PLANS_KEY}.global_architecture")
 
 
 def initialize(
@@ -123,11 +130,13 @@ def initialize(
     """
     check_model(folder, folds, checkpoint, trust)
     try:
-        with loading(trust), importing():  # nnU-Net imports trainers and networks when it needs them
+        with loading(trust):
             load(str(folder), tuple(folds), checkpoint)
     except UserError:
         raise
     except Exception as error:
+        if trust:  # it is the user's own code, perhaps
+            traceback.print_exception(error)
         # Plans and checkpoint are anybody's, and so is what nnU-Net and networks raise for them.
         raise UserError(f"cannot load {checkpoint} of folds {list(folds)} in {folder}: {reason(error)}") from error
     for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
@@ -151,9 +160,10 @@ def load_model(
     """
     from nnunet_nmsw.inference.predictor import NMSWPredictor  # which itself loads by `initialize`
 
-    if isinstance(predictor, NMSWPredictor):
-        predictor.trust_model = trust
-        predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
-        _ = predictor.nmsw_network  # raises for a model without one
-    else:
-        initialize(predictor.initialize_from_trained_model_folder, predictor, folder, folds, checkpoint, trust)
+    with importing():  # nnU-Net imports trainers and networks when it needs them
+        if isinstance(predictor, NMSWPredictor):
+            predictor.trust_model = trust
+            predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
+            _ = predictor.nmsw_network  # raises for a model without one
+        else:
+            initialize(predictor.initialize_from_trained_model_folder, predictor, folder, folds, checkpoint, trust)

@@ -195,10 +195,11 @@ class NMSWPredictor(BoundedPredictor):
         case that fails is reported, and the others go on.
 
         Returns:
-            For each case None where it was written or has failed; else its labels, with probabilities a pair.
+            For each case None where it was written; else its labels, with probabilities a pair.
 
         Raises:
-            UserError: cases have failed; all others are there.
+            UserError: cases have failed; all others are there. Its attribute `results` is what would have been
+                returned, with None for what failed.
         """
         reason_for_logits = self._reason_for_logits(save_probabilities)
         if reason_for_logits is not None and self.max_memory is not None:
@@ -231,14 +232,14 @@ class NMSWPredictor(BoundedPredictor):
                 file = case["ofile"]
                 try:
                     result, write = predict(case)
+                    if file is None:
+                        results[-1] = result()
                 except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
                     failures.add(f"cannot predict {file or 'an array'}", error)
                     empty_cache(self.device)
                     bar.update()
                     continue
-                if file is None:
-                    results[-1] = result()
-                else:
+                if file is not None:
                     windows = self.chosen_windows if self.save_patches else []
                     collect(num_writers - 1)  # results must not pile up before a slow disk
                     job = writers.submit(self._write_case, file, write, windows, case["data_properties"])
@@ -247,7 +248,7 @@ class NMSWPredictor(BoundedPredictor):
             collect(0)
         compute_gaussian.cache_clear()
         empty_cache(self.device)
-        failures.raise_any()
+        failures.raise_any(results)
         return results
 
     def _labels_of_case(self, case: Case) -> tuple[Callable[[], Any], Callable[[Path, str], None]]:

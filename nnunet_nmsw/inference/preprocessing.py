@@ -95,11 +95,13 @@ def preprocessed(predictor: nnUNetPredictor, images: list[str], previous_stage: 
         check_names(images, output)
         if not is_stock(predictor.configuration_manager.preprocessor_class(verbose=False)):
             preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
+            for file in [*images, *([previous_stage] if previous_stage else [])]:
+                check_file(file)
             arguments = (predictor.plans_manager, predictor.dataset_json, _faster(predictor, True))
             case = next(PreprocessAdapter([images], [previous_stage], preprocessor, [output], *arguments))
             return _contiguous(case)
         image, properties = read_images(predictor, images)
-        previous = None if previous_stage is None else read_labels(predictor, previous_stage)
+        previous = None if previous_stage is None else read_labels(predictor, previous_stage, image.shape[1:])
         return preprocessed_array(predictor, image, properties, previous, output, what)
     except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
         return {"error": error, "what": what}
@@ -147,7 +149,8 @@ def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarra
     Raises:
         UserError: a file cannot be read, is damaged, or holds something else than one channel for the model.
     """
-    image, properties, not_finite = _read(predictor, files)
+    reader = predictor.plans_manager.image_reader_writer_class()
+    image, properties, not_finite = _read(reader.read_images, files)
     channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
     if len(image) != channels:
         raise UserError(
@@ -165,25 +168,31 @@ def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarra
     return image, properties
 
 
-def read_labels(predictor: nnUNetPredictor, file: str) -> np.ndarray:
-    """Labels of the cascade's previous stage, shape 1, Z, Y, X.
+def read_labels(predictor: nnUNetPredictor, file: str, shape: Sequence[int]) -> np.ndarray:
+    """Labels of an image, such as those of the cascade's previous stage, shape 1, Z, Y, X.
+
+    Args:
+        predictor: whose reader to use.
+        file: of the labels.
+        shape: of the image, Z, Y, X.
 
     Raises:
-        UserError: the file cannot be read or is damaged.
+        UserError: the file cannot be read, is damaged, or has another size than the image.
     """
-    labels, _, _ = _read(predictor, [file])
+    reader = predictor.plans_manager.image_reader_writer_class()
+    labels, _, _ = _read(lambda files: reader.read_seg(files[0]), [file])
+    if labels.shape[1:] != tuple(shape):
+        sizes = [" × ".join(map(str, of)) for of in (labels.shape[1:], shape)]
+        raise UserError(f"cannot use {file}: it has {sizes[0]} voxels, and its image has {sizes[1]}")
     return labels
 
 
-def _read(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarray, dict[str, Any], int]:
+def _read(read: Callable[[list[str]], Any], files: list[str]) -> tuple[np.ndarray, dict[str, Any], int]:
     """By nnU-Net's reader, while the files are checked beside it; and what `check_whole` counts."""
-    reader = predictor.plans_manager.image_reader_writer_class()
     try:
-        for file in files:
-            check_type(file)
         with ThreadPoolExecutor(len(files), "checking") as threads:
-            checks = [threads.submit(check_whole, file) for file in files]
-            image, properties = reader.read_images(files)
+            checks = [threads.submit(check_file, file) for file in files]
+            image, properties = read(files)
             not_finite = sum(check.result() for check in checks)
     except Exception as error:
         # Readers raise errors of every type, and all of them are about the files.
@@ -192,14 +201,22 @@ def _read(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarray, dic
     return image, properties, not_finite
 
 
-def check_type(file: str) -> None:
-    """See that the voxels of an image are real numbers: nnU-Net's readers drop the imaginary part.
+def check_file(file: str) -> int:
+    """See that an image file is whole, and its voxels are real numbers: nnU-Net's readers drop the imaginary part.
+
+    Returns:
+        See `check_whole`.
 
     Raises:
-        ValueError: they are complex.
+        OSError: it is not whole.
+        ValueError: its voxels are complex.
     """
-    if not file.lower().endswith(HEADERS):
-        return
+    if file.lower().endswith(HEADERS):
+        _check_type(file)
+    return check_whole(file)
+
+
+def _check_type(file: str) -> None:
     header = sitk.ImageFileReader()
     header.SetFileName(file)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 import threading
 from collections import Counter, deque
@@ -92,7 +93,7 @@ class RayPredictor(FilesPredictor):
         previous: list[Any] = seg_from_prev_stage_files or [None] * len(input_list_of_lists)
         jobs = []
         for images, stage, output in zip(input_list_of_lists, previous, output_filenames_truncated, strict=True):
-            file = os.path.abspath(output)
+            file = os.path.join(os.getcwd(), output)  # not shortened: a case may be named ".."
             before = written_at(file + self.dataset_json["file_ending"])
             jobs.append(Job(list(map(os.path.abspath, images)), stage and os.path.abspath(stage), file, before))
         return jobs
@@ -135,7 +136,9 @@ def connect(workers: Workers) -> Any:
         if address is not None and ":" in address:  # Ray itself would try for minutes
             host, port = address.removeprefix("ray://").rsplit(":", 1)
             socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
+        on_termination = signal.getsignal(signal.SIGTERM)
         ray.init(address, log_to_driver=workers.verbose, include_dashboard=None if address else False)
+        signal.signal(signal.SIGTERM, on_termination)  # Ray has put its own there
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot reach the Ray cluster at {address or 'this machine'}: {reason(error)}. Give the address of a "

@@ -46,7 +46,7 @@ class TrainerWithNMSWCheckpoints(TrainerWithNMSWValidation):
             UserError: it cannot be read or does not fit.
         """
         self.print_to_log_file(f"Loading pretrained weights from {file}")
-        load_pretrained(self._plain_network(), read_checkpoint(file)["network_weights"], str(file))
+        load_pretrained(self._plain_network(), read_checkpoint(file, training=True)["network_weights"], str(file))
 
     def on_train_start(self) -> None:
         """See the parent."""

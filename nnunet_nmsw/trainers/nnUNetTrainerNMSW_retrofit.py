@@ -37,7 +37,7 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
             UserError: it cannot be read, does not fit, or was trained with other labels, spacing or normalisation.
         """
         self.print_to_log_file(f"Taking the local branch from {file}")
-        checkpoint = read_checkpoint(file)
+        checkpoint = read_checkpoint(file, training=True)
         check_same_task(checkpoint, self.plans_manager, self.configuration_name, self.dataset_json["labels"], str(file))
         load_local_branch(self._plain_network(), checkpoint["network_weights"], str(file))
         fold = checkpoint["init_args"]["fold"]

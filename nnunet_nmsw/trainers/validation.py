@@ -113,9 +113,11 @@ class TrainerWithNMSWValidation(DistributedTrainer):
         cases_of_every_process = len(keys) // self.num_processes
         for number, (key, volume, _, properties) in enumerate(self._preprocessed_cases(self.own_share(keys)), 1):
             self.print_to_log_file(f"predicting {key}")
-            yield {"data": volume, "data_properties": properties, "ofile": join(output_folder, key)}
-            # It is predicted by the time the next one is asked for.
             if isinstance(predictor, PredictorThatRemembers):
+                predictor.logits = None
+            yield {"data": volume, "data_properties": properties, "ofile": join(output_folder, key)}
+            # It is predicted by the time the next one is asked for, unless that has failed and been told.
+            if isinstance(predictor, PredictorThatRemembers) and predictor.logits is not None:
                 self._save_for_next_stages(key, predictor.logits, properties)
             if number % CASES_BETWEEN_BARRIERS == 0 and number <= cases_of_every_process:
                 self.wait_for_all()
@@ -162,10 +164,11 @@ class TrainerWithNMSWValidation(DistributedTrainer):
 class PredictorThatRemembers(NMSWPredictor):
     """Keeps the logits of the last case, for the cascade's next stage."""
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None = None
     keeps_logits = True
 
     def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
         """See the parent."""
-        self.logits = super().predict_logits_from_preprocessed_data(data).cpu()
-        return self.logits
+        logits: torch.Tensor = super().predict_logits_from_preprocessed_data(data).cpu()
+        self.logits = logits
+        return logits

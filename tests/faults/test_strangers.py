@@ -159,6 +159,50 @@ def test_plans_name_networks_and_layers_alone(images, tmp_path, monkeypatch, nam
     assert "evil" not in sys.modules
 
 
+PARTS = {
+    "the global branch takes what to import from the plans": (
+        {},
+        {"arch_kwargs": {"nonlin": "os.system", "nonlin_kwargs": {"command": "touch MARKER"}}},
+    ),
+    "the plans name it and the global branch imports it": (
+        {"dropout_op": "os.system", "dropout_op_kwargs": {"command": "touch MARKER"}},
+        {"_kw_requires_import": ["conv_op", "norm_op", "nonlin", "dropout_op"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("parts", list(PARTS))
+def test_parts_of_architectures_are_checked_as_they_are_merged(images, tmp_path, parts):
+    marker = tmp_path / "marker"
+    local, of_global = json.loads(json.dumps(PARTS[parts]).replace("MARKER", str(marker)))
+    model = write_model(tmp_path / "model")
+    plans = json.loads((model / "plans.json").read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["architecture"]["arch_kwargs"] |= local
+    if local:
+        configuration["architecture"]["_kw_requires_import"].remove("dropout_op")
+    configuration["nmsw"]["global_architecture"] = of_global
+    (model / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(SystemExit, match=r"os\.system.*--trust_model"):
+        main(["-i", str(images), "-o", str(tmp_path / "out"), "-m", str(model), "-device", "cpu"])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"])
+def test_variables_of_pytorch_change_nothing(images, tmp_path, monkeypatch, variable):
+    marker, model = tmp_path / "marker", write_model(tmp_path / "model")
+    flags = ["-i", str(images), "-o", str(tmp_path / "out"), "-m", str(model), "-device", "cpu", "-npp", "0"]
+    bad = write_model(tmp_path / "bad")
+    poisoned(bad, marker)
+    monkeypatch.setenv(variable, "1")
+    main(flags)
+    assert os.environ[variable] == "1"
+    flags[flags.index(str(model))] = str(bad)
+    with pytest.raises(SystemExit, match="may run code"):
+        main(flags)
+    assert not marker.exists()
+
+
 def test_networks_that_come_with_the_packages_are_allowed():
     names = [
         "dynamic_network_architectures.architectures.unet.PlainConvUNet",

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
-from commands import DATASET, TRAINER, environment, run
+from commands import DATASET, environment, run
 from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 
 from nnunet_nmsw.evaluation.command import main
@@ -24,22 +24,20 @@ from nnunet_nmsw.inference.automatic import FILE
 pytestmark = pytest.mark.integration
 
 PLANS = "nnUNetPlans_small"
-BASELINE = "nnUNetTrainer_1epoch"
+TRAINER, BASELINE = "nnUNetTrainerNMSW_tiny", "nnUNetTrainer_tiny"
 FLAGS = f"-d 998 -p {PLANS} -tr {TRAINER} -k 3 10% all auto -device cpu --disable_tta -nps 1"
 COMPARE = f"{FLAGS} -f 0 1 -tr_baseline {BASELINE} -timed_cases 1 -rounds 1 -cases_shown 2"
 
 
 @pytest.fixture(scope="module")
-def folds(workspace: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folds(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folds 0 and 1 of an NMSW and of a stock model."""
     folder = tmp_path_factory.mktemp("folds")
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         shutil.copytree(workspace / name, folder / name)
-    results = folder / "nnUNet_results" / DATASET
-    shutil.copytree(model, results / model.name)
-    run(f"nnUNetv2_train 998 3d_fullres 1 -p {PLANS} -tr {TRAINER} -device cpu", folder)
     for fold in (0, 1):
-        run(f"nnUNetv2_train 998 3d_fullres {fold} -p {PLANS} -tr {BASELINE} -device cpu", folder)
+        for trainer in (TRAINER, BASELINE):
+            run(f"nnUNetv2_train 998 3d_fullres {fold} -p {PLANS} -tr {trainer} -device cpu", folder)
     return folder
 
 
@@ -134,8 +132,8 @@ def test_predictions_are_those_of_the_commands(folds, report):
         file = f"{name}.nii.gz"
         differ = labels(output / file) != labels(report / "methods" / key / file)
         # The comparison keeps logits of NMSW as nnU-Net does, in half precision, the command decides without: close
-        # calls may differ.
-        assert differ.sum() <= (1e-4 * differ.size if "greedy_benefit" in key else 0), key
+        # calls may differ, of which a network of few steps has many.
+        assert differ.sum() <= (2e-3 * differ.size if "greedy_benefit" in key else 0), key
 
 
 def test_numbers_of_the_report(report):
@@ -239,7 +237,7 @@ def test_the_page_fits_a_phone(browser):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("-f 0 3", "fold 3 of nnUNetTrainerNMSW_1epoch is not trained"),
+        ("-f 0 3", f"fold 3 of {TRAINER} is not trained"),
         (f"-f 0 -tr_baseline {BASELINE} -p_baseline nnUNetPlans", "is not the folder of a trained model"),
         ("-f all", "its validation cases were trained on"),
         ("-f 0 -d 123", "no such dataset"),
