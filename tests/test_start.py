@@ -35,6 +35,27 @@ def test_pools_end_although_signals_are_handled():
     assert process.returncode == 143
 
 
+def test_a_command_ends_although_nobody_reads_what_it_prints():
+    """Ctrl-C behind a pipe ends its reader, too."""
+    code = (
+        "import time\nfrom nnunet_nmsw.console import end_in_one_line\nend_in_one_line()\n"
+        "print('READY', flush=True)\nprint('not flushed')\n"
+        "while True:\n    try:\n        time.sleep(60)\n    except Exception:\n        pass\n"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"READY\n"
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert process.stderr.read().decode().strip() == "interrupted"
+    process.stderr.close()
+
+
 FOLLOWING = """
 import os, subprocess, sys, time
 from nnunet_nmsw.console import follow_parent

@@ -126,6 +126,7 @@ def preprocessed_array(
         what: cannot be done, for messages.
     """
     try:
+        check_channels(predictor, image, output or "an array")
         case = next(
             PreprocessAdapterFromNpy(
                 [image],
@@ -151,12 +152,7 @@ def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarra
     """
     reader = predictor.plans_manager.image_reader_writer_class()
     image, properties, not_finite = _read(reader.read_images, files)
-    channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
-    if len(image) != channels:
-        raise UserError(
-            f"cannot use {', '.join(files)}: {'it holds' if len(files) == 1 else 'they hold'} an array of shape "
-            f"{' × '.join(map(str, image.shape))}, and the model takes {channels} channel(s), each a file of three axes"
-        )
+    check_channels(predictor, image, ", ".join(files))
     # The sum of numbers is a number, unless it is too large; and it takes no memory.
     with np.errstate(over="ignore", invalid="ignore"):
         suspicious = not np.isfinite(image.sum(dtype=np.float64))
@@ -166,6 +162,25 @@ def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarra
         what = f"WARNING: {', '.join(files)} has {not_finite:,} voxels that are no numbers or infinite"
         print(printable(f"{what}: the prediction may be worthless"), flush=True)
     return image, properties
+
+
+def check_channels(predictor: nnUNetPredictor, image: np.ndarray, what: str) -> None:
+    """See that an image has the channels that a model takes, and three axes.
+
+    Args:
+        predictor: of the model.
+        image: of the shape that it has.
+        what: it is, for the message.
+
+    Raises:
+        UserError: it does not.
+    """
+    channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
+    if image.ndim != 4 or len(image) != channels:
+        raise UserError(
+            f"cannot use {what}: its shape is {' × '.join(map(str, image.shape))}, and the model takes {channels} "
+            "channel(s) of three axes"
+        )
 
 
 def read_labels(predictor: nnUNetPredictor, file: str, shape: Sequence[int]) -> np.ndarray:
