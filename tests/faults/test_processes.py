@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from commands import DATASET, run, set_configurations
-from processes import after, can_mount, check_files, files_of, random_kill, small_disk, workers_left
+from processes import OF_NNUNET, after, can_mount, check_files, files_of, random_kill, small_disk, workers_left
 from untrained import write_image
 
 from nnunet_nmsw.files import PREFIX
@@ -86,11 +86,11 @@ def test_kills_of_a_training(preprocessed, pytestconfig):
     (preprocessed / "nnUNet_results").rename(preprocessed / "whole")
     random_, killed, kills = random.Random(1), 0, pytestconfig.getoption("kills")
     while killed < kills:
-        for _ in range(min(2, kills - killed)):
+        for _ in range(min(5, kills - killed)):
             watch = random_kill(random_, preprocessed / fold, 12, 6.0)
             run(f"{TRAIN} --c", preprocessed, check=False, meanwhile=watch, nnUNet_n_proc_DA="0")
             killed += 1
-            check_files(preprocessed / fold)
+            check_files(preprocessed / fold, OF_NNUNET)
             for file in (preprocessed / fold).glob("checkpoint_*.pth"):
                 torch.load(file, weights_only=False)
         run(f"{TRAIN} --c", preprocessed, nnUNet_n_proc_DA="0")
