@@ -39,7 +39,7 @@ class FilesPredictor(nnUNetPredictor):
         if previous is not None and folder_with_segs_from_prev_stage is None:
             raise UserError(f"the cascade needs the predictions of {previous}: give folder_with_segs_from_prev_stage")
         outputs = output_folder_or_list_of_truncated_output_files
-        if outputs is not None:
+        if outputs:
             folder = Path(outputs if isinstance(outputs, str) else os.path.dirname(outputs[0]))
             arguments = {
                 "list_of_lists_or_source_folder": list_of_lists_or_source_folder,

@@ -244,6 +244,7 @@ class NMSWPredictor(BoundedPredictor):
                     collect(num_writers - 1)  # results must not pile up before a slow disk
                     job = writers.submit(self._write_case, file, write, windows, case["data_properties"])
                     writing[job] = f"cannot write {file}{self.dataset_json['file_ending']}"
+                del result, write  # which hold the labels or the logits
                 bar.update()
             collect(0)
         compute_gaussian.cache_clear()
