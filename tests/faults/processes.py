@@ -97,16 +97,21 @@ def check_files(folder: Path, of_others: Sequence[str] = ()) -> None:
                 image.load()
 
 
-def workers_left(before: set[int]) -> list[psutil.Process]:
-    """Python processes that are new and whose parent is gone, or is this one's init."""
-    left = []
-    for process in psutil.process_iter(["pid", "name", "status"]):
-        if process.pid in before or process.info["status"] == psutil.STATUS_ZOMBIE:
-            continue
-        with contextlib.suppress(psutil.Error):
-            if "python" in process.name().lower() and "resource_tracker" not in " ".join(process.cmdline()):
-                left.append(process)
-    return left
+def all_gone(processes: list[psutil.Process], seconds: float = 20.0) -> bool:
+    """Whether processes end within some time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not any(map(_is_running, processes)):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

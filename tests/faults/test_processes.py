@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from commands import DATASET, run, set_configurations
-from processes import OF_NNUNET, after, can_mount, check_files, files_of, random_kill, small_disk, workers_left
+from processes import OF_NNUNET, after, all_gone, can_mount, check_files, files_of, random_kill, small_disk
 from untrained import write_image
 
 from nnunet_nmsw.files import PREFIX
@@ -132,21 +132,10 @@ def test_kills_of_a_comparison(compared, pytestconfig):
         shutil.rmtree(report)
 
 
-def gone(before: set[int], seconds: float = 8.0) -> bool:
-    """Whether all processes that are new end within some time."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if not workers_left(before):
-            return True
-        time.sleep(0.2)
-    return False
-
-
 @pytest.mark.parametrize("what", ["training", "comparison"])
 def test_workers_notice_that_their_parent_was_killed(what, request):
     folder = request.getfixturevalue("preprocessed" if what == "training" else "compared")
-    run("nmsw_predict --help", folder)  # the server of commands has started
-    before, most = set(psutil.pids()), []
+    workers: list[psutil.Process] = []
     command = TRAIN if what == "training" else f"{COMPARE} -o report -nps 2"
 
     def kill_the_parent(process: int) -> None:
@@ -156,12 +145,12 @@ def test_workers_notice_that_their_parent_was_killed(what, request):
         while time.monotonic() < until and not (list(folder.glob(pattern)) and len(parent.children()) >= 2):
             time.sleep(0.05)
         time.sleep(1.0)
-        most.extend(parent.children(recursive=True))
+        workers.extend(parent.children(recursive=True))
         parent.kill()
 
     run(command, folder, check=False, meanwhile=kill_the_parent, nnUNet_n_proc_DA="1")
-    assert len(most) >= 2
-    assert gone(before | {p.pid for p in psutil.process_iter() if "pytest" in p.name()})
+    assert len(workers) >= 2
+    assert all_gone(workers)
 
 
 def test_a_worker_that_dies_in_a_comparison_is_told(compared):
@@ -208,20 +197,21 @@ def test_signals_end_a_prediction_in_one_line(many_images, untrained, tmp_path, 
 
 @pytest.mark.parametrize(("number", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
 def test_signals_end_a_comparison_in_one_line(compared, number, status, word):
-    run("nmsw_predict --help", compared)
-    before = set(psutil.pids())
+    workers: list[psutil.Process] = []
 
     def interrupt(process: int) -> None:
         until = time.monotonic() + 60
         while time.monotonic() < until and len(files_of(compared / "report")) < 3:
             time.sleep(0.01)
+        workers.extend(psutil.Process(process).children(recursive=True))
         after(0.0, number, group=False)(process)
 
     result = run(f"{COMPARE} -o report -nps 2", compared, check=False, meanwhile=interrupt)
     assert result.returncode == status
     assert result.stderr.strip().splitlines()[-1].startswith(f"{word}: the folder keeps what is done")
     assert "Traceback" not in result.stderr
-    assert gone(before)
+    assert workers
+    assert all_gone(workers)
     assert not list((compared / "report").rglob(f"{PREFIX}*"))
 
 
