@@ -163,7 +163,7 @@ def test_training_a_2d_configuration_is_refused(workspace):
         ("-i missing", "does not exist"),
         ("-i two_channels", "1 channel"),
         ("-part_id 2 -num_parts 2", "-part_id is 2"),
-        ("-m unreadable_model", "cannot load"),
+        ("-m unreadable_model", "no checkpoint of PyTorch"),
         ("-m stock_model", "no NMSW trainer"),
         ("--max_memory lots", "such as 8G"),
         ("--bfloat16 -device cuda", "--bfloat16 is for -device cpu"),
