@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,10 @@ ENDING = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 unfinished_folders: set[Path] = set()
 """Folders of files that this process has begun and not finished, see `files.written_whole`."""
+
+
+at_end: list[Callable[[], None]] = []
+"""What else is done when a signal ends the command, after its workers are gone: cleaning up behind these."""
 
 
 def printable(text: str) -> str:
@@ -72,11 +77,15 @@ def _end_now(line: str, number: int, _frame: FrameType | None) -> None:
     try:
         for other in ENDING:
             signal.signal(other, signal.SIG_IGN)
-        for child in psutil.Process().children(recursive=True):
+        children = psutil.Process().children(recursive=True)
+        for child in children:
             with suppress(psutil.Error):
                 child.kill()
         for folder in list(unfinished_folders):
             shutil.rmtree(folder, ignore_errors=True)
+        psutil.wait_procs(children, timeout=1)
+        for clean_up in at_end:
+            clean_up()
         with suppress(RuntimeError, OSError, ValueError):  # it was printing just now, or who listened is gone
             sys.stdout.flush()
         # A progress bar may stand in the last line.

@@ -28,7 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunet_nmsw.config import PLANS_KEY
-from nnunet_nmsw.console import follow_parent
+from nnunet_nmsw.console import at_end, follow_parent
 from nnunet_nmsw.documents import COMPARISON, RECORD, TIMING, read_json
 from nnunet_nmsw.errors import Failures, UserError, reason
 from nnunet_nmsw.evaluation.methods import Method, primary_method, reference_method
@@ -143,10 +143,15 @@ class Comparison:
             raise UserError(f"{self.folder} is there and holds no comparison: give an empty or new folder with -o")
         try:
             write_json(file, settings)
-            remove_leftovers(self.folder)
-            remove_leftovers(self.folder / "methods")
+            self.remove_leftovers()
         except OSError as error:
             raise UserError(f"-o {self.folder} cannot be written into: {error.strerror or reason(error)}") from error
+        at_end.append(self.remove_leftovers)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed calls, or workers of this one, have not finished."""
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / "methods")
 
     def record_file(self, case: Case) -> Path:
         """Metrics of all methods on a case."""
