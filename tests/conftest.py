@@ -18,7 +18,7 @@ from nnunet_nmsw.network import NMSWNetwork
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compatibility", metavar="FILE", help="write what the tests marked `compatibility` showed")
-    parser.addoption("--kills", type=int, default=2, help="how often the tests marked `faults` kill each command")
+    parser.addoption("--kills", type=int, default=1, help="how often the tests marked `faults` kill each command")
 
 
 @pytest.fixture
