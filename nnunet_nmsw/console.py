@@ -97,14 +97,14 @@ def _end_now(line: str, number: int, _frame: FrameType | None) -> None:
 def follow_parent() -> None:
     """Let this worker process end when its parent is gone, killed for example: it would wait for work for ever."""
     started_by = multiprocessing.parent_process()
-    if started_by is not None and not started_by.is_alive():  # it went while this process imported
-        os._exit(1)
-    parent = os.getppid()
+    # Not always the one that the system calls so: a fork server, or nobody's, if it went while this process imported.
+    parent = os.getppid() if started_by is None or started_by.pid is None else started_by.pid
 
     def look() -> None:
-        process = psutil.Process(parent) if psutil.pid_exists(parent) else None
-        while process is not None and os.getppid() == parent and process.is_running():
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(parent)
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         os._exit(1)
 
     threading.Thread(target=look, name="follow parent", daemon=True).start()

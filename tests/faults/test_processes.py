@@ -101,7 +101,8 @@ def test_kills_of_a_training(preprocessed, pytestconfig):
         shutil.rmtree(preprocessed / "nnUNet_results")
 
 
-COMPARE = "nmsw_compare -d 998 -f 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_1epoch -device cpu -k 2 -timed_cases 0 --disable_tta"
+COMPARE = "nmsw_compare -d 998 -f 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_1epoch -device cpu"
+COMPARE += " -k 2 -timed_cases 0 --disable_tta"
 
 
 @pytest.fixture
@@ -136,7 +137,8 @@ def test_kills_of_a_comparison(compared, pytestconfig):
 def test_workers_notice_that_their_parent_was_killed(what, request):
     folder = request.getfixturevalue("preprocessed" if what == "training" else "compared")
     workers: list[psutil.Process] = []
-    command = TRAIN if what == "training" else f"{COMPARE} -o report -nps 2"
+    # A training of some minutes, which is killed when it has hardly begun.
+    command = TRAIN.replace("mortal", "short") if what == "training" else f"{COMPARE} -o report -nps 2"
 
     def kill_the_parent(process: int) -> None:
         until, parent = time.monotonic() + 60, psutil.Process(process)
@@ -172,7 +174,10 @@ def test_a_worker_that_dies_in_a_comparison_is_told(compared):
 
 @pytest.mark.parametrize(("number", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
 def test_signals_end_a_prediction_in_one_line(many_images, untrained, tmp_path, number, status, word):
-    output = tmp_path / "out"
+    output, images = tmp_path / "out", tmp_path / "images"
+    images.mkdir()
+    for copy in range(40):  # so many that it is not done when it is interrupted
+        (images / f"case{copy}_0000.nii.gz").symlink_to(many_images / "case0_0000.nii.gz")
     asked: list[float] = []
 
     def interrupt(process: int) -> None:
@@ -182,7 +187,7 @@ def test_signals_end_a_prediction_in_one_line(many_images, untrained, tmp_path, 
         asked.append(time.monotonic())
         after(0.0, number, group=False)(process)
 
-    predict = f"nmsw_predict -i {many_images} -m {untrained} -o {output} -k all -device cpu --disable_progress_bar"
+    predict = f"nmsw_predict -i {images} -m {untrained} -o {output} -k all -device cpu --disable_progress_bar"
     result = run(predict, tmp_path, check=False, meanwhile=interrupt)
     assert time.monotonic() - asked[0] < 30  # how fast it is, is told in docs/reliability.md
     assert result.returncode == status
