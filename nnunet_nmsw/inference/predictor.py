@@ -33,7 +33,7 @@ from nnunet_nmsw.inference.bounded import BoundedPredictor
 from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels, write_logits
 from nnunet_nmsw.inference.interpolation import Axis
 from nnunet_nmsw.inference.logits import spatial_shape
-from nnunet_nmsw.inference.preprocessing import Case, in_order, preprocessed_array, preprocessed_cases
+from nnunet_nmsw.inference.preprocessing import Case, preprocessed_arrays, preprocessed_cases
 from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
 from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
 from nnunet_nmsw.labels import LabelEncoding
@@ -380,9 +380,8 @@ class NMSWPredictor(BoundedPredictor):
         outputs: list[str | None],
         num_threads: int,
     ) -> Iterator[Case]:
-        """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_array`."""
-        of_cases = zip(images, properties, previous_stage, outputs, strict=True)
-        return in_order([partial(preprocessed_array, self, *of_case) for of_case in of_cases], num_threads)
+        """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_arrays`."""
+        return preprocessed_arrays(self, images, properties, previous_stage, outputs, num_threads)
 
 
 def _as_list(one_or_several: Any) -> list[Any]:

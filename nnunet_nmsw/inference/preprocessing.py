@@ -81,6 +81,19 @@ def preprocessed_cases(
     return in_order([partial(preprocessed, predictor, *of_case) for of_case in of_cases], num_threads)
 
 
+def preprocessed_arrays(
+    predictor: nnUNetPredictor,
+    images: list[np.ndarray],
+    properties: list[dict[str, Any]],
+    previous_stage: list[np.ndarray | None],
+    outputs: list[str | None],
+    num_threads: int,
+) -> Iterator[Case]:
+    """Cases from arrays in their order: for each the arguments of `preprocessed_array`; threads as in `in_order`."""
+    of_cases = zip(images, properties, previous_stage, outputs, strict=True)
+    return in_order([partial(preprocessed_array, predictor, *of_case) for of_case in of_cases], num_threads)
+
+
 def preprocessed(predictor: nnUNetPredictor, images: list[str], previous_stage: str | None, output: str | None) -> Case:
     """A case from files; with `error` where they cannot be read or preprocessed.
 

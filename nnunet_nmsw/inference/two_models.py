@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.geometry import Shape, low_shape
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.preprocessing import Case, in_order, preprocessed_array, preprocessed_cases
+from nnunet_nmsw.inference.preprocessing import Case, preprocessed_arrays, preprocessed_cases
 from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
 
 
@@ -115,19 +114,9 @@ class TwoModelPredictor(NMSWPredictor):
         """See the parent."""
         return self._with_coarse(super().preprocess(*args), preprocessed_cases(self.global_model, *args))
 
-    def preprocess_arrays(
-        self,
-        images: list[np.ndarray],
-        properties: list[dict[str, Any]],
-        previous_stage: list[np.ndarray | None],
-        outputs: list[str | None],
-        num_threads: int,
-    ) -> Iterator[Case]:
+    def preprocess_arrays(self, *args: Any) -> Iterator[Case]:
         """See the parent."""
-        of_cases = zip(images, properties, previous_stage, outputs, strict=True)
-        jobs = [partial(preprocessed_array, self.global_model, *of_case) for of_case in of_cases]
-        of_fine = super().preprocess_arrays(images, properties, previous_stage, outputs, num_threads)
-        return self._with_coarse(of_fine, in_order(jobs, num_threads))
+        return self._with_coarse(super().preprocess_arrays(*args), preprocessed_arrays(self.global_model, *args))
 
     def _with_coarse(self, cases: Iterable[Case], of_global_model: Iterable[Case]) -> Iterator[Case]:
         """The cases as both models see them. Both preprocess the same images in the same order."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,14 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_configuration
-from untrained import write_image, write_model
+from untrained import refused_by, write_image, write_model
 
 from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.automatic import stop_at_of_folds
 from nnunet_nmsw.inference.command import main
 
-ANY_CPU = "-device cpu"
-
-
-def refused(flags: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The line that a call of nmsw_predict ends with; fails for a traceback, or more than a line."""
-    with pytest.raises((SystemExit, UserError)) as ended:
-        main(flags)
-    captured = capfd.readouterr()
-    # argparse itself prints, and ends with status 2.
-    message = captured.err.strip().splitlines()[-1] if ended.value.code == 2 else str(ended.value)
-    assert "Traceback" not in captured.err
-    assert "\n" not in message
-    assert 10 < len(message) < 900
-    return message
+refused = partial(refused_by, main)
 
 
 FLAGS = {
@@ -131,7 +119,6 @@ WITHOUT_FOLDER = {
 
 @pytest.mark.parametrize("flags", list(WITHOUT_FOLDER))
 def test_models_that_are_not_there(images, untrained, tmp_path, monkeypatch, flags, capfd):
-    results = tmp_path / "results"
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))

@@ -1,15 +1,18 @@
 """A model that was never trained, whose labels are noise: faults do not depend on what a model has learned."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import DATASET_JSON, make_plans
 
 from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
 
@@ -50,3 +53,16 @@ def write_image(file: Path, seed: int = 0, shape: tuple[int, ...] = (14, 15, 16)
     image.SetSpacing((1.0,) * len(shape))
     sitk.WriteImage(image, str(file))
     return array
+
+
+def refused_by(main: Callable[[list[str]], None], flags: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The line that a command ends with; fails for a traceback, or more than a line."""
+    with pytest.raises((SystemExit, UserError)) as ended:
+        main(flags)
+    captured = capfd.readouterr()
+    # argparse itself prints, and ends with status 2.
+    message = captured.err.strip().splitlines()[-1] if ended.value.code == 2 else str(ended.value)
+    assert "Traceback" not in captured.err
+    assert "\n" not in message
+    assert 10 < len(message) < 900
+    return message
