@@ -88,23 +88,30 @@ def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust
     """
     checked_folder(folder)
     read_document(folder, "dataset.json")
+    names = set()
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():
             raise UserError(f"there is no checkpoint {file}: train that fold, or choose with -f and -chk")
-        name = configuration_of(read_checkpoint(file, trust, mmap=True), file)
+        names.add(configuration_of(read_checkpoint(file, trust, mmap=True), file))
+    for name in sorted(names):  # one, unless folds of several trainings were put together
         configuration = read_configuration(folder, name)
         if not trust:
-            where = f"{folder / 'plans.json'}, configurations.{name}"
-            check_origin(configuration["architecture"], where)
-            if PLANS_KEY in configuration:
-                # As it will be built: what the settings leave out comes from the plans, and so may what to import.
-                try:
-                    setting = NMSWConfig.from_configuration(configuration).global_architecture
-                    merged = global_architecture(configuration["architecture"], setting, width=1.0)
-                except (UserError, TypeError) as error:
-                    raise UserError(f"{where}: {reason(error)}") from error
-                check_origin(merged, f"{where}.{PLANS_KEY}.global_architecture")
+            _check_origins(configuration, f"{folder / 'plans.json'}, configurations.{name}")
+
+
+def _check_origins(configuration: dict[str, Any], where: str) -> None:
+    """See that both branches of a configuration are made of networks and layers that are safe, see `check_origin`."""
+    check_origin(configuration["architecture"], where)
+    if PLANS_KEY not in configuration:
+        return
+    # As it will be built: what the settings leave out comes from the plans, and so may what to import.
+    try:
+        setting = NMSWConfig.from_configuration(configuration).global_architecture
+        merged = global_architecture(configuration["architecture"], setting, width=1.0)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{where}: {reason(error)}") from error
+    check_origin(merged, f"{where}.{PLANS_KEY}.global_architecture")
 
 
 def initialize(
