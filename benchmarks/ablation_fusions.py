@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nnunet_nmsw.fusion import FusionWeights, blended_trust, fuse, summed
-from nnunet_nmsw.geometry import Shape, upsample_window
+from nnunet_nmsw.model.fusion import FusionWeights, blended_trust, fuse, summed
+from nnunet_nmsw.volume.windows import Shape, upsample_window
 
 Fusion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Blended patch logits, coarse logits (C, D, H, W each) and windows' weights (D, H, W) to fused scores (C, D, H, W)."""

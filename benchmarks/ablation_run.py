@@ -24,14 +24,14 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
-from nnunet_nmsw.config import SELECTIONS, NMSWConfig, resolve_num_patches
+from nnunet_nmsw.settings import SELECTIONS, NMSWConfig, resolve_num_patches
 from nnunet_nmsw.evaluation.oracle import oracle_windows
 from nnunet_nmsw.evaluation.selectors import entropy_windows, random_windows
-from nnunet_nmsw.fusion import FusionWeights, fused_segmentation
-from nnunet_nmsw.geometry import WindowGrid, crop_windows, downsample, upsample_window
-from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.network import NMSWNetwork, WindowChoice
-from nnunet_nmsw.views import seed_everything
+from nnunet_nmsw.model.fusion import FusionWeights, fused_segmentation
+from nnunet_nmsw.volume.windows import WindowGrid, crop_windows, downsample, upsample_window
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.model.network import NMSWNetwork, WindowChoice
+from nnunet_nmsw.trainers.views import seed_everything
 
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
 STOP_AT = (0.0, 0.05, 0.1, 0.2, 0.4)

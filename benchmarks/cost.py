@@ -33,7 +33,7 @@ from nnunet_nmsw.inference.export import write_labels
 from nnunet_nmsw.inference.memory import most_memory_of_process
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import preprocessed
-from nnunet_nmsw.network import CoarsePrediction, WindowChoice
+from nnunet_nmsw.model.network import CoarsePrediction, WindowChoice
 
 STOCK = "nnU-Net"
 STAGES = ("read and preprocess", "global branch", "choice of windows", "patches", "labels", "write")

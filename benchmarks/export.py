@@ -24,14 +24,14 @@ from measuring import in_new_process, tell, write_results
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from torch import Tensor
 
-from nnunet_nmsw.config import resolve_num_patches
-from nnunet_nmsw.fusion import FusionWeights, fuse_volume_, gaussian_weights
-from nnunet_nmsw.geometry import Shape, WindowGrid, window_slices
+from nnunet_nmsw.settings import resolve_num_patches
+from nnunet_nmsw.model.fusion import FusionWeights, fuse_volume_, gaussian_weights
+from nnunet_nmsw.volume.windows import Shape, WindowGrid, window_slices
 from nnunet_nmsw.inference.bounded import MEMORY_OF_PLANES
-from nnunet_nmsw.inference.interpolation import linear_axis
+from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.inference.memory import most_memory_of_process
-from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
-from nnunet_nmsw.labels import LabelEncoding
+from nnunet_nmsw.inference.planes import FusedModel, FusedPrediction, planes_for, segment
+from nnunet_nmsw.volume.labels import LabelEncoding
 
 METHODS = ("stock", "planes")
 IMAGE_SPACING = 0.8

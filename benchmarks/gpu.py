@@ -28,7 +28,7 @@ from synthetic import FULL_WIDTH, organs, write_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_nmsw.inference.interpolation import linear_axis
+from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 STOCK = "sliding window"

@@ -19,11 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nnunet_nmsw.fused_loss import fused_loss
-from nnunet_nmsw.fusion import FusionWeights
-from nnunet_nmsw.geometry import WindowGrid, crop_windows, label_counts
-from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.topk import WindowSample, sample_windows
+from nnunet_nmsw.trainers.losses.fused import fused_loss
+from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.volume.windows import WindowGrid, crop_windows, label_counts
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.selection.topk import WindowSample, sample_windows
 
 CLASSES, K = 2, 2
 PATHS = ("contribution", "tangent", "input")

@@ -24,8 +24,8 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_nmsw.architecture import convolutional_architecture
-from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.model.architecture import convolutional_architecture
+from nnunet_nmsw.settings import NMSWConfig
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
 TRAINER = "nnUNetTrainerNMSW"

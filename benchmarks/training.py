@@ -23,8 +23,8 @@ from measuring import in_new_process, tell, write_results
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_nmsw.inference.memory import most_memory_of_process
-from nnunet_nmsw.precision import mixed_precision
-from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
+from nnunet_nmsw.volume.precision import mixed_precision
+from nnunet_nmsw.trainers.losses.total import NMSWLoss, finest_scale
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW, training_volume
 
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerNMSW")

@@ -123,7 +123,7 @@ CALIBRATION = {
         },
     },
 }
-"""What `inference.automatic` writes."""
+"""What `selection.calibration` writes."""
 
 COMPARISON = {
     "type": "object",
@@ -132,7 +132,7 @@ COMPARISON = {
 }
 """Settings of a comparison."""
 
-METRICS = {"type": "object", "required": ["Dice", "NSD", "HD95", "objects", "missed_objects", "false_positive_objects"]}
+METRICS = {"type": "object", "required": ["objects", "missed_objects", "false_positive_objects"]}
 RECORD = {
     "type": "object",
     "required": ["case", "fold", "methods"],

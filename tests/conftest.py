@@ -13,7 +13,7 @@ from compatibility import (  # noqa: F401
 from tiny import build_network
 
 from nnunet_nmsw.demo.phantom import write_dataset
-from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.model.network import NMSWNetwork
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,9 +7,9 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
-from nnunet_nmsw.geometry import WindowGrid, window_slices
-from nnunet_nmsw.labels import LabelEncoding
+from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
+from nnunet_nmsw.volume.windows import WindowGrid, window_slices
+from nnunet_nmsw.volume.labels import LabelEncoding
 
 CLASSES = 3
 REGIONS = ((1, 2, 3), (2, 3), (3,))

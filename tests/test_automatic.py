@@ -8,7 +8,7 @@ import torch
 from test_predictor import initialized, nmsw
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.inference.automatic import FILE, STOP_AT, stop_at_of_folds, write_calibration
+from nnunet_nmsw.selection.calibration import FILE, STOP_AT, stop_at_of_folds, write_calibration
 
 
 def fold(folder, number, dice, cases=2):

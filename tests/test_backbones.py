@@ -17,12 +17,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import DATASET_JSON, make_configuration, make_plans
 from torch import nn
 
-from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.settings import NMSWConfig
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.network import NMSWNetwork, total_stride
+from nnunet_nmsw.model.network import NMSWNetwork, total_stride
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
-from nnunet_nmsw.views import TrainingVolume
+from nnunet_nmsw.trainers.views import TrainingVolume
 
 CPU = torch.device("cpu")
 CONFIGURATION = "3d_fullres"

@@ -9,9 +9,9 @@ from test_network import training_step
 from tiny import DATASET_JSON, build_network, make_plans
 from torch._dynamo.utils import counters
 
-from nnunet_nmsw.geometry import downsample
+from nnunet_nmsw.volume.windows import downsample
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.model.network import NMSWNetwork
 
 
 def step(network: NMSWNetwork, shape: tuple[int, int, int]) -> list[torch.Tensor]:

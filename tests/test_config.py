@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 from tiny import make_configuration
 
-from nnunet_nmsw.config import NMSWConfig, default_downsampling_factor, parse_num_patches, resolve_num_patches
+from nnunet_nmsw.settings import NMSWConfig, default_downsampling_factor, parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError
 
 

@@ -6,8 +6,8 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
-from nnunet_nmsw.views import TrainingVolume
+from nnunet_nmsw.trainers.loader import Augmentation, WholeVolumeLoader
+from nnunet_nmsw.trainers.views import TrainingVolume
 
 PATCH = (12, 12, 12)
 

@@ -4,8 +4,8 @@ from test_data import PATCH, Cases, as_volume, nnunet_augmentation
 from test_network import plain_loss
 from tiny import build_network
 
-from nnunet_nmsw.trainers.data import WholeVolumeLoader
-from nnunet_nmsw.views import seed_everything
+from nnunet_nmsw.trainers.loader import WholeVolumeLoader
+from nnunet_nmsw.trainers.views import seed_everything
 
 
 def train(seed: int, steps: int = 4) -> list[torch.Tensor]:

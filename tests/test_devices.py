@@ -8,8 +8,8 @@ from tiny import build_network
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunet_nmsw.inference.command import _parser, prepare_device
-from nnunet_nmsw.trainers.data import WholeVolumeLoader
+from nnunet_nmsw.commands.predict import _parser, prepare_device
+from nnunet_nmsw.trainers.loader import WholeVolumeLoader
 
 
 class Bfloat16Operations(TorchDispatchMode):

@@ -10,13 +10,13 @@ from tiny import DATASET_JSON, make_plans
 from torch import distributed as dist
 from torch import multiprocessing
 
-import nnunet_nmsw.trainers.loss as loss_module
-from nnunet_nmsw.config import GRADIENT_PATHS
+import nnunet_nmsw.trainers.losses.total as loss_module
+from nnunet_nmsw.settings import GRADIENT_PATHS
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW, torchrun
-from nnunet_nmsw.trainers.data import Augmentation
+from nnunet_nmsw.trainers.loader import Augmentation
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import training_volume
-from nnunet_nmsw.views import seed_everything
+from nnunet_nmsw.trainers.views import seed_everything
 
 PROCESSES = 2
 NO_AUGMENTATION = Augmentation(None, None, [], [])

@@ -8,10 +8,10 @@ from fusion_problems import CLASSES, ENCODING, ENCODINGS, canvas, covered, nnune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_nmsw.benefit import benefit_map, dice_slope
-from nnunet_nmsw.fused_loss import distillation_loss, fused_loss, window_shares
-from nnunet_nmsw.fusion import FusionWeights, fuse
-from nnunet_nmsw.geometry import (
+from nnunet_nmsw.trainers.losses.benefit import benefit_map, dice_slope
+from nnunet_nmsw.trainers.losses.fused import distillation_loss, fused_loss, window_shares
+from nnunet_nmsw.model.fusion import FusionWeights, fuse
+from nnunet_nmsw.volume.windows import (
     WindowGrid,
     add_to_low_resolution_,
     crop_windows,
@@ -19,7 +19,7 @@ from nnunet_nmsw.geometry import (
     upsample_window,
     window_slices,
 )
-from nnunet_nmsw.loss_sums import dice_and_cross_entropy, loss_sums
+from nnunet_nmsw.trainers.losses.sums import dice_and_cross_entropy, loss_sums
 
 
 @settings(max_examples=40, deadline=None)
@@ -219,7 +219,7 @@ def test_in_parts_the_loss_is_the_same_and_nothing_of_their_size_is_kept(encodin
     two_planes = 2 * CLASSES * 6 * 5
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (patches, arguments[0])}
     for most_values in (10**6, two_planes):
-        monkeypatch.setattr("nnunet_nmsw.loss_sums.MOST_VALUES", most_values)
+        monkeypatch.setattr("nnunet_nmsw.trainers.losses.sums.MOST_VALUES", most_values)
         kept = []
 
         def pack(tensor, kept=kept):

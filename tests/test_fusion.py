@@ -3,8 +3,8 @@ from fusion_problems import CLASSES, canvas, label_manager, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_nmsw.fusion import FusionWeights, blended_trust, fuse_volume_, fused_segmentation
-from nnunet_nmsw.geometry import upsample_window
+from nnunet_nmsw.model.fusion import FusionWeights, blended_trust, fuse_volume_, fused_segmentation
+from nnunet_nmsw.volume.windows import upsample_window
 
 
 @settings(max_examples=30, deadline=None)

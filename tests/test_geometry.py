@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_nmsw.geometry import (
+from nnunet_nmsw.volume.windows import (
     LabelSums,
     WindowGrid,
     add_to_low_resolution_,

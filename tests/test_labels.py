@@ -4,7 +4,7 @@ from fusion_problems import CLASSES, ENCODINGS, label_manager, one_hot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_nmsw.labels import LabelEncoding
+from nnunet_nmsw.volume.labels import LabelEncoding
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)

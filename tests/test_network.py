@@ -2,11 +2,11 @@ import pytest
 import torch
 from tiny import build_network
 
-from nnunet_nmsw.config import SCORE_MAPS, SELECTIONS, NMSWConfig
-from nnunet_nmsw.geometry import downsample
-from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.trainers.loss import NMSWLoss
-from nnunet_nmsw.views import TrainingVolume
+from nnunet_nmsw.settings import SCORE_MAPS, SELECTIONS, NMSWConfig
+from nnunet_nmsw.volume.windows import downsample
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.trainers.losses.total import NMSWLoss
+from nnunet_nmsw.trainers.views import TrainingVolume
 
 
 def plain_loss(config: NMSWConfig, num_classes: int = 3) -> NMSWLoss:

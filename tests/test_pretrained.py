@@ -11,7 +11,7 @@ from test_backbones import folders, new_trainer  # noqa: F401
 from tiny import build_network, make_plans
 from torch import nn
 
-from nnunet_nmsw.checkpoint import read_checkpoint
+from nnunet_nmsw.model.safe_loading import read_checkpoint
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers.pretrained import (
     AlreadyLoaded,

@@ -5,7 +5,7 @@ import torch
 from matplotlib import rc_context
 from PIL import Image
 
-from nnunet_nmsw.evaluation.plots import STYLE
+from nnunet_nmsw.evaluation.report.plots import STYLE
 from nnunet_nmsw.trainers.progress import COLOURS, SampledCase, plot_progress, plot_sampling
 
 

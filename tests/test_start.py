@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nnunet_nmsw.start import importing
+from nnunet_nmsw.commands.entry_points import importing
 
 POOLS = """
 import multiprocessing, time

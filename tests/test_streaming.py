@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
-from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
-from nnunet_nmsw.geometry import low_shape, upsample_window, window_slices
+from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
+from nnunet_nmsw.volume.windows import low_shape, upsample_window, window_slices
 from nnunet_nmsw.inference import streaming
-from nnunet_nmsw.inference.interpolation import agreed, linear_axis, nearest_axis
-from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, decided, segment
-from nnunet_nmsw.labels import LabelEncoding
+from nnunet_nmsw.volume.interpolation import agreed, linear_axis, nearest_axis
+from nnunet_nmsw.inference.planes import FusedModel, FusedPrediction, decided, segment
+from nnunet_nmsw.volume.labels import LabelEncoding
 
 LABELS = LabelEncoding(5)
 REGIONS = LabelEncoding(4, regions=((1, 2, 3), (2, 3), (3,)), regions_class_order=(1, 2, 3))

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from nnunet_nmsw.geometry import WindowGrid
-from nnunet_nmsw.topk import candidate_windows, greedy_benefit, greedy_coverage, sample_windows, top_k, window_entropy
+from nnunet_nmsw.volume.windows import WindowGrid
+from nnunet_nmsw.selection.topk import candidate_windows, greedy_benefit, greedy_coverage, sample_windows, top_k, window_entropy
 
 
 def plackett_luce_inclusion(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import nnunet_augmentation
 
-from nnunet_nmsw.fused_loss import fused_loss
-from nnunet_nmsw.fusion import FusionWeights
-from nnunet_nmsw.geometry import crop, crop_windows, downsample, label_counts
-from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.views import TrainingVolume, sample_affine, seed_everything
+from nnunet_nmsw.trainers.losses.fused import fused_loss
+from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.volume.windows import crop, crop_windows, downsample, label_counts
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.trainers.views import TrainingVolume, sample_affine, seed_everything
 
 SHAPE, PATCH = (18, 21, 24), (8, 8, 8)
 

@@ -8,7 +8,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
 DATASET_JSON = {

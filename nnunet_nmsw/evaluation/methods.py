@@ -6,26 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
+from nnunet_nmsw.evaluation.yardsticks import WAYS
+
 SLIDING_WINDOW_STEPS = (0.5, 0.75, 1.0)
 """nnU-Net's default step and the two that are used to save time."""
-
-SERIES = {
-    "greedy_benefit": "NMSW",
-    "top_k": "NMSW, top-k",
-    "greedy_coverage": "NMSW, greedy coverage",
-    "none": "global branch alone",
-    "random": "random foreground windows",
-    "entropy": "windows by entropy",
-    "objects": "zoom-in on predicted objects",
-    "oracle": "oracle",
-}
-"""How windows are picked, and what it is called in the report."""
-
-WITHOUT_K = ("none", "objects")
-"""Selections that decide themselves how many windows they take."""
-
-NOT_TIMED = ("random", "entropy", "oracle")
-"""Selections nobody would deploy, or could: their accuracy is a yardstick, their time means nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +18,7 @@ class Method:
 
     Attributes:
         model: whose networks predict, "baseline" or "nmsw".
-        selection: how windows are picked, a key of `SERIES`; None for the sliding window of the patch network alone.
+        selection: how windows are picked, a key of `WAYS`; None for the sliding window of the patch network alone.
         num_patches: K of the selection, "auto" among them; None where it decides itself, and for the sliding window.
         tile_step_size: step of the sliding window as a fraction of the patch size; None for a selection.
         mirrored: whether predictions are averaged over mirrorings.
@@ -65,7 +49,7 @@ class Method:
         if self.selection is None:
             name = "sliding window" + (" of the local branch" if self.model == "nmsw" else "")
         else:
-            name = SERIES[self.selection] + (", automatic K" if self.num_patches == "auto" else "")
+            name = WAYS[self.selection].title + (", automatic K" if self.num_patches == "auto" else "")
         if self.show_mirroring:
             name += ", mirrored" if self.mirrored else ", not mirrored"
         return name
@@ -83,12 +67,13 @@ class Method:
     @property
     def is_yardstick(self) -> bool:
         """Whether it is there to be measured against, and not to be used."""
-        return self.selection in {*NOT_TIMED, *WITHOUT_K}
+        way = None if self.selection is None else WAYS[self.selection]
+        return way is not None and not (way.can_be_used and way.takes_k)
 
     @property
     def is_timed(self) -> bool:
         """Whether its time and memory are measured."""
-        return self.selection not in NOT_TIMED
+        return self.selection is None or WAYS[self.selection].can_be_used
 
 
 def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrored: Sequence[bool]) -> list[Method]:
@@ -98,12 +83,9 @@ def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrore
         method = partial(Method, mirrored=mirror, show_mirroring=len(mirrored) > 1)
         for model in ("baseline", "nmsw") if with_baseline else ("nmsw",):
             methods += [method(model, tile_step_size=step) for step in SLIDING_WINDOW_STEPS]
-        for selection in SERIES:
-            # All windows are the same whoever picks them, but for the oracle, which leaves out those that harm. The
-            # automatic number goes with the predicted benefit.
-            only_of = {"all": ("greedy_benefit", "oracle"), "auto": ("greedy_benefit",)}
-            ks = [k for k in num_patches if selection in only_of.get(str(k), SERIES)]
-            for k in [None] if selection in WITHOUT_K else ks:
+        for selection, way in WAYS.items():
+            ks = [k for k in num_patches if (k != "all" or way.with_all) and (k != "auto" or way.with_auto)]
+            for k in ks if way.takes_k else [None]:
                 methods.append(method("nmsw", selection, k))
     return sorted(methods, key=lambda method: method.model)
 
@@ -114,8 +96,14 @@ def reference_method(methods: Sequence[Method]) -> Method:
 
 
 def primary_method(methods: Sequence[Method], num_patches: int | str, selection: str = "greedy_benefit") -> Method:
-    """The method that the report is about: NMSW as the model is set, else at the smallest percentage asked for."""
-    # Of all windows alone there is but the default's selection, whatever the model is set to.
+    """The method that the report is about: NMSW as the model is set, else at the smallest percentage asked for.
+
+    Args:
+        methods: of the comparison.
+        num_patches: the model's setting.
+        selection: the way in which the model chooses windows.
+    """
+    # Of all windows alone there is but one selection, whatever the model's is.
     candidates = [m for m in methods if m.selection == selection] or [
         m for m in methods if m.selection == "greedy_benefit"
     ]

@@ -1,12 +1,14 @@
 """Metrics of one predicted case against its reference.
 
-Dice is nnU-Net's own, surface distances are MONAI's, objects are SciPy's connected components.
+A new one is a function of `Masks` and a row in `METRICS`, from where it goes into files, tables and pages. Dice is
+nnU-Net's own, surface distances are MONAI's, objects are SciPy's connected components.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from monai.metrics.surface_dice import compute_surface_dice
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, label_or_region_to_key, region_or_label_to_mask
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from scipy import ndimage
+from torch import Tensor
 
 Label = int | tuple[int, ...]
 
@@ -38,7 +41,7 @@ def case_metrics(
         tolerance_mm: of the normalised surface Dice.
 
     Returns:
-        By label (as nnU-Net writes it into JSON): nnU-Net's own metrics, and those of `surface_metrics` and
+        By label (as nnU-Net writes it into JSON): nnU-Net's own metrics, those of `METRICS`, and those of
         `object_metrics`.
     """
     overlap = compute_metrics(reference_file, prediction_file, reader_writer, labels, ignore_label)["metrics"]
@@ -50,53 +53,90 @@ def case_metrics(
     for label in labels:
         reference_mask = region_or_label_to_mask(reference[0], label) & counted
         prediction_mask = region_or_label_to_mask(prediction[0], label) & counted
+        masks = Masks(reference_mask, prediction_mask, spacing, tolerance_mm)
         result[label_or_region_to_key(label)] = {
             **{name: value if isinstance(value, float) else value.item() for name, value in overlap[label].items()},
-            **surface_metrics(reference_mask, prediction_mask, spacing, tolerance_mm),
+            **{name: metric.measure(masks) for name, metric in METRICS.items() if metric.measure is not None},
             **object_metrics(reference_mask, prediction_mask, math.prod(spacing)),
         }
     return result
 
 
-def surface_metrics(
-    reference: np.ndarray, prediction: np.ndarray, spacing: list[float], tolerance_mm: float
-) -> dict[str, float]:
-    """Normalised surface Dice and 95th percentile of the Hausdorff distance.
+class Masks(NamedTuple):
+    """A class of a case.
 
-    The surface Dice counts surface area by the voxels' neighbourhood as in Nikolov et al. (2018, arXiv:1809.04430).
-    HD95 is the larger of the two directed 95th percentiles.
-
-    Args:
+    Attributes:
         reference: bool, shape (z, y, x).
         prediction: bool, same shape.
         spacing: mm by axis, same order.
         tolerance_mm: surfaces closer than this agree.
-
-    Returns:
-        `NSD` and `HD95` in mm. Both masks empty: NaN, as nnU-Net's Dice. One of them empty: 0, and the diagonal of the
-        image, the worst there can be.
     """
-    if not reference.any() and not prediction.any():
-        return {"NSD": math.nan, "HD95": math.nan}
-    if not reference.any() or not prediction.any():
-        diagonal = math.dist([0.0] * reference.ndim, [n * mm for n, mm in zip(reference.shape, spacing, strict=True)])
-        return {"NSD": 0.0, "HD95": diagonal}
-    (box,) = ndimage.find_objects((reference | prediction).astype(np.uint8))
-    reference_11DHW, prediction_11DHW = (
-        torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (reference, prediction)
+
+    reference: np.ndarray
+    prediction: np.ndarray
+    spacing: list[float]
+    tolerance_mm: float
+
+    def cropped(self) -> tuple[Tensor, Tensor]:
+        """Prediction and reference around what is in either, as MONAI takes them, shape 1, 1, z, y, x."""
+        (box,) = ndimage.find_objects((self.reference | self.prediction).astype(np.uint8))
+        pair = (torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (self.prediction, self.reference))
+        prediction, reference = pair
+        return prediction, reference
+
+
+def surface_dice(masks: Masks) -> float:
+    """Normalised surface Dice: surface area by the voxels' neighbourhood (Nikolov et al., 2018, arXiv:1809.04430).
+
+    NaN where both masks are empty, as nnU-Net's Dice; 0 where one is.
+    """
+    if not masks.reference.any() or not masks.prediction.any():
+        return 0.0 if masks.reference.any() or masks.prediction.any() else math.nan
+    dice = compute_surface_dice(
+        *masks.cropped(), [masks.tolerance_mm], include_background=True, spacing=masks.spacing, use_subvoxels=True
     )
-    nsd = compute_surface_dice(
-        prediction_11DHW,
-        reference_11DHW,
-        [tolerance_mm],
-        include_background=True,
-        spacing=spacing,
-        use_subvoxels=True,
+    return float(dice)
+
+
+def hausdorff_distance(masks: Masks) -> float:
+    """The larger of the two directed 95th percentiles of the Hausdorff distance, in mm.
+
+    NaN where both masks are empty; the diagonal of the image, the worst there can be, where one is.
+    """
+    shape = masks.reference.shape
+    if not masks.reference.any() or not masks.prediction.any():
+        diagonal = math.dist([0.0] * len(shape), [n * mm for n, mm in zip(shape, masks.spacing, strict=True)])
+        return diagonal if masks.reference.any() or masks.prediction.any() else math.nan
+    distance = compute_hausdorff_distance(
+        *masks.cropped(), include_background=True, percentile=95, spacing=masks.spacing
     )
-    hd95 = compute_hausdorff_distance(
-        prediction_11DHW, reference_11DHW, include_background=True, percentile=95, spacing=spacing
-    )
-    return {"NSD": float(nsd), "HD95": float(hd95)}
+    return float(distance)
+
+
+class Metric(NamedTuple):
+    """A metric as files, tables and pages show it.
+
+    Attributes:
+        measure: of a class of a case; None for what nnU-Net measures itself.
+        percent: it is shown in per cent.
+        meaning: for the notes under tables, a sentence.
+    """
+
+    measure: Callable[[Masks], float] | None
+    percent: bool
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "Dice": Metric(None, True, "Dice in per cent."),
+    "NSD": Metric(surface_dice, True, "NSD: normalised surface Dice at {tolerance_mm:g} mm in per cent."),
+    "HD95": Metric(
+        hausdorff_distance,
+        False,
+        "HD95 in mm; that of a class that only one of prediction and reference has is the diagonal of the image.",
+    ),
+}
+"""By name."""
 
 
 def object_metrics(reference: np.ndarray, prediction: np.ndarray, voxel_mm3: float) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_nmsw.config import PLANS_KEY
 from nnunet_nmsw.documents import SPLITS, SUMMARY, read_json
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, calibration_files, stop_at_of_folds
 from nnunet_nmsw.inference.model_folder import checked_folder, read_configuration, read_document
+from nnunet_nmsw.selection.calibration import DEFAULT_MAX_DROP, calibration_files, threshold_of_folds
+from nnunet_nmsw.settings import PLANS_KEY
 
 DEFAULT_BASELINE = "nnUNetTrainer"
 
@@ -31,7 +31,7 @@ class Model:
         folder: the model folder, with plans.json and fold_X.
         trainer: name of the trainer.
         checkpoint: file name of the checkpoints.
-        trusted: let checkpoints and plans run code, see `nnunet_nmsw.checkpoint`.
+        trusted: let checkpoints and plans run code, see `nnunet_nmsw.model.safe_loading`.
     """
 
     role: str
@@ -54,18 +54,18 @@ class Model:
         return self.folder / f"fold_{fold}" / self.checkpoint
 
     def calibrating_folds(self, fold: int) -> list[int]:
-        """The folds that set the threshold of the automatic number of patches for a fold's cases: the others, if any is
+        """The folds that set the threshold of the number of patches "auto" for a fold's cases: the others, if any is
         calibrated, or the threshold would be set on the cases that are measured."""
         calibrated = (int(file.parts[-3].removeprefix("fold_")) for file in calibration_files(self.folder))
         return sorted({*calibrated} - {fold}) or [fold]
 
-    def stop_at(self, fold: int) -> float:
-        """Smallest predicted benefit of a patch that is taken, with an automatic number, in a fold's cases.
+    def threshold(self, fold: int) -> float:
+        """What the mean of the score map over a window has to exceed, with the number "auto", in a fold's cases.
 
         Raises:
             UserError: neither the fold nor another one is calibrated.
         """
-        return stop_at_of_folds(self.folder, self.calibrating_folds(fold), DEFAULT_MAX_DROP)
+        return threshold_of_folds(self.folder, self.calibrating_folds(fold), DEFAULT_MAX_DROP)
 
     def fingerprint(self, fold: int) -> str:
         """SHA-256 of a fold's checkpoint: results of another training must not be mixed with these."""

@@ -7,15 +7,65 @@ positives, then predicted voxels; 2 × C).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nnunet_nmsw.fusion import FusionWeights, fuse, gaussian_weights
-from nnunet_nmsw.geometry import WindowGrid, crop, upsample_window, window_slices
+from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
+from nnunet_nmsw.selection.budget import Budget
+from nnunet_nmsw.selection.interface import CoarsePrediction, WindowChoice
+from nnunet_nmsw.volume.interpolation import upsample_window
+from nnunet_nmsw.volume.windows import WindowGrid, crop, window_slices
 
 SLAB = 16
 """Slices of the volume whose coarse logits are upsampled at once."""
+
+
+class Oracle:
+    """Chooses as `oracle_windows` does.
+
+    Args:
+        patch_logits: logits of a window by its first voxel, shape C, patch size.
+        weights: of the fusion.
+        reference_DHW: the truth, integer labels of the padded volume.
+        devices: to compute on; a later one where one has too little memory.
+    """
+
+    name: ClassVar[str] = "oracle"
+
+    def __init__(
+        self,
+        patch_logits: Callable[[Sequence[int]], Tensor],
+        weights: FusionWeights,
+        reference_DHW: Tensor,
+        devices: Sequence[torch.device],
+    ) -> None:
+        self.patch_logits, self.weights, self.reference_DHW = patch_logits, weights, reference_DHW
+        self.devices = list(dict.fromkeys(devices))
+        self._choice: tuple[list[int], list[float]] | None = None
+
+    def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
+        """See `Selector`. Of the same case each time."""
+        if self._choice is None:
+            self._choice = self._ask(coarse, grid)
+        order, gains = self._choice
+        indices_K = torch.tensor(order[: budget.num_windows], dtype=torch.int64)
+        return WindowChoice.fully_trusted(grid.starts_N3[indices_K], torch.tensor(gains[: budget.num_windows]))
+
+    def _ask(self, coarse: CoarsePrediction, grid: WindowGrid) -> tuple[list[int], list[float]]:
+        for device in self.devices:
+
+            def patch_logits(window: int, device: torch.device = device) -> Tensor:
+                return self.patch_logits(grid.starts_N3[window].tolist()).to(device)
+
+            of_case = (coarse.logits_Cdhw.to(device), self.weights.to(device), self.reference_DHW.to(device))
+            try:
+                return oracle_windows(patch_logits, *of_case, grid)
+            except torch.OutOfMemoryError:
+                if device == self.devices[-1]:
+                    raise
+        raise ValueError("there is no device to ask on")
 
 
 def oracle_windows(

@@ -21,22 +21,24 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
 from nnunet_nmsw.console import follow_parent
 from nnunet_nmsw.evaluation.methods import Method
-from nnunet_nmsw.evaluation.models import Case, Model
-from nnunet_nmsw.evaluation.prediction import SelectingPredictor
-from nnunet_nmsw.inference.command import prepare_device
+from nnunet_nmsw.evaluation.models import Case as ValidationCase
+from nnunet_nmsw.evaluation.models import Model
+from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts
+from nnunet_nmsw.inference.device import prepare_device
 from nnunet_nmsw.inference.memory import most_memory_of_process
 from nnunet_nmsw.inference.model_folder import load_model
+from nnunet_nmsw.inference.predictor import NMSWPredictor, Segmented, WithLogits
+from nnunet_nmsw.inference.preprocessing import Case
 
 
-class Stopwatch(nnUNetPredictor):
-    """Adds to a predictor a clock around what it does between preprocessing and export."""
+class TimedSlidingWindow(nnUNetPredictor):
+    """nnU-Net's predictor with a clock around what it does between preprocessing and export."""
 
     network_seconds: float = 0.0
 
@@ -48,19 +50,24 @@ class Stopwatch(nnUNetPredictor):
         return logits
 
 
-class TimedSlidingWindow(Stopwatch, nnUNetPredictor):
-    """The stock sliding window with a clock."""
-
-
-class TimedSelection(Stopwatch, SelectingPredictor):
+class TimedNMSW(NMSWPredictor):
     """NMSW with a clock. Its labels are worked out while the network runs, so both are timed together."""
 
-    def predict_segmentation(self, data: Tensor, properties: dict[str, Any]) -> np.ndarray:
+    network_seconds: float = 0.0
+
+    def predict_case(self, case: Case) -> Segmented:
         """The parent's, timed."""
         start = time.perf_counter()
-        segmentation = super().predict_segmentation(data, properties)
+        segmented = super().predict_case(case)
         self.network_seconds = time.perf_counter() - start
-        return segmentation
+        return segmented
+
+    def predict_case_logits(self, case: Case) -> WithLogits:
+        """The parent's, timed."""
+        start = time.perf_counter()
+        with_logits = super().predict_case_logits(case)
+        self.network_seconds = time.perf_counter() - start
+        return with_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,7 @@ class TimingTask:
 
     method: Method
     model: Model
-    cases: tuple[Case, ...]
+    cases: tuple[ValidationCase, ...]
     device: str
 
 
@@ -135,29 +142,28 @@ def measure(task: TimingTask) -> list[dict[str, Any]]:
     return results
 
 
-def _predictor(task: TimingTask, device: torch.device) -> Stopwatch:
-    method = task.method
+def _predictor(task: TimingTask, device: torch.device) -> TimedSlidingWindow | TimedNMSW:
+    method, fold = task.method, task.cases[0].fold
     common: dict[str, Any] = {
         "use_mirroring": method.mirrored,
         "perform_everything_on_device": device.type == "cuda",
         "device": device,
         "allow_tqdm": False,
     }
-    predictor: Stopwatch
+    of_model = (task.model.folder, [fold], task.model.checkpoint, task.model.trusted)
     if method.selection is None:
-        predictor = TimedSlidingWindow(tile_step_size=method.tile_step_size, **common)
-    else:
-        predictor = TimedSelection(**common)
-    fold = task.cases[0].fold
-    load_model(predictor, task.model.folder, [fold], task.model.checkpoint, task.model.trusted)
-    if isinstance(predictor, TimedSelection):
-        assert method.selection is not None
-        predictor.selection, predictor.num_patches = method.selection, method.num_patches
-        predictor.stop_at = task.model.stop_at(fold) if method.num_patches == "auto" else None
-    return predictor
+        sliding_window = TimedSlidingWindow(tile_step_size=method.tile_step_size, **common)
+        load_model(sliding_window, *of_model)
+        return sliding_window
+    threshold = task.model.threshold(fold) if method.num_patches == "auto" else None
+    # A way that decides itself may take as many as there are.
+    nmsw = TimedNMSW(method.num_patches or "all", threshold=threshold, **common)
+    load_model(nmsw, *of_model)
+    nmsw.selector = WAYS[method.selection].selector(CaseFacts(nmsw.nmsw_network.sampler.trust))
+    return nmsw
 
 
-def timed_cases(cases: Sequence[Case], number: int) -> tuple[Case, ...]:
+def timed_cases(cases: Sequence[ValidationCase], number: int) -> tuple[ValidationCase, ...]:
     """Cases to measure on: of the first fold, evenly from the smallest to the largest image file."""
     fold = [case for case in cases if case.fold == cases[0].fold]
     by_size = sorted(fold, key=lambda case: (Path(case.images[0]).stat().st_size, case.name))

@@ -13,15 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+    export_prediction_from_logits,
+)
 from nnunetv2.preprocessing.resampling.default_resampling import ANISO_THRESHOLD, determine_do_sep_z_and_axis
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
 
 from nnunet_nmsw.files import check_whole
-from nnunet_nmsw.inference.interpolation import Axis, linear_axis, nearest_axis
 from nnunet_nmsw.inference.resampling import is_known
+from nnunet_nmsw.volume.interpolation import Axis, linear_axis, nearest_axis
+from nnunet_nmsw.volume.labels import LabelEncoding
 
 PLAIN = "labels"
 """What files are named while they are written."""
@@ -58,26 +62,20 @@ def resampling_axes(
     ]
 
 
-def labels_of(decisions: Tensor, labels: LabelManager) -> np.ndarray:
-    """Labels, integers of any shape, of decisions: of regions their numbers, see `streaming.decided`."""
-    numbers: np.ndarray = decisions.numpy()
-    return np.array([0, *labels.regions_class_order], numbers.dtype)[numbers] if labels.has_regions else numbers
-
-
 def in_image(
     decisions_ZYX: Tensor, plans: PlansManager, labels: LabelManager, properties: dict[str, Any]
 ) -> np.ndarray:
     """Labels of the whole image, in the axis order of nnU-Net's reader.
 
     Args:
-        decisions_ZYX: labels of the cropped image; of regions their numbers, see `streaming.decided`.
+        decisions_ZYX: labels of the cropped image; of regions their numbers, see `LabelEncoding.decided`.
         plans: the model's plans.
         labels: of the dataset.
         properties: nnU-Net's of the preprocessed image.
     """
     dtype = np.uint8 if len(labels.foreground_labels) < 255 else np.uint16
     image = np.zeros(properties["shape_before_cropping"], dtype)
-    segmentation = labels_of(decisions_ZYX, labels).astype(dtype)
+    segmentation = LabelEncoding.of(labels).labels_of(decisions_ZYX).numpy().astype(dtype)
     image = insert_crop_into_image(image, segmentation, properties["bbox_used_for_cropping"])
     transposed: np.ndarray = image.transpose(plans.transpose_backward)
     return transposed
@@ -141,6 +139,35 @@ def write_logits(
             num_threads_torch=torch.get_num_threads(),  # of the whole process, hence as they are
         )
         check_whole(f"{plain}{ending}")
+
+
+def labels_from_logits(
+    logits: np.ndarray,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset: dict[str, Any],
+    properties: dict[str, Any],
+    with_probabilities: bool = False,
+) -> Any:
+    """Labels of the image by nnU-Net's export, and where they are asked for, probabilities.
+
+    Args:
+        logits: shape C, D, H, W.
+        plans: the model's.
+        configuration: the model's.
+        dataset: the model's dataset.json.
+        properties: nnU-Net's of the preprocessed image.
+        with_probabilities: give these, too.
+    """
+    return convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits,
+        plans,
+        configuration,
+        plans.get_label_manager(dataset),
+        properties,
+        with_probabilities,
+        torch.get_num_threads(),  # of the whole process, hence as they are
+    )
 
 
 @contextmanager

@@ -13,14 +13,20 @@ from typing import NamedTuple
 
 import psutil
 import SimpleITK as sitk
+import torch
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_nmsw.console import printable
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.networks import Fold
+from nnunet_nmsw.inference.planes import FEWEST_PLANES, bytes_of_plane
 from nnunet_nmsw.inference.preprocessing import HEADERS
 from nnunet_nmsw.inference.resampling import is_known
-from nnunet_nmsw.inference.streaming import FEWEST_PLANES, bytes_of_plane
+from nnunet_nmsw.inference.volume import Share
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -71,24 +77,6 @@ class Needs(NamedTuple):
     writing: int
     plane: int
     window: int
-
-
-class Share(NamedTuple):
-    """What may go on at a time.
-
-    Attributes:
-        num_preprocessing: cases that are preprocessed beside the prediction.
-        num_writers: files that are written beside it.
-        planes: for the logits of the planes that are worked out.
-        windows: for windows' logits; further ones are kept in a file.
-        patches_at_once: patches of a batch.
-    """
-
-    num_preprocessing: int
-    num_writers: int
-    planes: int
-    windows: int
-    patches_at_once: int
 
 
 def parse_memory(text: str, source: str = "--max_memory") -> int:
@@ -185,6 +173,39 @@ def check_least(
         if size := size_of(files, plans, configuration):
             needs = needs_of(size, configuration, channels, classes, factor)
             share_out(limit, memory_of_process(), needs, 0, wanted, FEWEST_PLANES, size.case)
+
+
+def share_within(
+    limit: int, cases: Sequence[Sequence[str]], predictor: nnUNetPredictor, fold: Fold, wanted: Share
+) -> Share:
+    """What may go on at a time within a bound for some cases. Predicts a patch to see what it takes.
+
+    Args:
+        limit: the bound.
+        cases: files by case and channel.
+        predictor: of the model.
+        fold: one of its folds.
+        wanted: what there would be without a bound.
+
+    Raises:
+        UserError: the bound is too small for one of the cases.
+    """
+    plans, configuration, network = predictor.plans_manager, predictor.configuration_manager, fold.network
+    channels = determine_num_input_channels(plans, configuration, predictor.dataset_json)
+    classes, factor = predictor.label_manager.num_segmentation_heads, network.settings.downsampling_factor
+    sizes = [size for files in cases if (size := size_of(files, plans, configuration))]
+    if not sizes:
+        return wanted
+    needs = [needs_of(size, configuration, channels, classes, factor) for size in sizes]
+    size, largest = max(zip(sizes, needs, strict=True), key=lambda case: sum(case[1][:3]))
+    used = memory_of_process()
+    with torch.inference_mode():
+        fold.patch_logits(torch.zeros(1, channels, *network.patch_size))
+    patch = max(0, most_memory_of_process() - used)
+    if predictor.device.type == "cpu":  # the global branch sees a volume of its own
+        patch = max(patch, patch * math.prod(size.volume) // math.prod(factor) // math.prod(network.patch_size))
+    wanted = wanted._replace(num_writers=default_num_processes)
+    return share_out(limit, used, largest, patch, wanted, FEWEST_PLANES, size.case)
 
 
 def share_out(

@@ -11,12 +11,13 @@ from typing import Any
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_nmsw.architecture import global_architecture
-from nnunet_nmsw.checkpoint import check_finite, check_origin, configuration_of, loading, read_checkpoint
-from nnunet_nmsw.config import PLANS_KEY, NMSWConfig
 from nnunet_nmsw.documents import DATASET, PLANS, read_json
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.start import importing
+from nnunet_nmsw.imports import importing
+from nnunet_nmsw.model.architecture import global_architecture
+from nnunet_nmsw.model.plans import settings_of
+from nnunet_nmsw.model.safe_loading import check_finite, check_origin, configuration_of, loading, read_checkpoint
+from nnunet_nmsw.settings import PLANS_KEY
 
 DOCUMENTS: dict[str, dict[str, Any]] = {"plans.json": PLANS, "dataset.json": DATASET}
 """What training leaves in the folder of a model, with the schema of each."""
@@ -107,7 +108,7 @@ def _check_origins(configuration: dict[str, Any], where: str) -> None:
         return
     # As it will be built: what the settings leave out comes from the plans, and so may what to import.
     try:
-        setting = NMSWConfig.from_configuration(configuration).global_architecture
+        setting = settings_of(configuration).global_architecture
         merged = global_architecture(configuration["architecture"], setting, width=1.0)
     except (UserError, TypeError) as error:
         raise UserError(f"{where}: {reason(error)}") from error

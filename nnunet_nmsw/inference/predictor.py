@@ -1,86 +1,143 @@
-"""From images to labels in files, without volumes of logits between.
+"""nnU-Net's predictor with the sliding window replaced by chosen windows: a face of `inference.volume` for its users.
 
-Tensor suffixes: 1 a batch of one, C channels or classes, D H W axes of the volume, d h w axes of the low-resolution
-view, K chosen windows.
+Tensor suffixes: C channels or classes, D H W axes of the volume.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
-from tqdm import tqdm
+from torch._dynamo import OptimizedModule
 
-from nnunet_nmsw.errors import Failures, UserError
-from nnunet_nmsw.files import written_whole
-from nnunet_nmsw.fusion import FusionWeights
-from nnunet_nmsw.geometry import Shape, crop_windows
-from nnunet_nmsw.inference.automatic import DEFAULT_MAX_DROP, stop_at_of_folds
-from nnunet_nmsw.inference.bounded import BoundedPredictor
-from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes, write_labels, write_logits
-from nnunet_nmsw.inference.interpolation import Axis
-from nnunet_nmsw.inference.logits import spatial_shape
-from nnunet_nmsw.inference.preprocessing import Case, preprocessed_arrays, preprocessed_cases
-from nnunet_nmsw.inference.streaming import FusedModel, FusedPrediction, planes_for, segment
-from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
-from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.network import WindowChoice
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.export import (
+    can_stream,
+    in_image,
+    labels_from_logits,
+    resampling_axes,
+    write_labels,
+    write_logits,
+)
+from nnunet_nmsw.inference.files import FilesPredictor
+from nnunet_nmsw.inference.memory import share_within
+from nnunet_nmsw.inference.model_folder import initialize, trained_folds
+from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
+from nnunet_nmsw.inference.preprocessing import Case, Cases, loaded, preprocessed_arrays, preprocessed_cases
+from nnunet_nmsw.inference.volume import (
+    Chosen,
+    ChosenWindows,
+    Networks,
+    Padded,
+    Share,
+    Spending,
+    Work,
+    choose,
+    predict_labels,
+    predict_logits,
+)
+from nnunet_nmsw.inference.windows import write_windows
+from nnunet_nmsw.inference.writing import Done, done_one_after_the_other
+from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.selection.budget import parse_num_patches
+from nnunet_nmsw.selection.calibration import DEFAULT_MAX_DROP, threshold_of_folds
+from nnunet_nmsw.selection.interface import Selector
+from nnunet_nmsw.volume.interpolation import Axis
+from nnunet_nmsw.volume.labels import LabelEncoding
+
+Result = TypeVar("Result")
 
 
-class NMSWPredictor(BoundedPredictor):
+class WithLogits(NamedTuple):
+    """A predicted case.
+
+    Attributes:
+        logits_CDHW: float16, on the host.
+        windows: that were taken, one entry a fold.
+    """
+
+    logits_CDHW: Tensor
+    windows: list[ChosenWindows]
+
+
+class Segmented(NamedTuple):
+    """A predicted case.
+
+    Attributes:
+        segmentation: labels in the axis order and shape of nnU-Net's reader.
+        windows: that were taken, one entry a fold.
+    """
+
+    segmentation: np.ndarray
+    windows: list[ChosenWindows]
+
+
+class NMSWPredictor(FilesPredictor):
     """Predicts with an NMSW model. Used as nnU-Net's predictor is, on files and on arrays.
+
+    nnU-Net's own predictor takes an NMSW model, too, and slides its window with the model's local branch.
 
     Args:
         num_patches: K, a number of patches, a percentage of the windows such as "10%", "all", or "auto": as many as
             have a predicted benefit, by the calibration of the model's validation; the model's setting where None.
         save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
-        use_global_branch: fuse with the coarse prediction. Without it and with all windows the result is nnU-Net's
-            sliding window, bit for bit.
         max_drop: with "auto", how much Dice, of 1, may be lost for fewer patches.
         max_memory: bytes that this process may have on the host while it predicts files; see `inference.memory`.
         bfloat16: let the networks compute in it where the device is a CPU.
-        trust_model: let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.checkpoint`.
+        trust_model: let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.model.safe_loading`.
+        selector: chooses windows; the model's own where None.
+        threshold: with "auto", in the place of what `max_drop` and the calibration say.
+        take_logits: is given each case and its logits C, D, H, W, which are then built for that.
         **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
     """
+
+    network: Any
 
     def __init__(
         self,
         num_patches: int | str | None = None,
         save_patches: bool = False,
-        use_global_branch: bool = True,
         max_drop: float = DEFAULT_MAX_DROP,
         max_memory: int | None = None,
         bfloat16: bool = False,
         trust_model: bool = False,
+        selector: Selector | None = None,
+        threshold: float | None = None,
+        take_logits: Callable[[Case, Tensor], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            max_memory,
-            num_patches=num_patches,
-            use_global_branch=use_global_branch,
-            bfloat16=bfloat16,
-            trust_model=trust_model,
-            **kwargs,
-        )
-        self.save_patches = save_patches
-        self.max_drop = max_drop
-        self._num_cases: int | None = None
+        super().__init__(**kwargs)
+        self.num_patches = num_patches
+        if num_patches is not None:
+            self.num_patches = parse_num_patches(num_patches, "num_patches", auto=True)
+        self.save_patches, self.max_drop, self.max_memory = save_patches, max_drop, max_memory
+        self.bfloat16, self.trust_model = bfloat16, trust_model
+        self.selector, self.threshold, self.take_logits = selector, threshold, take_logits
+        self._bounds: tuple[set[str], Share] | None = None
 
-    keeps_logits = False
-    """Build volumes of logits, whether or not they are needed for the labels."""
+    # The model.
+
+    @property
+    def nmsw_network(self) -> NMSWNetwork:
+        """The network.
+
+        Raises:
+            UserError: the model was not trained with an NMSW trainer.
+        """
+        if not isinstance(self.network, NMSWNetwork):
+            raise UserError(
+                f"the model was trained with {self.trainer_name}, which is no NMSW trainer: "
+                "predict with nnUNetv2_predict, or train with -tr nnUNetTrainerNMSW"
+            )
+        return self.network
 
     def initialize_from_trained_model_folder(
         self,
@@ -88,99 +145,152 @@ class NMSWPredictor(BoundedPredictor):
         use_folds: Sequence[int | str] | None,
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
-        """See the parent. With the number of patches "auto", reads the calibration of each fold.
+        """See the parent. Code that comes with the model does not run, unless `trust_model` allows it.
 
         Raises:
-            UserError: a fold has none.
+            UserError: the model cannot be loaded, or is not to be trusted; or, with the number of patches "auto", a
+                fold has no calibration.
         """
-        super().initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
-        if self.num_patches == "auto":
-            self.stop_at = stop_at_of_folds(Path(model_training_output_dir), use_folds, self.max_drop)
+        folder = Path(model_training_output_dir)
+        folds = [use_folds] if isinstance(use_folds, str) else use_folds or trained_folds(folder, checkpoint_name)
+        if not folds:
+            raise UserError(f"no fold in {folder} has a {checkpoint_name}: finish a training, or name another one")
+        load = super().initialize_from_trained_model_folder
+        initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
+        self._compile_branches()
+        if self.num_patches == "auto" and self.threshold is None:
+            self.threshold = threshold_of_folds(folder, use_folds, self.max_drop)
+
+    def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """See the parent."""
+        super().manual_initialization(*args, **kwargs)
+        self._compile_branches()
+
+    def _compile_branches(self) -> None:
+        """Compile the branches where nnU-Net has wrapped the network to be compiled as a whole."""
+        if isinstance(self.network, OptimizedModule) and isinstance(self.network._orig_mod, NMSWNetwork):
+            self.network = self.network._orig_mod
+            self.network.compile_branches()
+
+    # A preprocessed volume.
+
+    @property
+    def spending(self) -> Spending:
+        """What may be spent on a case, by this predictor's arguments and the model's settings."""
+        network = self.nmsw_network
+        num_patches = network.settings.num_patches if self.num_patches is None else self.num_patches
+        return Spending(self.selector or network.sampler.at_inference, num_patches, self.threshold)
+
+    def folds(self, parameters: Sequence[dict[str, Any]] | None = None) -> list[Fold]:
+        """The networks of the ensemble, or of other weights."""
+        return Ensemble(
+            self.nmsw_network,
+            self.list_of_parameters if parameters is None else parameters,
+            LabelEncoding.of(self.label_manager),
+            self.device,
+            (self.allowed_mirroring_axes or ()) if self.use_mirroring else (),
+            self.bfloat16,
+        ).folds()
+
+    def networks_of(self, case: Case) -> Sequence[Networks]:
+        """The networks that predict a case, one entry a fold."""
+        return self.folds()
 
     @torch.inference_mode()
+    def predict_case(self, case: Case) -> Segmented:
+        """Labels of a preprocessed case, without a volume of logits; see `inference.planes`.
+
+        Args:
+            case: with `data`, shape C, D, H, W, and `data_properties`.
+        """
+        properties = case["data_properties"]
+        padded, folds = self._choose(case)
+        axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, padded.inside)
+        decided = self._where_it_fits(partial(self._labels, padded, folds, axes))
+        segmentation = in_image(decided, self.plans_manager, self.label_manager, properties)
+        return Segmented(segmentation, [fold.in_volume(padded) for fold in folds])
+
+    @torch.inference_mode()
+    def predict_case_logits(self, case: Case) -> WithLogits:
+        """Logits of a preprocessed case; see `predict_case`."""
+        padded, folds = self._choose(case)
+        return WithLogits(self._logits(padded, folds).cpu(), [fold.in_volume(padded) for fold in folds])
+
     def predict_segmentation(self, data: Tensor, properties: dict[str, Any]) -> np.ndarray:
-        """Labels of an image, without a volume of logits; see `inference.streaming`.
+        """Labels of an image in the axis order and shape of nnU-Net's reader.
 
         Args:
             data: preprocessed volume, shape C, D, H, W.
             properties: nnU-Net's of it.
-
-        Returns:
-            Labels in the axis order and shape of nnU-Net's reader.
         """
-        self._start_case(data)
-        axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, data.shape[1:])
-        return in_image(self.decide(data, axes), self.plans_manager, self.label_manager, properties)
+        return self.predict_case({"data": data, "data_properties": properties}).segmentation
 
     @torch.inference_mode()
-    def decide(self, data: Tensor, axes: list[Axis]) -> Tensor:
-        """Labels of a preprocessed volume on another grid, see `streaming.segment`.
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """Logits of a preprocessed volume, averaged over the folds of the ensemble: float16, shape C, D, H, W."""
+        return self._logits(*self._choose({"data": data}))
 
-        Args:
-            data: preprocessed volume, shape C, D, H, W.
-            axes: to the grid.
-        """
-        network = self._ready_network()
-        padded, unpad = pad_nd_image(data, network.patch_size, "constant", {"value": 0}, True)
-        offset, grid = [axis.start for axis in unpad[1:]], network.grid(spatial_shape(padded))
-        of_folds = []
-        for parameters in self.list_of_parameters:
-            self._load(parameters)
-            coarse = self.predict_coarse(padded)
-            windows = self.choose_windows(coarse, grid)
-            self._remember(grid, windows, offset, spatial_shape(data))
-            of_folds.append((parameters, coarse.logits_Cdhw, windows, network.fusion_weights))
-        devices = [self.device, torch.device("cpu")] if self.perform_everything_on_device else [torch.device("cpu")]
-        for device in devices:
+    @torch.inference_mode()
+    def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
+        """Logits of a preprocessed volume by the weights that are in the network: float16, shape C, D, H, W."""
+        networks = self.folds([self.nmsw_network.state_dict()])
+        padded = Padded.of(input_image, self.nmsw_network.patch_size)
+        return self._logits(padded, [choose(fold, padded, self.spending) for fold in networks])
+
+    def _choose(self, case: Case) -> tuple[Padded, list[Chosen]]:
+        padded = Padded.of(loaded(case["data"]), self.nmsw_network.patch_size)
+        return padded, [choose(networks, padded, self.spending) for networks in self.networks_of(case)]
+
+    def _labels(self, padded: Padded, folds: list[Chosen], axes: list[Axis], device: torch.device) -> Tensor:
+        return predict_labels(padded, folds, axes, Work(self.share, device, self.allow_tqdm))
+
+    def _logits(self, padded: Padded, folds: list[Chosen]) -> Tensor:
+        def on(device: torch.device) -> Tensor:
+            return predict_logits(padded, folds, Work(self.share, device, self.allow_tqdm))
+
+        return self._where_it_fits(on)
+
+    def _where_it_fits(self, predict: Callable[[torch.device], Result]) -> Result:
+        """What is predicted with results on the device, or on the host if the device has too little memory."""
+        if self.perform_everything_on_device and self.device.type != "cpu":
             try:
-                return self._segment(padded, of_folds, axes, offset, spatial_shape(data), device)
+                return predict(self.device)
             except torch.OutOfMemoryError:
-                if device.type == "cpu":
-                    raise
                 print("The results do not fit on the device; predicting again with results on the host")
                 empty_cache(self.device)
-        raise AssertionError
+        return predict(torch.device("cpu"))
 
-    def _segment(
-        self,
-        padded: Tensor,
-        of_folds: list[tuple[Any, Tensor, WindowChoice, FusionWeights]],
-        axes: list[Axis],
-        offset: list[int],
-        inside: Shape,
-        device: torch.device,
-    ) -> Tensor:
-        network, share = self.nmsw_network, self.share
-        total = sum(len(windows.starts_K3) for _, _, windows, _ in of_folds)
-        with tqdm(total=total, desc="patches", disable=not self.allow_tqdm, leave=False) as bar:
+    # Memory.
 
-            def windows_of(parameters: Any, starts_K3: Tensor) -> Tensor:
-                self._load(parameters)
-                logits_KCDHW = self._patch_logits(crop_windows(padded[None], starts_K3, network.patch_size))
-                bar.update(len(starts_K3))
-                return logits_KCDHW.to(device, torch.float16)
+    @property
+    def share(self) -> Share:
+        """What may go on at a time."""
+        return self._bounds[1] if self._bounds is not None else unbounded(self.nmsw_network.patch_size, self.device)
 
-            models = [
-                FusedModel(
-                    logits_Cdhw.to(device),
-                    windows.starts_K3,
-                    windows.trust_K,
-                    weights.to(device),
-                    partial(windows_of, parameters),
-                )
-                for parameters, logits_Cdhw, windows, weights in of_folds
-            ]
-            prediction = FusedPrediction(
-                models,
-                network.patch_size,
-                network.config.downsampling_factor,
-                LabelEncoding.of(self.label_manager),
-                share.patches_at_once,
-                share.windows / len(models) if device.type == "cpu" else math.inf,
-            )
-            _, height, width = inside
-            planes = planes_for(share.planes, self.label_manager.num_segmentation_heads, height, width)
-            return segment(prediction, axes, offset, inside, planes)
+    def bound_memory(self, cases: list[list[str]], num_preprocessing: int) -> int:
+        """Keep within `max_memory` with these cases from now on. Predicts a patch to see what that takes.
+
+        Args:
+            cases: files by case and channel.
+            num_preprocessing: cases to preprocess beside the prediction, if memory allows.
+
+        Returns:
+            How many it allows.
+
+        Raises:
+            UserError: it is too small for one of the cases.
+        """
+        if self.max_memory is None:
+            return num_preprocessing
+        images = {files[0] for files in cases}
+        if self._bounds is None or not images <= self._bounds[0]:
+            wanted = unbounded(self.nmsw_network.patch_size, self.device, num_preprocessing)
+            self._bounds = images, share_within(self.max_memory, cases, self, self.folds()[0], wanted)
+            if self.verbose:
+                print(f"within --max_memory: {self._bounds[1]}")
+        return self._bounds[1].num_preprocessing
+
+    # Cases from files and arrays.
 
     def predict_from_data_iterator(
         self,
@@ -206,171 +316,75 @@ class NMSWPredictor(BoundedPredictor):
             raise UserError(f"--max_memory cannot be kept with volumes of logits, and {reason_for_logits}")
         if reason_for_logits is not None:
             print(f"Logits of whole volumes are kept, which takes time and memory: {reason_for_logits}")
-        by_logits = partial(self._logits_of_case, save_probabilities)
-        predict = self._labels_of_case if reason_for_logits is None else by_logits
+        predict = self._by_labels if reason_for_logits is None else partial(self._by_logits, save_probabilities)
         num_writers = max(1, min(num_processes_segmentation_export, self.share.num_writers))
-        failures = Failures()
-        results: list[Any] = []
-        writing: dict[Future[Any], str] = {}
-
-        def collect(at_most: int) -> None:
-            while len(writing) > at_most:
-                done, _ = wait(writing, return_when=FIRST_COMPLETED)
-                for job in done:
-                    what, error = writing.pop(job), job.exception()
-                    if isinstance(error, Exception):
-                        failures.add(what, error)
-
-        bar = tqdm(total=self._num_cases, desc="cases", disable=not self.allow_tqdm, position=1, leave=False)
-        with bar, ThreadPoolExecutor(num_writers, "writing") as writers:
-            for case in data_iterator:
-                results.append(None)
-                if "error" in case:
-                    failures.add(case["what"], case["error"])
-                    bar.update()
-                    continue
-                file = case["ofile"]
-                try:
-                    result, write = predict(case)
-                    if file is None:
-                        results[-1] = result()
-                except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
-                    failures.add(f"cannot predict {file or 'an array'}", error)
-                    empty_cache(self.device)
-                    bar.update()
-                    continue
-                if file is not None:
-                    windows = self.chosen_windows if self.save_patches else []
-                    collect(num_writers - 1)  # results must not pile up before a slow disk
-                    job = writers.submit(self._write_case, file, write, windows, case["data_properties"])
-                    writing[job] = f"cannot write {file}{self.dataset_json['file_ending']}"
-                del result, write  # which hold the labels or the logits
-                bar.update()
-            collect(0)
-        compute_gaussian.cache_clear()
-        empty_cache(self.device)
-        failures.raise_any(results)
-        return results
-
-    def _labels_of_case(self, case: Case) -> tuple[Callable[[], Any], Callable[[Path, str], None]]:
-        """Predict a case's labels; what gives them, and what writes them."""
-        properties = case["data_properties"]
-        segmentation = self.predict_segmentation(_loaded(case["data"]), properties)
         ending = self.dataset_json["file_ending"]
 
+        def predict_or_free(case: Case) -> Done:
+            try:
+                return predict(case)
+            except Exception:
+                empty_cache(self.device)  # for the next case
+                raise
+
+        try:
+            return done_one_after_the_other(data_iterator, predict_or_free, ending, num_writers, self.allow_tqdm)
+        finally:
+            compute_gaussian.cache_clear()
+            empty_cache(self.device)
+
+    def _by_labels(self, case: Case) -> Done:
+        """Predict a case's labels."""
+        predicted, properties = self.predict_case(case), case["data_properties"]
+
         def write(folder: Path, name: str) -> None:
-            write_labels(segmentation, folder / (name + ending), self.plans_manager, properties)
+            file = folder / (name + self.dataset_json["file_ending"])
+            write_labels(predicted.segmentation, file, self.plans_manager, properties)
+            self._write_windows(folder, name, predicted.windows, properties)
 
-        return lambda: segmentation, write
+        return Done(lambda: predicted.segmentation, write)
 
-    def _logits_of_case(
-        self, save_probabilities: bool, case: Case
-    ) -> tuple[Callable[[], Any], Callable[[Path, str], None]]:
-        """Predict a case's logits; what makes labels of them as nnU-Net does, and what writes these."""
-        logits = self.predict_logits_from_preprocessed_data(_loaded(case["data"])).cpu()
+    def _by_logits(self, save_probabilities: bool, case: Case) -> Done:
+        """Predict a case's logits, from which nnU-Net makes labels."""
+        logits_CDHW, windows = self.predict_case_logits(case)
+        if self.take_logits is not None:
+            self.take_logits(case, logits_CDHW)
+        of_model = (self.plans_manager, self.configuration_manager, self.dataset_json)
         properties = case["data_properties"]
 
-        def labels() -> Any:
-            return convert_predicted_logits_to_segmentation_with_correct_shape(
-                logits.numpy(),
-                self.plans_manager,
-                self.configuration_manager,
-                self.label_manager,
-                properties,
-                save_probabilities,
-                torch.get_num_threads(),
-            )
-
         def write(folder: Path, name: str) -> None:
-            of_model = (self.plans_manager, self.configuration_manager, self.dataset_json)
-            write_logits(logits.numpy(), folder, name, *of_model, properties, save_probabilities)
+            write_logits(logits_CDHW.numpy(), folder, name, *of_model, properties, save_probabilities)
+            self._write_windows(folder, name, windows, properties)
 
-        return labels, write
+        labels = partial(labels_from_logits, logits_CDHW.numpy(), *of_model, properties, save_probabilities)
+        return Done(labels, write)
 
-    def _write_case(
-        self, file: str, write: Callable[[Path, str], None], windows: list[ChosenWindows], properties: dict[str, Any]
-    ) -> None:
-        """Write all files of a case, the labels last: where they are, a continued prediction leaves the case out."""
-        path = Path(file)
-        ending = self.dataset_json["file_ending"]
-        with written_whole(path.parent, last=path.name + ending) as folder:
-            write(folder, path.name)
-            if windows:
-                write_windows(folder / "patches", path.name, windows, properties, self.plans_manager, ending)
-
-    def predict_from_files_sequential(
-        self,
-        list_of_lists_or_source_folder: str | list[list[str]],
-        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
-        save_probabilities: bool = False,
-        overwrite: bool = True,
-        folder_with_segs_from_prev_stage: str | None = None,
-    ) -> Any:
-        """See the parent: one case after the other, without processes beside this."""
-        return self.predict_from_files(
-            list_of_lists_or_source_folder,
-            output_folder_or_list_of_truncated_output_files,
-            save_probabilities,
-            overwrite,
-            num_processes_preprocessing=0,
-            num_processes_segmentation_export=1,
-            folder_with_segs_from_prev_stage=folder_with_segs_from_prev_stage,
-        )
+    def _write_windows(self, folder: Path, name: str, windows: list[ChosenWindows], properties: dict[str, Any]) -> None:
+        if self.save_patches:
+            ending = self.dataset_json["file_ending"]
+            write_windows(folder / "patches", name, windows, properties, self.plans_manager, ending)
 
     def _reason_for_logits(self, save_probabilities: bool) -> str | None:
         if save_probabilities:
             return "probabilities are asked for"
-        if self.keeps_logits:
+        if self.take_logits is not None:
             return "the cascade's next stage needs them"
-        if not self.use_global_branch:
-            return "there is no global branch"
         if not can_stream(self.configuration_manager):
             function = self.configuration_manager.configuration["resampling_fn_probabilities"]
             return f"the plans resample probabilities with {function} and settings of their own"
         return None
 
-    def _internal_get_data_iterator_from_lists_of_filenames(
-        self,
-        input_list_of_lists: list[list[str]],
-        seg_from_prev_stage_files: list[str] | None,
-        output_filenames_truncated: list[str] | None,
-        num_processes: int,
-    ) -> Any:
-        self._num_cases = len(input_list_of_lists)
-        num_threads = self.bound_memory(input_list_of_lists, num_processes)
-        return self.preprocess(input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_threads)
+    def cases_from_files(
+        self, images: list[list[str]], previous_stage: list[str] | None, outputs: list[str] | None, num_processes: int
+    ) -> Cases:
+        """See the parent."""
+        return self.preprocess(images, previous_stage, outputs, self.bound_memory(images, num_processes))
 
     def preprocess(
-        self,
-        images: list[list[str]],
-        previous_stage: list[str] | None,
-        outputs: list[str] | None,
-        num_threads: int,
-    ) -> Iterator[Case]:
+        self, images: list[list[str]], previous_stage: list[str] | None, outputs: list[str] | None, num_threads: int
+    ) -> Cases:
         """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_cases`."""
         return preprocessed_cases(self, images, previous_stage, outputs, num_threads)
-
-    def get_data_iterator_from_raw_npy_data(
-        self,
-        image_or_list_of_images: np.ndarray | list[np.ndarray],
-        segs_from_prev_stage_or_list_of_segs_from_prev_stage: np.ndarray | list[np.ndarray] | None,
-        properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
-        truncated_ofname: str | list[str] | None,
-        num_processes: int = 3,
-    ) -> Iterator[Case]:
-        """See the parent. In threads: a script needs no guard against being run again by every process."""
-        images, previous, properties, outputs = map(
-            _as_list,
-            (
-                image_or_list_of_images,
-                segs_from_prev_stage_or_list_of_segs_from_prev_stage,
-                properties_or_list_of_properties,
-                truncated_ofname,
-            ),
-        )
-        self._num_cases = len(images)
-        nothing: list[Any] = [None] * len(images)
-        return self.preprocess_arrays(images, properties, previous or nothing, outputs or nothing, num_processes)
 
     def preprocess_arrays(
         self,
@@ -379,22 +393,6 @@ class NMSWPredictor(BoundedPredictor):
         previous_stage: list[np.ndarray | None],
         outputs: list[str | None],
         num_threads: int,
-    ) -> Iterator[Case]:
+    ) -> Cases:
         """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_arrays`."""
         return preprocessed_arrays(self, images, properties, previous_stage, outputs, num_threads)
-
-
-def _as_list(one_or_several: Any) -> list[Any]:
-    """nnU-Net takes one, several or none of everything."""
-    if one_or_several is None:
-        return []
-    return one_or_several if isinstance(one_or_several, list) else [one_or_several]
-
-
-def _loaded(data: Tensor | str) -> Tensor:
-    """A volume, which nnU-Net's iterators pass in a file where it is large."""
-    if not isinstance(data, str):
-        return data
-    array = np.load(data)
-    os.remove(data)
-    return torch.from_numpy(array)

@@ -30,11 +30,35 @@ Case = dict[str, Any]
 """What nnU-Net's data iterators give: `data`, `data_properties` and `ofile`; or `error`, why these are not there, and
 `what` could not be done."""
 
+
+class Cases(Iterator[Case]):
+    """Cases in their order, each preprocessed when it is asked for or before.
+
+    Args:
+        cases: one after the other.
+        number: of them.
+    """
+
+    def __init__(self, cases: Iterator[Case], number: int) -> None:
+        self._cases, self._number = cases, number
+
+    def __next__(self) -> Case:
+        return next(self._cases)
+
+    def __len__(self) -> int:
+        return self._number
+
+
 HEADERS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 """Files whose headers SimpleITK reads without the image."""
 
 
-def in_order(jobs: Sequence[Callable[[], Case]], num_threads: int) -> Iterator[Case]:
+def in_order(jobs: Sequence[Callable[[], Case]], num_threads: int) -> Cases:
+    """Do what gives cases, in their order, ahead of who asks for them; see `_ahead`."""
+    return Cases(_ahead(jobs, num_threads), len(jobs))
+
+
+def _ahead(jobs: Sequence[Callable[[], Case]], num_threads: int) -> Iterator[Case]:
     """Do what gives cases, in their order, ahead of who asks for them.
 
     Args:
@@ -65,7 +89,7 @@ def preprocessed_cases(
     previous_stage: list[str] | None,
     outputs: list[str] | None,
     num_threads: int,
-) -> Iterator[Case]:
+) -> Cases:
     """Cases in their order, preprocessed as a predictor's plans say.
 
     Args:
@@ -88,7 +112,7 @@ def preprocessed_arrays(
     previous_stage: list[np.ndarray | None],
     outputs: list[str | None],
     num_threads: int,
-) -> Iterator[Case]:
+) -> Cases:
     """Cases from arrays in their order: for each the arguments of `preprocessed_array`; threads as in `in_order`."""
     of_cases = zip(images, properties, previous_stage, outputs, strict=True)
     return in_order([partial(preprocessed_array, predictor, *of_case) for of_case in of_cases], num_threads)
@@ -285,3 +309,12 @@ def _faster(predictor: nnUNetPredictor, keeps_labels: bool) -> Any:
 def _contiguous(case: Case) -> Case:
     case["data"] = case["data"].to(dtype=torch.float32, memory_format=torch.contiguous_format)
     return case
+
+
+def loaded(data: torch.Tensor | str) -> torch.Tensor:
+    """A volume, which nnU-Net's iterators pass in a file where it is large."""
+    if not isinstance(data, str):
+        return data
+    array = np.load(data)
+    os.remove(data)
+    return torch.from_numpy(array)

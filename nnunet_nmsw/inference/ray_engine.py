@@ -22,7 +22,7 @@ from nnunetv2.configuration import default_num_processes
 from tqdm import tqdm
 
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.inference.from_files import FilesPredictor
+from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 ATTEMPTS = 3
@@ -82,20 +82,17 @@ class RayPredictor(FilesPredictor):
         super().__init__(**kwargs)
         self.workers = workers
 
-    def _internal_get_data_iterator_from_lists_of_filenames(
-        self,
-        input_list_of_lists: list[list[str]],
-        seg_from_prev_stage_files: list[str] | None,
-        output_filenames_truncated: list[str] | None,
-        num_processes: int,
-    ) -> Any:
-        assert output_filenames_truncated is not None, "workers write files"
-        previous: list[Any] = seg_from_prev_stage_files or [None] * len(input_list_of_lists)
+    def cases_from_files(
+        self, images: list[list[str]], previous_stage: list[str] | None, outputs: list[str] | None, num_processes: int
+    ) -> list[Job]:
+        """See the parent. Workers preprocess."""
+        assert outputs is not None, "workers write files"
+        previous: list[Any] = previous_stage or [None] * len(images)
         jobs = []
-        for images, stage, output in zip(input_list_of_lists, previous, output_filenames_truncated, strict=True):
+        for files, stage, output in zip(images, previous, outputs, strict=True):
             file = os.path.join(os.getcwd(), output)  # not shortened: a case may be named ".."
             before = written_at(file + self.dataset_json["file_ending"])
-            jobs.append(Job(list(map(os.path.abspath, images)), stage and os.path.abspath(stage), file, before))
+            jobs.append(Job(list(map(os.path.abspath, files)), stage and os.path.abspath(stage), file, before))
         return jobs
 
     def predict_from_data_iterator(

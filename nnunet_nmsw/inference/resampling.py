@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from skimage.transform import resize
 from torch import Tensor
 
-from nnunet_nmsw.inference.interpolation import nearest_axis
+from nnunet_nmsw.volume.interpolation import nearest_axis
 
 KNOWN_RESAMPLING = "resample_data_or_seg_to_shape"
 """nnU-Net's default for images and probabilities: splines, of order 0 along the axis of an anisotropic image."""

@@ -6,24 +6,27 @@ one axis, m voxels of the coarse model's volume along it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
-from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from nnunet_nmsw.config import NMSWConfig
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.geometry import Shape, low_shape
+from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.preprocessing import Case, preprocessed_arrays, preprocessed_cases
-from nnunet_nmsw.network import CoarsePrediction, NMSWNetwork
+from nnunet_nmsw.inference.preprocessing import Case, Cases, loaded, preprocessed_arrays, preprocessed_cases
+from nnunet_nmsw.inference.volume import Networks, Padded, spatial_shape
+from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.model.plans import settings_of
+from nnunet_nmsw.selection.by_score import GreedyBenefit, full_trust
+from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.volume.interpolation import axis_between, interpolated
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.windows import Shape, WindowGrid, low_shape
 
 
 class TwoModelPredictor(NMSWPredictor):
@@ -42,11 +45,8 @@ class TwoModelPredictor(NMSWPredictor):
     list_of_parameters: list[dict[str, Tensor]]
 
     def __init__(self, global_model: nnUNetPredictor, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"selector": GreedyBenefit(full_trust), **kwargs})
         self.global_model = global_model
-        self._volume_of_global_model: Tensor | None = None
-        self._global_logits_Cdhw: Tensor
-        self._volume_shape: Shape
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
         """Load the fine model; see the parent.
@@ -58,80 +58,87 @@ class TwoModelPredictor(NMSWPredictor):
         check_pair(self.global_model, self)
         local_branch = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
         configuration, coarse = self.configuration_manager, self.global_model.configuration_manager
-        config = dataclasses.replace(
-            NMSWConfig.from_configuration(configuration.configuration),
-            downsampling_factor=factor_between(configuration.spacing, coarse.spacing),
-            regions=self.label_manager.has_regions,
-            score_map="free",
-            trust="full",
-        )
+        factor = factor_between(configuration.spacing, coarse.spacing)
+        settings = settings_of(configuration.configuration).model_copy(update={"downsampling_factor": factor})
         d, h, w = configuration.patch_size
         classes = self.label_manager.num_segmentation_heads
-        self.network = NMSWNetwork(nn.Identity(), local_branch, classes, (d, h, w), config)
+        self.network = NMSWNetwork(nn.Identity(), local_branch, classes, (d, h, w), settings)
         others = {k: v for k, v in self.network.state_dict().items() if not k.startswith("local_branch.")}
         self.list_of_parameters = [
             {**others, **{f"local_branch.{name}": weight for name, weight in parameters.items()}}
             for parameters in self.list_of_parameters
         ]
 
-    def _start_case(self, data: Tensor) -> None:
-        super()._start_case(data)
-        assert self._volume_of_global_model is not None, "the coarse model has not seen this volume"
-        self._global_logits_Cdhw = self.global_model.predict_logits_from_preprocessed_data(self._volume_of_global_model)
-        d, h, w = data.shape[1:]
-        self._volume_shape = d, h, w
+    def networks_of(self, case: Case) -> Sequence[Networks]:
+        """See the parent. The coarse model predicts the case for all folds.
 
-    def predict_coarse(self, volume_CDHW: Tensor) -> CoarsePrediction:
-        """The coarse model's logits on the low-resolution grid of the padded volume, and their entropy."""
-        factor = self.nmsw_network.config.downsampling_factor
-        logits_Cdhw = self._global_logits_Cdhw.to(self.device).float()
-        padded: Sequence[int] = volume_CDHW.shape[1:]
-        for axis, low in enumerate(low_shape(padded, factor)):
-            inside = self._volume_shape[axis]
-            before = (padded[axis] - inside) // 2  # as nnU-Net pads
-            centres_l = (torch.arange(low, device=self.device) + 0.5) * factor[axis] - before
-            weights_lm = interpolation(centres_l / inside, logits_Cdhw.shape[axis + 1])
-            logits_Cdhw = torch.tensordot(logits_Cdhw, weights_lm, dims=([axis + 1], [1])).movedim(-1, axis + 1)
-        return CoarsePrediction(logits_Cdhw, self.nmsw_network.entropy(logits_Cdhw))
+        Raises:
+            UserError: the coarse model has not preprocessed the case.
+        """
+        if VOLUME_OF_GLOBAL_MODEL not in case:
+            raise UserError(
+                "two models need an image, which each of them preprocesses: give files or arrays of images, not a "
+                "preprocessed volume"
+            )
+        logits_Cdhw = self.global_model.predict_logits_from_preprocessed_data(loaded(case[VOLUME_OF_GLOBAL_MODEL]))
+        logits_Cdhw = logits_Cdhw.to(self.device).float()
+        factor, encoding = self.nmsw_network.settings.downsampling_factor, LabelEncoding.of(self.label_manager)
+        return [GivenCoarse(fold, logits_Cdhw, factor, encoding) for fold in self.folds()]
 
-    def predict_single_npy_array(
-        self, input_image: np.ndarray, image_properties: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def preprocess(self, *args: Any) -> Cases:
         """See the parent."""
-        preprocess = PreprocessAdapterFromNpy(
-            [input_image],
-            [None],
-            [deepcopy(image_properties)],
-            [None],
-            self.global_model.plans_manager,
-            self.global_model.dataset_json,
-            self.global_model.configuration_manager,
-        )
-        self._volume_of_global_model = next(preprocess)["data"]
-        return super().predict_single_npy_array(input_image, image_properties, *args, **kwargs)
+        return _with_coarse(super().preprocess(*args), preprocessed_cases(self.global_model, *args))
 
-    def preprocess(self, *args: Any) -> Iterator[Case]:
+    def preprocess_arrays(self, *args: Any) -> Cases:
         """See the parent."""
-        return self._with_coarse(super().preprocess(*args), preprocessed_cases(self.global_model, *args))
+        return _with_coarse(super().preprocess_arrays(*args), preprocessed_arrays(self.global_model, *args))
 
-    def preprocess_arrays(self, *args: Any) -> Iterator[Case]:
-        """See the parent."""
-        return self._with_coarse(super().preprocess_arrays(*args), preprocessed_arrays(self.global_model, *args))
 
-    def _with_coarse(self, cases: Iterable[Case], of_global_model: Iterable[Case]) -> Iterator[Case]:
-        """The cases as both models see them. Both preprocess the same images in the same order."""
+class GivenCoarse:
+    """The patches of a fold with another model's coarse prediction; see `volume.Networks`.
+
+    Args:
+        fold: predicts patches.
+        logits_Cdhw: of the other model, over the volume without padding, in voxels of its own.
+        factor: voxels of the volume per low-resolution voxel.
+        encoding: of the labels.
+    """
+
+    def __init__(self, fold: Fold, logits_Cdhw: Tensor, factor: Shape, encoding: LabelEncoding) -> None:
+        self.fold, self.logits_Cdhw, self.factor, self.encoding = fold, logits_Cdhw, factor, encoding
+
+    @property
+    def weights(self) -> FusionWeights:
+        """Weights of the fusion."""
+        return self.fold.weights
+
+    def grid(self, volume_shape: Shape) -> WindowGrid:
+        """The windows of a padded volume."""
+        return self.fold.grid(volume_shape)
+
+    def coarse(self, padded: Padded) -> CoarsePrediction:
+        """The other model's logits on the low-resolution grid of the padded volume, and their entropy."""
+        axes = []
+        for axis, low in enumerate(low_shape(spatial_shape(padded.volume_CDHW), self.factor)):
+            centres = (torch.arange(low, dtype=torch.float64) + 0.5) * self.factor[axis] - padded.offset[axis]
+            size = self.logits_Cdhw.shape[axis + 1]
+            axes.append(axis_between(centres / padded.inside[axis] * size - 0.5, size).to(self.logits_Cdhw.device))
+        logits_Cdhw = interpolated(self.logits_Cdhw, axes)
+        return CoarsePrediction(logits_Cdhw, self.encoding.entropy(logits_Cdhw), self.encoding)
+
+    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+        """Logits of windows."""
+        return self.fold.patches(padded, starts_K3)
+
+
+def _with_coarse(cases: Cases, of_global_model: Iterable[Case]) -> Cases:
+    """The cases as both models see them. Both preprocess the same images in the same order."""
+
+    def both() -> Iterator[Case]:
         for case, coarse in zip(cases, of_global_model, strict=True):
             yield coarse if "error" in coarse else {**case, VOLUME_OF_GLOBAL_MODEL: coarse.get("data")}
 
-    def predict_from_data_iterator(self, data_iterator: Iterable[Case], *args: Any, **kwargs: Any) -> list[Any]:
-        """See the parent."""
-
-        def one_after_the_other() -> Iterator[Case]:
-            for case in data_iterator:
-                self._volume_of_global_model = case.get(VOLUME_OF_GLOBAL_MODEL)
-                yield case  # predicted by the time the next is asked for
-
-        return super().predict_from_data_iterator(one_after_the_other(), *args, **kwargs)
+    return Cases(both(), len(cases))
 
 
 VOLUME_OF_GLOBAL_MODEL = "data_of_global_model"
@@ -174,17 +181,3 @@ def factor_between(fine: Sequence[float], coarse: Sequence[float]) -> Shape:
     """Voxels of the fine spacing per voxel of the coarse one, by axis, rounded, at least 1."""
     d, h, w = (max(1, round(b / a)) for a, b in zip(fine, coarse, strict=True))
     return d, h, w
-
-
-def interpolation(position_l: Tensor, size: int) -> Tensor:
-    """Weights of linear interpolation along an axis, edges replicated.
-
-    Args:
-        position_l: where, 0 being the lower edge of the first voxel and 1 the upper edge of the last.
-        size: voxels of the axis, m.
-
-    Returns:
-        float32, shape l, m; rows sum to 1.
-    """
-    voxel_l1 = (position_l * size - 0.5).clamp(0, size - 1)[:, None]
-    return (1 - (voxel_l1 - torch.arange(size, device=position_l.device)).abs()).clamp_min(0)

@@ -5,7 +5,6 @@ nnU-Net transposes, crops and resamples an image before it predicts; everything 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,10 @@ from nibabel.orientations import io_orientation
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.inference.export import write_labels
+from nnunet_nmsw.inference.volume import ChosenWindows
 
 MAX_OVERLAY_RANK = 255
 """Windows of this rank and later share one value in the overlay, so that it fits the smallest label type."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ChosenWindows:
-    """The windows that one network took of one preprocessed volume.
-
-    Attributes:
-        starts: int, windows × 3, first voxel in the preprocessed volume; negative where a small volume was padded.
-        scores: float32, by window, in the order of choice.
-        patch_size: voxels by axis.
-        volume_shape: of the preprocessed volume, without padding.
-        num_windows: how many there were to choose from.
-    """
-
-    starts: np.ndarray
-    scores: np.ndarray
-    patch_size: tuple[int, int, int]
-    volume_shape: tuple[int, int, int]
-    num_windows: int
 
 
 def write_windows(

@@ -1,65 +1,68 @@
 """nnU-Net's trainer with NMSW's network, whole volumes as data, and NMSW inference for validation.
 
-Tensor suffixes: C classes, K windows, D H W axes of the volume, d h w axes of the low-resolution view.
+Tensor suffixes: D H W axes of the volume.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_nmsw.config import PLANS_KEY, NMSWConfig, resolve_num_patches
-from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.fusion import fused_segmentation
-from nnunet_nmsw.geometry import downsample
-from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.network import NMSWNetwork, branch_architectures
-from nnunet_nmsw.precision import mixed_precision
-from nnunet_nmsw.trainers.checkpoints import TrainerWithNMSWCheckpoints
-from nnunet_nmsw.trainers.data import Augmentation, WholeVolumeLoader
-from nnunet_nmsw.trainers.distributed import gather_over_processes, mean_over_processes
-from nnunet_nmsw.trainers.loss import NMSWLoss, finest_scale
-from nnunet_nmsw.trainers.progress import SampledCase, plot_progress, plot_sampling
-from nnunet_nmsw.views import TrainingVolume, seed_everything
-
-LOGGED = (
-    "loss_local",
-    "loss_global",
-    "loss_fused",
-    "entropy",
-    "foreground_share",
-    "benefit",
-    "benefit_loss",
-    "loss_distillation",
-    "fusion_weights",
+from nnunet_nmsw.files import remove_leftovers
+from nnunet_nmsw.model.network import Method, NMSWNetwork
+from nnunet_nmsw.model.plans import branch_architectures, settings_of
+from nnunet_nmsw.model.safe_loading import read_checkpoint
+from nnunet_nmsw.nnunet import (
+    AlreadyLoaded,
+    TrainerHooks,
+    as_one_process,
+    log_more,
+    pretrained_weights_of_command_line,
 )
-"""What `NMSWLoss.report` holds, logged once an epoch under these names with the prefix `nmsw_`."""
+from nnunet_nmsw.settings import PLANS_KEY
+from nnunet_nmsw.trainers.augmentation import Augmentation
+from nnunet_nmsw.trainers.checkpoints import check_unchanged, save_whole
+from nnunet_nmsw.trainers.distributed import (
+    Processes,
+    device_of_process,
+    distributed,
+    gather_over_processes,
+    mean_over_processes,
+    over_own_windows_,
+)
+from nnunet_nmsw.trainers.loader import WholeVolumeLoader, batches, check_previous_stage, training_volume
+from nnunet_nmsw.trainers.losses.local import LocalLoss
+from nnunet_nmsw.trainers.pretrained import load_pretrained
+from nnunet_nmsw.trainers.progress import EPOCHS_BETWEEN_PICTURES, lines, plot_progress, plot_sampling, sampled_cases
+from nnunet_nmsw.trainers.randomness import seed_everything
+from nnunet_nmsw.trainers.step import REPORTED, LossOfStep, TrainingStep
+from nnunet_nmsw.trainers.validation import check_losses, check_weights, predicted_in_training, validate
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.precision import mixed_precision
 
 
-EPOCHS_BETWEEN_PICTURES = 10
-"""Every so many epochs, and after the last one, pictures of two validation cases show where the sampler looks."""
+class nnUNetTrainerNMSW(TrainerHooks):
+    """Trains a global branch, a window sampler and the plans' own network together.
 
-
-class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
-    """Trains a global branch, a window sampler and the plans' own network together."""
+    `local_rank` is the rank among all processes, as in nnU-Net, which decides by it who writes files.
+    """
 
     training_length: int | None = None
     """Epochs, where a variant sets them; nnU-Net's default otherwise."""
 
-    freezes_local_branch = False
-    """Train all but the local branch."""
+    defaults: ClassVar[dict[str, Any]] = {}
+    """Settings where the plans have none, in the place of the settings' own defaults."""
+
+    network: Any
+    loss: Any
 
     def __init__(
         self,
@@ -70,34 +73,31 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
         # Before anything is written: raises for a setting or a configuration that cannot work.
-        plans_manager = PlansManager(plans)
-        resolved = plans_manager.get_configuration(configuration).configuration
-        self.config = NMSWConfig.from_configuration(resolved)
-        branch_architectures(resolved["architecture"], self.config)
-        regions = plans_manager.get_label_manager(dataset_json).has_regions
-        self.config = dataclasses.replace(self.config, regions=regions, freeze_local_branch=self.freezes_local_branch)
+        resolved = PlansManager(plans).get_configuration(configuration).configuration
+        self.settings = settings_of(resolved, self.defaults)
+        branch_architectures(resolved["architecture"], self.settings)
         # Saved with the results and in the checkpoint, so that a model folder alone rebuilds the network.
-        plans["configurations"][configuration][PLANS_KEY] = self.config.to_dict()
+        plans["configurations"][configuration][PLANS_KEY] = self.settings.to_dict()
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.processes = Processes.of_this_training()
+        if self.is_ddp:
+            self.device = device_of_process(device)
+            if self.device.type != "cuda":
+                self.grad_scaler = None
         if self.training_length is not None:
             self.num_epochs = self.training_length
-        for name in LOGGED:
-            self.logger.local_logger.my_fantastic_logging.setdefault(f"nmsw_{name}", [])
+        self.encoding = LabelEncoding.of(self.label_manager)
+        log_more(self, [f"nmsw_{name}" for name in REPORTED])
 
-    def initialize(self) -> None:
-        """See the parent. Seeds everything first where the settings say so, and compiles where nnU-Net would."""
-        if self.config.seed is not None:
-            seed_everything(self.config.seed)
-        super().initialize()
-        if super()._do_i_compile():
-            self.print_to_log_file("Using torch.compile for the global and the local branch")
-            self._plain_network().compile_branches()
+    @property
+    def nmsw_network(self) -> NMSWNetwork:
+        """The network, whatever wraps it."""
+        network = self.network.network if isinstance(self.network, AlreadyLoaded) else self.network
+        network = network.module if isinstance(network, DistributedDataParallel) else network
+        assert isinstance(network, NMSWNetwork)
+        return network
 
-    def on_epoch_start(self) -> None:
-        """See the parent. With a seed, what an epoch draws does not depend on whether the training was interrupted."""
-        if self.config.seed is not None:
-            seed_everything(self.config.seed, self.local_rank, self.current_epoch)
-        super().on_epoch_start()
+    # What is trained, and what from.
 
     @staticmethod
     def build_network_architecture(
@@ -108,40 +108,93 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Both branches, from the plans' architecture and their settings under `nmsw`."""
-        patch_size = tuple(configuration_manager.patch_size)
-        assert len(patch_size) == 3
-        return NMSWNetwork.from_architecture(
-            configuration_manager.configuration["architecture"],
-            patch_size,
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision,
-            NMSWConfig.from_configuration(configuration_manager.configuration),
+        return build_network(
+            configuration_manager, (num_input_channels, num_output_channels), enable_deep_supervision, None
         )
 
-    def _do_i_compile(self) -> bool:
-        """Not the network as a whole, which depends on data between its branches: `initialize` compiles these."""
-        return False
+    def initialize(self) -> None:
+        """See the parent. Seeds everything first where the settings say so, and compiles where nnU-Net would."""
+        if self.settings.seed is not None:
+            seed_everything(self.settings.seed)
+        pretrained = pretrained_weights_of_command_line()
+        with as_one_process(self):
+            super().initialize()
+        if self.is_ddp:
+            self.network = distributed(self.network, self.device)
+            # Now that it is distributed, the coarsest output of the local branch has a weight above zero in the loss.
+            self.loss = self._build_loss()
+        if pretrained is not None:
+            self.load_pretrained_weights(pretrained)
+            # nnU-Net loads them next, in its own way.
+            self.network = AlreadyLoaded(self.network)
+        if self.compiles():
+            self.print_to_log_file("Using torch.compile for the global and the local branch")
+            self.nmsw_network.compile_branches()
+
+    def build_loss(self, of_patches: Any) -> nn.Module:
+        """nnU-Net's loss inside of NMSW's, with deep supervision where the network returns several scales."""
+        scales = self.nmsw_network.deep_supervision_scales(self.num_input_channels)
+        self.deep_supervision_scales, self.enable_deep_supervision = scales, scales is not None
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        loss = LossOfStep(LocalLoss(of_patches(), scales, self.encoding))
+        over_own_windows_(loss)
+        return loss
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """The parent's, where the network has nnU-Net's switch for it."""
-        if hasattr(self._plain_network().local_branch, "decoder"):
+        if hasattr(self.nmsw_network.local_branch, "decoder"):
             super().set_deep_supervision_enabled(enabled)
 
-    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
-        return self.deep_supervision_scales
+    def load_pretrained_weights(self, file: Path) -> None:
+        """Start from another model: a stock model's weights go into the local branch, an NMSW model's into both.
 
-    def _build_loss(self) -> nn.Module:
-        """nnU-Net's loss inside of NMSW's, with deep supervision where the network returns several scales."""
-        scales = self._plain_network().deep_supervision_scales(self.num_input_channels)
-        self.deep_supervision_scales, self.enable_deep_supervision = scales, scales is not None
-        self.set_deep_supervision_enabled(self.enable_deep_supervision)
-        return NMSWLoss(super()._build_loss(), scales, self.config, LabelEncoding.of(self.label_manager))
+        As in nnU-Net, segmentation layers are not taken.
+
+        Args:
+            file: checkpoint of nnU-Net.
+
+        Raises:
+            UserError: it cannot be read or does not fit.
+        """
+        self.print_to_log_file(f"Loading pretrained weights from {file}")
+        load_pretrained(self.nmsw_network, read_checkpoint(file, training=True)["network_weights"], str(file))
+
+    def save_checkpoint(self, filename: str) -> None:
+        """See the parent. Writes the file whole or not at all."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+        else:
+            save_whole(super().save_checkpoint, Path(filename))
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """See the parent. For `--c`, `--val` and `--val_best`.
+
+        Raises:
+            UserError: the settings in the plans have changed since the training started.
+        """
+        check_unchanged(filename_or_checkpoint, self.configuration_name, self.settings, self.output_folder)
+        if not self.was_initialized:
+            self.initialize()
+        self._unwrap_pretrained()
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _unwrap_pretrained(self) -> None:
+        if isinstance(self.network, AlreadyLoaded):
+            self.network = self.network.network
+
+    # Data.
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Loaders of whole volumes: mirrored and at random for training, as they are and in order for validation."""
-        self._check_previous_stage()
+        if self.is_cascaded:
+            check_previous_stage(
+                Path(self.folder_with_segs_from_previous_stage),
+                [key for keys in self.do_split() for key in keys],
+                self.configuration_manager.previous_stage_name,
+                type(self).__name__,
+            )
         rotation, do_dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        of_cascade = {"is_cascaded": self.is_cascaded, "foreground_labels": self.label_manager.foreground_labels}
         self.augmentation = Augmentation.of(
             self.get_training_transforms(
                 # Only the size of what the spatial transform would cut: here it gives its matrix.
@@ -151,234 +204,136 @@ class nnUNetTrainerNMSW(TrainerWithNMSWCheckpoints):
                 mirror_axes=mirror_axes,
                 do_dummy_2d_data_aug=do_dummy_2d,
                 use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-                is_cascaded=self.is_cascaded,
-                foreground_labels=self.label_manager.foreground_labels,
+                **of_cascade,
             )
         )
         self.no_augmentation = Augmentation.of(
-            self.get_validation_transforms(
-                deep_supervision_scales=None,
-                is_cascaded=self.is_cascaded,
-                foreground_labels=self.label_manager.foreground_labels,
-            )
+            self.get_validation_transforms(deep_supervision_scales=None, **of_cascade)
         )
         dataset_training, self.dataset_validation = self.get_tr_and_val_datasets()
         # Each validation case once an epoch, up to nnU-Net's number of validation steps; with more processes than cases
         # some twice, because nnU-Net needs a step of every process.
         cases = list(self.dataset_validation.identifiers)
-        own_steps = self.own_share(cases[: self.num_val_iterations_per_epoch])
+        own_steps = self.processes.own_share(cases[: self.num_val_iterations_per_epoch])
         self.num_val_iterations_per_epoch: int = max(1, len(own_steps))
 
-        random_windows = self.config.random_windows
+        random_windows = self.settings.random_windows
         foreground_windows = random_windows - round(random_windows * (1 - self.oversample_foreground_percent))
-        processes = get_allowed_n_proc_DA()
+        workers = get_allowed_n_proc_DA()
         # A training that goes on draws other data than when it started, and every rank its own.
-        seeds = None if self.config.seed is None else (self.config.seed, self.local_rank, self.current_epoch)
+        seeds = None if self.settings.seed is None else (self.settings.seed, self.local_rank, self.current_epoch)
 
-        def loader(dataset: Any, augmentation: Augmentation, training: bool) -> Any:
-            volumes = WholeVolumeLoader(
+        def batches_of(dataset: Any, augmentation: Augmentation, training: bool) -> Any:
+            loader = WholeVolumeLoader(
                 dataset,
                 self.configuration_manager.patch_size,
                 random_windows,
                 foreground_windows,
                 augmentation,
                 training,
-                None if seeds is None or processes == 0 else (*seeds, int(training)),
+                None if seeds is None or workers == 0 else (*seeds, int(training)),
             )
             if not training:
-                volumes.indices = self.own_share(cases) or cases
-            if processes == 0:
-                return SingleThreadedAugmenter(volumes, None)
-            workers = processes if training else 1
-            if seeds is not None:
-                # The batches of its workers come in turns, where the other augmenter takes what is ready first.
-                augmenter = MultiThreadedAugmenter(
-                    volumes, None, workers, 2, list(range(workers)), self.device.type == "cuda", wait_time=0.002
-                )
-                next(augmenter)
-                return augmenter
-            augmenter = NonDetMultiThreadedAugmenter(
-                volumes,
-                None,
-                num_processes=workers,
-                num_cached=max(2, workers // 2),
-                pin_memory=self.device.type == "cuda",
-                wait_time=0.002,
-            )
-            next(augmenter)  # a worker that cannot work fails here and not in the middle of an epoch
-            return augmenter
+                loader.indices = self.processes.own_share(cases) or cases
+            return batches(loader, workers if training else min(1, workers), self.device.type == "cuda")
 
         return (
-            loader(dataset_training, self.augmentation, True),
-            loader(self.dataset_validation, self.no_augmentation, False),
+            batches_of(dataset_training, self.augmentation, True),
+            batches_of(self.dataset_validation, self.no_augmentation, False),
         )
 
-    def _check_previous_stage(self) -> None:
-        """See that the cascade's previous stage has predicted every case of the fold.
+    def step_of(self, batch: dict[str, Any], augmentation: Augmentation) -> TrainingStep:
+        """A batch of the loader as a step."""
+        num_previous = len(self.label_manager.foreground_labels)
+        return TrainingStep(training_volume(batch, augmentation, num_previous), self.loss.local)
 
-        Raises:
-            UserError: it has not.
-        """
-        if not self.is_cascaded:
-            return
-        folder = Path(self.folder_with_segs_from_previous_stage)
-        predicted = {file.name.split(".")[0] for file in folder.glob("*")}
-        missing = [key for keys in self.do_split() for key in keys if key not in predicted]
-        if missing:
-            stage = self.configuration_manager.previous_stage_name
-            raise UserError(
-                f"{folder} has no prediction of {missing[0]} and {len(missing) - 1} more cases: train all folds of "
-                f"{stage} first, with -tr {type(self).__name__} and the same plans (validation predicts the cases)"
-            )
+    # Training.
+
+    def on_train_start(self) -> None:
+        """See the parent. Where there is no split of the cases yet, one process makes it before the others read it."""
+        self._unwrap_pretrained()
+        if self.is_ddp and self.local_rank == 0:
+            self.do_split()
+        self.processes.wait()
+        super().on_train_start()
+        if self.local_rank == 0:
+            remove_leftovers(Path(self.output_folder))
+
+    def on_epoch_start(self) -> None:
+        """See the parent. With a seed, what an epoch draws does not depend on whether the training was interrupted."""
+        if self.settings.seed is not None:
+            seed_everything(self.settings.seed, self.local_rank, self.current_epoch)
+        super().on_epoch_start()
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's step on a whole volume and its random windows."""
-        volume = training_volume(batch, self.augmentation, len(self.label_manager.foreground_labels))
-        result: dict[str, Any] = super().train_step({"data": volume, "target": volume})
+        """nnU-Net's step on a whole volume and its windows; see `TrainingStep`."""
+        step = self.step_of(batch, self.augmentation)
+        result: dict[str, Any] = super().train_step({"data": step, "target": step})
         if not self.is_ddp and not np.isfinite(result["loss"]):
-            self._check_weights()
-        return {**result, **_to_numpy(self.loss.report)}
+            check_weights(self.nmsw_network, self.current_epoch)
+        return {**result, **{name: value.cpu().numpy() for name, value in step.result.report.items()}}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Log the means of the parts of the loss beside nnU-Net's lines.
+        """Log the means of what the steps report beside nnU-Net's lines.
 
         Raises:
             UserError: the training cannot recover: a weight is no number, or no step of the epoch had a finite loss.
         """
         losses = gather_over_processes([float(output["loss"]) for output in train_outputs])
-        if not np.isfinite(losses).all():
-            self._check_weights()
-        if not np.isfinite(losses).any():
-            raise UserError(
-                f"training stopped in epoch {self.current_epoch}: no step had a finite loss. Look for images that are "
-                "not normalised or hold no numbers; the checkpoints of earlier epochs are as they were"
-            )
+        check_losses([loss for of_one in losses for loss in of_one], self.nmsw_network, self.current_epoch)
         super().on_train_epoch_end(train_outputs)
         outputs = collate_outputs([{k: np.atleast_2d(v) for k, v in output.items()} for output in train_outputs])
-        means = mean_over_processes({name: np.concatenate(outputs[name]).mean(0) for name in LOGGED})
+        means = mean_over_processes({name: np.concatenate(outputs[name]).mean(0) for name in REPORTED})
         for name, mean in means.items():
             self.logger.log(f"nmsw_{name}", mean.tolist() if len(mean) > 1 else float(mean[0]), self.current_epoch)
 
-    def _check_weights(self) -> None:
-        """See that the network can still learn: once a weight is no number, every later prediction is none, either.
-
-        Raises:
-            UserError: a weight is no number.
-        """
-        for name, weights in self._plain_network().state_dict().items():
-            if weights.is_floating_point() and not weights.isfinite().all():
-                raise UserError(
-                    f"training stopped in epoch {self.current_epoch}: the loss is not finite and weights of {name} are "
-                    "no numbers any more. Look for images that are not normalised or hold no numbers, or lower the "
-                    "learning rate; the checkpoints of earlier epochs are as they were"
-                )
-
     def validation_step(self, batch: dict) -> dict:
         """Loss and pseudo Dice of the fused prediction of one volume, with the windows that inference would take."""
-        network = self._plain_network()
-        volume = training_volume(batch, self.no_augmentation, len(self.label_manager.foreground_labels))
-        volume = volume.to(self.device, non_blocking=True)
+        step = self.step_of(batch, self.no_augmentation).to(self.device, non_blocking=True)
         with mixed_precision(self.device):
-            output = network(volume)
-            loss, coarse = self.loss(output, volume), output.coarse
-            grid = network.grid(volume.shape)
-            num_patches = resolve_num_patches(self.config.num_patches, len(grid))
-            windows = network.select(coarse, grid, num_patches)
-            batches = [volume.windows(some, network.patch_size)[0] for some in windows.starts_K3.split(self.batch_size)]
-            logits = [finest_scale(network(patches)) for patches in batches]
-        labels_DHW = fused_segmentation(
-            torch.cat(logits),
-            windows.starts_K3,
-            windows.trust_K,
-            coarse.logits_Cdhw,
-            network.fusion_weights,
-            grid.volume_shape,
-            self.config.downsampling_factor,
-            self.loss.encoding,
-        )
-        hits = self.loss.encoding.hits(volume.labels_11DHW[0, 0].clamp_min(0), labels_DHW)
+            loss = self.network(step).loss
+        labels_DHW = predicted_in_training(self.nmsw_network, step, self.device)
+        hits = self.encoding.hits(step.volume.labels_11DHW[0, 0].clamp_min(0), labels_DHW)
         names = ("tp_hard", "fp_hard", "fn_hard")
         return {"loss": loss.cpu().numpy(), **{name: hit.numpy() for name, hit in zip(names, hits, strict=True)}}
 
     def on_epoch_end(self) -> None:
-        """Print the epoch's means, after which nnU-Net prints its own."""
-
-        def last(name: str) -> Any:
-            return self.logger.get_value(f"nmsw_{name}", step=-1)
-
-        self.print_to_log_file(
-            "NMSW loss local {:.4f}, global {:.4f}, fused {:.4f}".format(
-                *(last(f"loss_{part}") for part in ("local", "global", "fused"))
-            )
-        )
-        self.print_to_log_file(
-            f"NMSW window entropy {last('entropy'):.3f} nats, sampled windows with foreground "
-            f"{last('foreground_share'):.1%}, mean benefit of a sampled window {last('benefit'):.2e}, "
-            f"fusion weights {np.round(last('fusion_weights'), 3).tolist()}"
-        )
+        """Print the epoch's means, after which nnU-Net prints its own, and draw pictures."""
+        logged = {name: self.logger.get_value(f"nmsw_{name}", step=None) for name in REPORTED}
+        for line in lines(logged):
+            self.print_to_log_file(line)
         if self.local_rank == 0:
-            logged = {name: self.logger.get_value(f"nmsw_{name}", step=None) for name in LOGGED}
-            plot_progress(logged, Path(self.output_folder, "progress_nmsw.png"))
-            if self.current_epoch % EPOCHS_BETWEEN_PICTURES == 0 or self.current_epoch == self.num_epochs - 1:
-                file = Path(self.output_folder, "sampling", f"epoch_{self.current_epoch:04d}.png")
-                plot_sampling(self._sampled_cases(), f"epoch {self.current_epoch}", file)
+            folder, epoch = Path(self.output_folder), self.current_epoch
+            plot_progress(logged, folder / "progress_nmsw.png")
+            if epoch % EPOCHS_BETWEEN_PICTURES == 0 or epoch == self.num_epochs - 1:
+                cases = sampled_cases(self.nmsw_network, self.dataset_validation, self.encoding, self.device)
+                plot_sampling(cases, f"epoch {epoch}", folder / "sampling" / f"epoch_{epoch:04d}.png")
         super().on_epoch_end()
 
-    @torch.inference_mode()
-    def _sampled_cases(self) -> list[SampledCase]:
-        """Where the network looks in the first two validation cases."""
-        network = self._plain_network()
-        training = network.training
-        network.eval()
-        cases = []
-        for key in self.dataset_validation.identifiers[:2]:
-            data, segmentation, previous, _ = self.dataset_validation.load_case(key)
-            image_CDHW = self._with_previous(np.asarray(data[:], dtype=np.float32), previous)
-            labels_1DHW = torch.from_numpy(np.asarray(segmentation[:1], dtype=np.int16))
-            image_CDHW = pad_nd_image(image_CDHW, network.patch_size, "constant", {"value": 0})
-            labels_1DHW = pad_nd_image(labels_1DHW, network.patch_size, "constant", {"value": 0})
-            factor = self.config.downsampling_factor
-            with mixed_precision(self.device):
-                coarse = network.coarse(downsample(image_CDHW[None].to(self.device), factor))
-            grid = network.grid((image_CDHW.shape[1], image_CDHW.shape[2], image_CDHW.shape[3]))
-            choice = network.select(coarse, grid, resolve_num_patches(self.config.num_patches, len(grid)))
-            logits_Cdhw, score_map_dhw = coarse.logits_Cdhw.cpu(), coarse.score_map_dhw.cpu()
-            cases.append(
-                SampledCase(
-                    key,
-                    image_CDHW[0],
-                    labels_1DHW[0],
-                    logits_Cdhw,
-                    score_map_dhw,
-                    choice.starts_K3,
-                    network.patch_size,
-                    factor,
-                )
-            )
-        network.train(training)
-        return cases
+    def on_train_end(self) -> None:
+        """See the parent. Afterwards every process may load the checkpoints that the first one has written."""
+        super().on_train_end()
+        self.processes.wait()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict the validation cases as `nmsw_predict` would and write `validation/summary.json`."""
+        self.set_deep_supervision_enabled(False)
+        validate(self, self.nmsw_network, self.processes, save_probabilities)
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
 
-def training_volume(batch: dict[str, Any], augmentation: Augmentation, num_previous: int = 0) -> TrainingVolume:
-    """What `WholeVolumeLoader` delivers, as what the network takes.
+def build_network(
+    configuration: ConfigurationManager, channels: tuple[int, int], deep_supervision: bool, method: Method | None
+) -> NMSWNetwork:
+    """The network of a configuration of the plans.
 
     Args:
-        batch: of the loader.
-        augmentation: what is done to views.
-        num_previous: number of foreground labels of the cascade's previous stage.
+        configuration: with the settings under `nmsw`.
+        channels: of the input and of the logits.
+        deep_supervision: whether the local branch is asked for several scales.
+        method: what is made of the settings; ours where None.
     """
-    return TrainingVolume(
-        batch["data"],
-        batch["target"],
-        batch["random_starts"],
-        batch["affine"],
-        augmentation.of_views,
-        batch["seed"],
-        batch["previous"],
-        num_previous,
-        augmentation.of_previous,
-    )
-
-
-def _to_numpy(report: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: value.cpu().numpy() for name, value in report.items()}
+    d, h, w = configuration.patch_size
+    settings = settings_of(configuration.configuration)
+    architecture = configuration.configuration["architecture"]
+    return NMSWNetwork.from_architecture(architecture, (d, h, w), channels, deep_supervision, settings, method)

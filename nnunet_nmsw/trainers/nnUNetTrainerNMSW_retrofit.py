@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nnunet_nmsw.checkpoint import read_checkpoint
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
+from nnunet_nmsw.model.safe_loading import read_checkpoint
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import build_network, nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch
 
 
@@ -18,9 +21,21 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
     that the stock model was trained with.
     """
 
-    freezes_local_branch = True
-
     has_local_branch = False
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """See the parent."""
+        channels = (num_input_channels, num_output_channels)
+        network = build_network(configuration_manager, channels, enable_deep_supervision, None)
+        network.freeze_local_branch()
+        return network
 
     def initialize(self) -> None:
         """See the parent. There is nothing to supervise in the local branch."""
@@ -39,7 +54,7 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
         self.print_to_log_file(f"Taking the local branch from {file}")
         checkpoint = read_checkpoint(file, training=True)
         check_same_task(checkpoint, self.plans_manager, self.configuration_name, self.dataset_json["labels"], str(file))
-        load_local_branch(self._plain_network(), checkpoint["network_weights"], str(file))
+        load_local_branch(self.nmsw_network, checkpoint["network_weights"], str(file))
         fold = checkpoint["init_args"]["fold"]
         if str(fold) != str(self.fold):
             self.print_to_log_file(

@@ -6,16 +6,14 @@ takes segmentation layers, without which a frozen branch is worth nothing.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.network import NMSWNetwork
+from nnunet_nmsw.model.network import NMSWNetwork
 
 LOCAL_BRANCH = "local_branch."
 SEGMENTATION_LAYERS = ".seg_layers."
@@ -23,24 +21,6 @@ SEGMENTATION_LAYERS = ".seg_layers."
 
 MOST_NAMED = 3
 """An error names so many layers that differ."""
-
-
-def pretrained_weights_of_command_line(arguments: Sequence[str] | None = None) -> Path | None:
-    """The file given with `-pretrained_weights`, which nnU-Net does not pass on to the trainer.
-
-    Args:
-        arguments: of the command; this process's where None. Processes that nnU-Net spawns have their parent's.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-pretrained_weights", type=Path)
-    parser.add_argument("-p")  # or it would be read as short for -pretrained_weights
-    file: Path | None = parser.parse_known_args(arguments)[0].pretrained_weights
-    if file is not None and not file.is_file():
-        raise UserError(f"-pretrained_weights {file}: there is no such file")
-    return file
 
 
 def load_pretrained(network: NMSWNetwork, weights: Mapping[str, Tensor], source: str) -> None:
@@ -98,25 +78,6 @@ def check_same_task(
     for what, (there, here) in pairs.items():
         if there != here:
             raise UserError(f"{source} was trained with other {what.replace('_', ' ')}: {there}, here they are {here}")
-
-
-class AlreadyLoaded(nn.Module):
-    """Stands in for a network while nnU-Net's own loading of pretrained weights runs, which finds nothing to do.
-
-    Args:
-        network: what `network` gives back.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
 
 
 def _local_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Pictures of a training: what is learned by epoch, and where the sampler looks.
+"""What a training shows of itself: lines in its log, pictures of what is learned, and of where it looks.
 
 Tensor suffixes: C channels or classes, D H W axes of the volume, d h w axes of the low-resolution view, K windows.
 """
@@ -10,16 +10,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from torch import Tensor
 
 from nnunet_nmsw.files import written_whole
-from nnunet_nmsw.geometry import Shape, upsample_window
+from nnunet_nmsw.inference.volume import Padded, Spending, spatial_shape
+from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.trainers.cases import read_cases
+from nnunet_nmsw.volume.interpolation import upsample_window
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.precision import mixed_precision
+from nnunet_nmsw.volume.windows import Shape, downsample
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#000000")
 """Okabe and Ito's colours, which the colour-blind can tell apart."""
@@ -27,6 +35,10 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f
 
 STYLE: list[Any] = ["default", {"text.parse_math": False}]
 """nnU-Net sets seaborn's for the whole process; and names of cases and labels may have dollar signs."""
+
+
+EPOCHS_BETWEEN_PICTURES = 10
+"""Every so many epochs, and after the last one, pictures of two validation cases show where the sampler looks."""
 
 
 class SampledCase(NamedTuple):
@@ -37,7 +49,7 @@ class SampledCase(NamedTuple):
         image_DHW: the first channel.
         labels_DHW: the reference.
         coarse_logits_Cdhw: coarse prediction.
-        score_map_dhw: predicted worth of a patch.
+        score_map_dhw: of the network.
         starts_K3: first voxels of the chosen windows, best first.
         patch_size: voxels of a window by axis.
         factor: voxels of the volume per low-resolution voxel.
@@ -53,12 +65,68 @@ class SampledCase(NamedTuple):
     factor: Shape
 
 
+def lines(logged: Mapping[str, Sequence]) -> list[str]:
+    """What the last epoch was like, for the log.
+
+    Args:
+        logged: values by epoch under the names of `step.REPORTED`.
+    """
+    last = {name: values[-1] for name, values in logged.items()}
+    return [
+        "NMSW loss local {loss_local:.4f}, global {loss_global:.4f}, fused {loss_fused:.4f}".format(**last),
+        f"NMSW window entropy {last['entropy']:.3f} nats, sampled windows with foreground "
+        f"{last['foreground_share']:.1%}, mean benefit of a sampled window {last['benefit']:.2e}, "
+        f"fusion weights {np.round(last['fusion_weights'], 3).tolist()}",
+    ]
+
+
+@torch.inference_mode()
+def sampled_cases(
+    network: NMSWNetwork, dataset: nnUNetBaseDataset, encoding: LabelEncoding, device: torch.device, number: int = 2
+) -> list[SampledCase]:
+    """Where the network looks in the first cases of a dataset.
+
+    Args:
+        network: whose mode is restored.
+        dataset: of preprocessed cases.
+        encoding: of the labels.
+        device: of the network.
+        number: of cases.
+    """
+    training = network.training
+    network.eval()
+    spending = Spending(network.sampler.at_inference, network.settings.num_patches)
+    cases = []
+    for case in read_cases(dataset, dataset.identifiers[:number], encoding):
+        image = Padded.of(case.volume_CDHW, network.patch_size)
+        labels_1DHW = torch.from_numpy(np.asarray(case.segmentation[:1], dtype=np.int16))
+        factor = network.settings.downsampling_factor
+        low_1Cdhw = downsample(image.volume_CDHW[None].to(device, torch.float32), factor)
+        with mixed_precision(device):
+            coarse = network.coarse(low_1Cdhw, encoding)
+        choice = spending.choose(coarse, network.grid(spatial_shape(image.volume_CDHW)))
+        cases.append(
+            SampledCase(
+                case.key,
+                image.volume_CDHW[0],
+                Padded.of(labels_1DHW, network.patch_size).volume_CDHW[0],
+                coarse.logits_Cdhw.cpu(),
+                coarse.score_map_dhw.cpu(),
+                choice.starts_K3,
+                network.patch_size,
+                factor,
+            )
+        )
+    network.train(training)
+    return cases
+
+
 @style.context(STYLE)
 def plot_progress(logged: Mapping[str, Sequence], file: Path) -> None:
     """Losses, what the sampler draws, and the fusion, by epoch.
 
     Args:
-        logged: values by epoch under the names of `NMSWLoss.report`.
+        logged: values by epoch under the names of `step.REPORTED`.
         file: PNG to write; replaced if it is there.
     """
     figure, axes = _figure(2, 2, (12, 7))

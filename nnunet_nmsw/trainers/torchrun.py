@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.backends import cudnn
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.trainers.distributed import DistributedTrainer
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 
 SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer = get_trainer_from_args(
         args.dataset_name_or_id, args.configuration, _fold(args.fold), args.tr, args.p, args.c, device=device
     )
-    if not isinstance(trainer, DistributedTrainer):
+    if not isinstance(trainer, nnUNetTrainerNMSW):
         raise UserError(f"-tr {args.tr} is not one of nnunet_nmsw's trainers: train it with nnUNetv2_train -num_gpus")
     trainer.disable_checkpointing = args.disable_checkpointing
     if args.pretrained_weights is None:

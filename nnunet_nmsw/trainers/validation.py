@@ -1,174 +1,247 @@
-"""The validation at the end of a training: the fold's cases predicted as `nmsw_predict` would."""
+"""Validation: of the epochs of a training, and of its end, where cases are predicted as `nmsw_predict` would.
+
+Tensor suffixes: C channels or classes, D H W axes of the volume, K windows, 3 one coordinate per axis.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import resample_and_save
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-from torch.nn.parallel import DistributedDataParallel
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
 
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
-from nnunet_nmsw.inference.automatic import FILE, STOP_AT, Measured, write_calibration
-from nnunet_nmsw.inference.export import labels_of
-from nnunet_nmsw.inference.interpolation import linear_axis
+from nnunet_nmsw.inference.networks import Ensemble, unbounded
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.labels import LabelEncoding
-from nnunet_nmsw.network import NMSWNetwork
-from nnunet_nmsw.trainers.distributed import DistributedTrainer, gather_over_processes
-from nnunet_nmsw.trainers.pretrained import AlreadyLoaded
+from nnunet_nmsw.inference.preprocessing import Case
+from nnunet_nmsw.inference.volume import Chosen, Padded, Spending, Work, choose, predict_labels, spatial_shape
+from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.selection.calibration import FILE, THRESHOLDS, Measured, write_calibration
+from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.trainers.cases import PreprocessedCase, read_cases
+from nnunet_nmsw.trainers.distributed import Processes, gather_over_processes
+from nnunet_nmsw.trainers.step import TrainingStep, finest_scale
+from nnunet_nmsw.volume.interpolation import linear_axis
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.precision import mixed_precision
+from nnunet_nmsw.volume.windows import Shape, WindowGrid
 
 CASES_BETWEEN_BARRIERS = 20
 """As in nnU-Net: a process that waits too long for the others fails, so all wait for each other every so many cases."""
 
 
-class TrainerWithNMSWValidation(DistributedTrainer):
-    """nnU-Net's trainer of an NMSW network, validated by NMSW inference."""
+def check_losses(losses: Sequence[float], network: NMSWNetwork, epoch: int) -> None:
+    """See that a training can go on after an epoch.
 
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict the validation cases as `nmsw_predict` would and write `validation/summary.json`."""
-        self.set_deep_supervision_enabled(False)
-        network = self._plain_network()
-        network.eval()
-        next_stages = self.configuration_manager.next_stage_names
-        predictor = (PredictorThatRemembers if next_stages else NMSWPredictor)(device=self.device, allow_tqdm=False)
-        predictor.manual_initialization(
-            network,
-            self.plans_manager,
-            self.configuration_manager,
-            [network.state_dict()],
-            self.dataset_json,
-            type(self).__name__,
-            self.inference_allowed_mirroring_axes,
+    Raises:
+        UserError: a weight is no number, or no step of the epoch had a finite loss.
+    """
+    finite = np.isfinite(losses)
+    if not finite.all():
+        check_weights(network, epoch)
+    if not finite.any():
+        raise UserError(
+            f"training stopped in epoch {epoch}: no step had a finite loss. Look for images that are "
+            "not normalised or hold no numbers; the checkpoints of earlier epochs are as they were"
         )
-        output_folder = join(self.output_folder, "validation")
-        maybe_mkdir_p(output_folder)
-        _, keys = self.do_split()
-        predictor.predict_from_data_iterator(
-            self._validation_cases(keys, output_folder, predictor), save_probabilities, default_num_processes
-        )
-        calibrations = gather_over_processes(self._calibrate(predictor, self.own_share(keys)))
-        if self.local_rank == 0:
-            write_calibration(Path(output_folder, FILE), calibrations)
-            labels = self.label_manager
-            metrics = compute_metrics_on_folder(
-                join(self.preprocessed_dataset_folder_base, "gt_segmentations"),
-                output_folder,
-                join(output_folder, "summary.json"),
-                self.plans_manager.image_reader_writer_class(),
-                self.dataset_json["file_ending"],
-                labels.foreground_regions if labels.has_regions else labels.foreground_labels,
-                labels.ignore_label,
-                chill=True,
-                num_processes=default_num_processes,
+
+
+def check_weights(network: NMSWNetwork, epoch: int) -> None:
+    """See that the network can still learn: once a weight is no number, every later prediction is none, either.
+
+    Raises:
+        UserError: a weight is no number.
+    """
+    for name, weights in network.state_dict().items():
+        if weights.is_floating_point() and not weights.isfinite().all():
+            raise UserError(
+                f"training stopped in epoch {epoch}: the loss is not finite and weights of {name} are "
+                "no numbers any more. Look for images that are not normalised or hold no numbers, or lower the "
+                "learning rate; the checkpoints of earlier epochs are as they were"
             )
-            for label, of_label in metrics["mean"].items():
-                self.logger.log_summary(f"final_val/class_{label}_dice", of_label["Dice"])
-            self.logger.log_summary("final_val/foreground_dice", metrics["foreground_mean"]["Dice"])
-            self.print_to_log_file("Mean Validation Dice: ", metrics["foreground_mean"]["Dice"])
-        self.set_deep_supervision_enabled(self.enable_deep_supervision)
-
-    @torch.inference_mode()
-    def _calibrate(self, predictor: NMSWPredictor, keys: list[str]) -> Measured:
-        """Measure on cases where -k auto may stop; see `inference.automatic`.
-
-        At the spacing of training and without mirroring, so that all thresholds together cost no more than the
-        validation itself.
-        """
-        encoding = LabelEncoding.of(self.label_manager)
-        measured: Measured = {stop_at: [] for stop_at in STOP_AT}
-        predictor.num_patches, predictor.use_mirroring = "auto", False
-        for _, volume, segmentation, _ in self._preprocessed_cases(keys):
-            labels_DHW = torch.from_numpy(np.asarray(segmentation[0], dtype=np.int64)).clamp_min(0)
-            axes = [linear_axis(n, n) for n in volume.shape[1:]]
-            for predictor.stop_at in STOP_AT:
-                predictor.chosen_windows = []
-                prediction = labels_of(predictor.decide(volume, axes), self.label_manager)
-                dice_C = encoding.dice(labels_DHW, torch.from_numpy(prediction.astype(np.int64))).numpy()
-                measured[predictor.stop_at].append((len(predictor.chosen_windows[0].starts), dice_C))
-        return measured
-
-    def _preprocessed_cases(self, keys: list[str]) -> Iterator[tuple[str, torch.Tensor, Any, dict[str, Any]]]:
-        """Key, volume with the cascade's channels, segmentation as nnU-Net loads it, and properties of cases."""
-        dataset = self.dataset_class(
-            self.preprocessed_dataset_folder,
-            keys,
-            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
-        )
-        for key in dataset.identifiers:
-            data, segmentation, previous, properties = dataset.load_case(key)
-            yield key, self._with_previous(np.array(data[:]), previous), segmentation, properties
-
-    def _validation_cases(
-        self, keys: list[str], output_folder: str, predictor: NMSWPredictor
-    ) -> Iterator[dict[str, Any]]:
-        cases_of_every_process = len(keys) // self.num_processes
-        for number, (key, volume, _, properties) in enumerate(self._preprocessed_cases(self.own_share(keys)), 1):
-            self.print_to_log_file(f"predicting {key}")
-            if isinstance(predictor, PredictorThatRemembers):
-                predictor.logits = None
-            yield {"data": volume, "data_properties": properties, "ofile": join(output_folder, key)}
-            # It is predicted by the time the next one is asked for, unless that has failed and been told.
-            if isinstance(predictor, PredictorThatRemembers) and predictor.logits is not None:
-                self._save_for_next_stages(key, predictor.logits, properties)
-            if number % CASES_BETWEEN_BARRIERS == 0 and number <= cases_of_every_process:
-                self.wait_for_all()
-
-    def _with_previous(self, data: np.ndarray, previous: np.ndarray | None) -> torch.Tensor:
-        """A preprocessed volume with a channel for each label of the cascade's previous stage, where there is one."""
-        if previous is not None:
-            labels = self.label_manager.foreground_labels
-            data = np.vstack((data, convert_labelmap_to_one_hot(previous[:], labels, output_dtype=data.dtype)))
-        return torch.from_numpy(data)
-
-    def _save_for_next_stages(self, key: str, logits: torch.Tensor, properties: dict[str, Any]) -> None:
-        """Write a validation case's prediction for the cascade's next stages, in their resolution."""
-        for name in self.configuration_manager.next_stage_names or []:
-            next_stage = self.plans_manager.get_configuration(name)
-            folder = join(self.preprocessed_dataset_folder_base, next_stage.data_identifier)
-            dataset_class = infer_dataset_class(folder)
-            try:
-                data, _, _, _ = dataset_class(folder, [key]).load_case(key)
-            except FileNotFoundError:
-                self.print_to_log_file(f"no prediction of {key} for {name}: preprocess that configuration first")
-                continue
-            with written_whole(Path(self.output_folder_base, "predicted_next_stage", name)) as unfinished:
-                resample_and_save(
-                    logits,
-                    data.shape[1:],
-                    str(unfinished / key),
-                    self.plans_manager,
-                    self.configuration_manager,
-                    properties,
-                    self.dataset_json,
-                    default_num_processes,
-                    dataset_class,
-                )
-
-    def _plain_network(self) -> NMSWNetwork:
-        network = self.network.network if isinstance(self.network, AlreadyLoaded) else self.network
-        if isinstance(network, DistributedDataParallel):
-            network = network.module
-        assert isinstance(network, NMSWNetwork)
-        return network
 
 
-class PredictorThatRemembers(NMSWPredictor):
-    """Keeps the logits of the last case, for the cascade's next stage."""
+class InTraining:
+    """The networks of a validation step, which has seen its volume coarsely; see `volume.Networks`.
 
-    logits: torch.Tensor | None = None
-    keeps_logits = True
+    Args:
+        network: being trained.
+        step: that was done.
+        device: of the network.
+    """
 
-    def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
-        """See the parent."""
-        logits: torch.Tensor = super().predict_logits_from_preprocessed_data(data).cpu()
-        self.logits = logits
-        return logits
+    def __init__(self, network: NMSWNetwork, step: TrainingStep, device: torch.device) -> None:
+        self.network, self.step, self.device = network, step, device
+
+    @property
+    def weights(self) -> FusionWeights:
+        """Weights of the fusion."""
+        return self.network.fusion_weights
+
+    def grid(self, volume_shape: Shape) -> WindowGrid:
+        """The windows of the volume."""
+        return self.network.grid(volume_shape)
+
+    def coarse(self, padded: Padded) -> CoarsePrediction:
+        """Of the step."""
+        return self.step.result.coarse
+
+    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+        """Logits of windows of the step's volume."""
+        patches_KCDHW, _ = self.step.volume.windows(starts_K3, self.network.patch_size)
+        with mixed_precision(self.device):
+            return finest_scale(self.network(patches_KCDHW))
+
+
+@torch.no_grad()
+def predicted_in_training(network: NMSWNetwork, step: TrainingStep, device: torch.device) -> Tensor:
+    """Labels of a validation step's volume, with the windows that inference would take.
+
+    Returns:
+        int16 of the volume's shape, on the device.
+    """
+    volume_CDHW = step.volume.volume_1CDHW[0]
+    padded = Padded(volume_CDHW, (0, 0, 0), spatial_shape(volume_CDHW))
+    spending = Spending(network.sampler.at_inference, network.settings.num_patches)
+    fold = choose(InTraining(network, step, device), padded, spending)
+    return _labels(padded, fold, device).to(device)
+
+
+def _labels(padded: Padded, fold: Chosen, device: torch.device) -> Tensor:
+    """Labels of a volume on its own grid, int16 on the host."""
+    axes = [linear_axis(n, n) for n in padded.inside]
+    decided = predict_labels(padded, [fold], axes, Work(unbounded(fold.grid.patch_size, device), device))
+    return fold.coarse.encoding.labels_of(decided)
+
+
+def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes, save_probabilities: bool) -> None:
+    """Predict the validation cases of a fold, calibrate -k auto on them, and write nnU-Net's summary of metrics.
+
+    Args:
+        trainer: whose fold it is.
+        network: that was trained.
+        processes: that share the cases.
+        save_probabilities: write these, too.
+
+    Raises:
+        UserError: cases have failed; all others are predicted.
+    """
+    network.eval()
+    folder = Path(trainer.output_folder, "validation")
+    folder.mkdir(parents=True, exist_ok=True)
+    _, keys = trainer.do_split()
+    dataset = trainer.dataset_class(
+        trainer.preprocessed_dataset_folder,
+        keys,
+        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage,
+    )
+    keys, encoding = dataset.identifiers, LabelEncoding.of(trainer.label_manager)
+    cases = partial(read_cases, dataset, processes.own_share(keys), encoding)
+    next_stages = trainer.configuration_manager.next_stage_names
+    predictor = NMSWPredictor(
+        take_logits=partial(_save_for_next_stages, trainer) if next_stages else None,
+        device=trainer.device,
+        allow_tqdm=False,
+    )
+    predictor.manual_initialization(
+        network,
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        [network.state_dict()],
+        trainer.dataset_json,
+        type(trainer).__name__,
+        trainer.inference_allowed_mirroring_axes,
+    )
+
+    def told() -> Iterator[Case]:
+        barriers = len(keys) // processes.number  # of every process
+        for number, case in enumerate(cases(), 1):
+            trainer.print_to_log_file(f"predicting {case.key}")
+            yield {"data": case.volume_CDHW, "data_properties": case.properties, "ofile": str(folder / case.key)}
+            if number % CASES_BETWEEN_BARRIERS == 0 and number <= barriers:
+                processes.wait()
+
+    predictor.predict_from_data_iterator(told(), save_probabilities, default_num_processes)
+    measured = gather_over_processes(calibrate(network, cases(), encoding, trainer.device))
+    if trainer.local_rank == 0:
+        write_calibration(folder / FILE, measured)
+        _write_summary(trainer, folder)
+
+
+@torch.inference_mode()
+def calibrate(
+    network: NMSWNetwork, cases: Iterator[PreprocessedCase], encoding: LabelEncoding, device: torch.device
+) -> Measured:
+    """Measure on cases where -k auto may stop; see `selection.calibration`.
+
+    At the spacing of training and without mirroring, so that all thresholds together cost no more than the validation
+    itself.
+    """
+    (fold,) = Ensemble(network, [network.state_dict()], encoding, device).folds()
+    measured: Measured = {threshold: [] for threshold in THRESHOLDS}
+    for case in cases:
+        reference_DHW = torch.from_numpy(np.asarray(case.segmentation[0], dtype=np.int64)).clamp_min(0)
+        padded = Padded.of(case.volume_CDHW, network.patch_size)
+        grid = fold.grid(spatial_shape(padded.volume_CDHW))
+        coarse = fold.coarse(padded)
+        for threshold in THRESHOLDS:
+            windows = Spending(network.sampler.at_inference, "auto", threshold).choose(coarse, grid)
+            labels_DHW = _labels(padded, Chosen(fold, coarse, grid, windows, fold.weights), device)
+            measured[threshold].append((len(windows.starts_K3), encoding.dice(reference_DHW, labels_DHW).numpy()))
+    return measured
+
+
+def _write_summary(trainer: nnUNetTrainer, folder: Path) -> None:
+    """Write nnU-Net's `summary.json` of the predictions, and log it."""
+    labels = trainer.label_manager
+    metrics = compute_metrics_on_folder(
+        str(Path(trainer.preprocessed_dataset_folder_base, "gt_segmentations")),
+        str(folder),
+        str(folder / "summary.json"),
+        trainer.plans_manager.image_reader_writer_class(),
+        trainer.dataset_json["file_ending"],
+        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+        labels.ignore_label,
+        chill=True,
+        num_processes=default_num_processes,
+    )
+    for label, of_label in metrics["mean"].items():
+        trainer.logger.log_summary(f"final_val/class_{label}_dice", of_label["Dice"])
+    trainer.logger.log_summary("final_val/foreground_dice", metrics["foreground_mean"]["Dice"])
+    trainer.print_to_log_file("Mean Validation Dice: ", metrics["foreground_mean"]["Dice"])
+
+
+def _save_for_next_stages(trainer: nnUNetTrainer, case: Case, logits_CDHW: Tensor) -> None:
+    """Write a validation case's prediction for the cascade's next stages, in their resolution."""
+    key = Path(case["ofile"]).name
+    for name in trainer.configuration_manager.next_stage_names or []:
+        next_stage = trainer.plans_manager.get_configuration(name)
+        folder = str(Path(trainer.preprocessed_dataset_folder_base, next_stage.data_identifier))
+        dataset_class = infer_dataset_class(folder)
+        try:
+            data, _, _, _ = dataset_class(folder, [key]).load_case(key)
+        except FileNotFoundError:
+            trainer.print_to_log_file(f"no prediction of {key} for {name}: preprocess that configuration first")
+            continue
+        with written_whole(Path(trainer.output_folder_base, "predicted_next_stage", name)) as unfinished:
+            resample_and_save(
+                logits_CDHW,
+                data.shape[1:],
+                str(unfinished / key),
+                trainer.plans_manager,
+                trainer.configuration_manager,
+                case["data_properties"],
+                trainer.dataset_json,
+                default_num_processes,
+                dataset_class,
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW_paper import nnUNetTrainerNMSW_paper
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_retrofit import nnUNetTrainerNMSW_retrofit
 
 TRAINING_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 2000)
@@ -38,7 +39,11 @@ def variants_of(base: type[nnUNetTrainerNMSW]) -> dict[str, type[nnUNetTrainerNM
     return classes
 
 
-VARIANTS = {**variants_of(nnUNetTrainerNMSW), **variants_of(nnUNetTrainerNMSW_retrofit)}
+VARIANTS = {
+    name: variant
+    for base in (nnUNetTrainerNMSW, nnUNetTrainerNMSW_paper, nnUNetTrainerNMSW_retrofit)
+    for name, variant in variants_of(base).items()
+}
 """Trainer classes by name."""
 
 globals().update(VARIANTS)

@@ -4,7 +4,7 @@ import pytest
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation.models import Model
-from nnunet_nmsw.inference.automatic import FILE, write_calibration
+from nnunet_nmsw.selection.calibration import FILE, write_calibration
 
 
 def calibrate(model: Model, fold: int, dice_by_threshold: dict[float, float]) -> None:

@@ -11,9 +11,9 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 
 from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
 from nnunet_nmsw.evaluation.models import Case
-from nnunet_nmsw.evaluation.report import sentences
-from nnunet_nmsw.evaluation.results import gather, pareto_front
-from nnunet_nmsw.evaluation.tables import accuracy_table, case_table, cost_table, why
+from nnunet_nmsw.evaluation.report.write import sentences
+from nnunet_nmsw.evaluation.report.results import gather, pareto_front
+from nnunet_nmsw.evaluation.report.tables import accuracy_table, case_table, cost_table, why
 
 METHODS = build_methods(True, ["10%"], [False])
 REFERENCE, PRIMARY = reference_method(METHODS), primary_method(METHODS, "10%")

@@ -8,14 +8,14 @@ from tiny import build_network
 from torch import nn
 from torch.nn import functional
 
-from nnunet_nmsw.config import SELECTIONS
+from nnunet_nmsw.settings import SELECTIONS
 from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
 from nnunet_nmsw.evaluation.oracle import oracle_windows
-from nnunet_nmsw.evaluation.prediction import PatchStore, count_macs
+from nnunet_nmsw.evaluation.predictions import PatchStore, count_macs
 from nnunet_nmsw.evaluation.selectors import entropy_windows, object_windows, random_windows
-from nnunet_nmsw.fusion import FusionWeights, fuse
-from nnunet_nmsw.geometry import WindowGrid, window_slices
-from nnunet_nmsw.network import CoarsePrediction
+from nnunet_nmsw.model.fusion import FusionWeights, fuse
+from nnunet_nmsw.volume.windows import WindowGrid, window_slices
+from nnunet_nmsw.model.network import CoarsePrediction
 
 
 def test_methods_have_names_of_their_own_and_the_reference_is_nnunets_default():
@@ -95,7 +95,7 @@ def test_the_oracle_does_what_trying_everything_does():
         patches[window] = quality * cut + 2 * torch.randn(3, *grid.patch_size)
 
     def dice(windows: list[int]) -> float:
-        from nnunet_nmsw.fusion import gaussian_weights
+        from nnunet_nmsw.model.fusion import gaussian_weights
 
         gaussian = gaussian_weights(grid.patch_size, torch.device("cpu"))
         total, weight = torch.zeros_like(coarse), torch.zeros(grid.volume_shape)

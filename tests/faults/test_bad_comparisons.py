@@ -9,8 +9,8 @@ import torch
 from tiny import DATASET_JSON
 from untrained import refused_by, write_image, write_model
 
-from nnunet_nmsw.evaluation.command import main
-from nnunet_nmsw.evaluation.report import _escaped
+from nnunet_nmsw.commands.compare import main
+from nnunet_nmsw.evaluation.report.write import _escaped
 
 DATASET = "Dataset001_Bad"
 PLANS = "nnUNetPlans__3d_fullres"

@@ -13,10 +13,10 @@ import torch
 from tiny import make_configuration
 from untrained import refused_by, write_image, write_model
 
-from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.settings import NMSWConfig
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.inference.automatic import stop_at_of_folds
-from nnunet_nmsw.inference.command import main
+from nnunet_nmsw.selection.calibration import stop_at_of_folds
+from nnunet_nmsw.commands.predict import main
 
 refused = partial(refused_by, main)
 

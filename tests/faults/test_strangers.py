@@ -17,9 +17,9 @@ from tiny import DATASET_JSON
 from untrained import write_image, write_model
 
 from nnunet_nmsw import trainers
-from nnunet_nmsw.checkpoint import check_origin, read_checkpoint
+from nnunet_nmsw.model.safe_loading import check_origin, read_checkpoint
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.inference.command import main
+from nnunet_nmsw.commands.predict import main
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 
@@ -124,8 +124,8 @@ EVIL = {
     "torch.nn.functional.torch.load": "nonlin",
     "torch.nn.modules.module.warnings.sys.exit": "nonlin",
     "dynamic_network_architectures.architectures.unet.torch.load": "network",
-    "nnunet_nmsw.start.predict": "network",
-    "nnunet_nmsw.inference.command.main": "nonlin",
+    "nnunet_nmsw.commands.entry_points.predict": "network",
+    "nnunet_nmsw.commands.predict.main": "nonlin",
     "torch.nnot.X": "nonlin",
     "monai.networks_evil.X": "network",
     "": "network",
@@ -280,7 +280,7 @@ def test_checkpoints_of_every_kind_that_nnunet_writes_are_loaded(tmp_path):
 def test_a_comparison_runs_no_code(tmp_path):
     """The models of nmsw_compare go through the same door."""
     from nnunet_nmsw.evaluation.models import Model
-    from nnunet_nmsw.evaluation.prediction import FoldPredictor
+    from nnunet_nmsw.evaluation.predictions import FoldPredictor
 
     marker = tmp_path / "marker"
     for role, trainer in (("nmsw", "nnUNetTrainerNMSW"), ("baseline", "nnUNetTrainer")):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_nmsw.demo.phantom import write_dataset
-from nnunet_nmsw.trainers.data import for_travel
+from nnunet_nmsw.trainers.loader import for_travel
 
 TRAIN = "-p nnUNetPlans_small -tr nnUNetTrainerNMSW_tiny -device cpu"
 

@@ -11,7 +11,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import DATASET_JSON, make_plans
 
-from nnunet_nmsw.config import NMSWConfig
+from nnunet_nmsw.settings import NMSWConfig
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 

@@ -20,7 +20,7 @@ def main() -> None:
     import nnunetv2.inference.predict_from_raw_data
     import nnunetv2.run.run_training  # noqa: F401
 
-    import nnunet_nmsw.inference.command
+    import nnunet_nmsw.commands.predict
     import nnunet_nmsw.trainers  # noqa: F401
 
     scripts = entry_points(group="console_scripts")

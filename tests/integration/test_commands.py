@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from commands import DATASET, TRAINER, run, run_executable
 
-from nnunet_nmsw.inference.command import main
+from nnunet_nmsw.commands.predict import main
 
 pytestmark = pytest.mark.integration
 

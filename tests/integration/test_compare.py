@@ -18,8 +18,8 @@ import SimpleITK as sitk
 from commands import DATASET, environment, run
 from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 
-from nnunet_nmsw.evaluation.command import main
-from nnunet_nmsw.inference.automatic import FILE
+from nnunet_nmsw.commands.compare import main
+from nnunet_nmsw.selection.calibration import FILE
 
 pytestmark = pytest.mark.integration
 

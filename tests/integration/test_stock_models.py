@@ -9,7 +9,7 @@ import SimpleITK as sitk
 import torch
 from commands import environment, prepare, run_all, set_configurations
 
-from nnunet_nmsw.inference.command import main
+from nnunet_nmsw.commands.predict import main
 
 pytestmark = pytest.mark.integration
 

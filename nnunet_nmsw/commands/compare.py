@@ -1,0 +1,175 @@
+"""The command `nmsw_compare`: NMSW against the sliding window on the validation cases of trained folds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.model.safe_loading import TRUST_FLAG
+from nnunet_nmsw.selection.budget import parse_num_patches
+
+if TYPE_CHECKING:
+    from nnunet_nmsw.evaluation.store import Comparison
+
+NEEDED = ("monai", "statsmodels", "jinja2", "pandas", "matplotlib")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare from the command line."""
+    args = _parser().parse_args(arguments)
+    require_extra()
+    # These import what the line above asks for.
+    from nnunet_nmsw.evaluation.methods import build_methods
+    from nnunet_nmsw.evaluation.models import dataset_name, find_cases, find_models
+    from nnunet_nmsw.evaluation.store import Comparison
+    from nnunet_nmsw.inference.device import prepare_device
+
+    _check(args)
+    num_patches = list(dict.fromkeys(parse_num_patches(k, "-k", auto=True) for k in args.k))
+    prepare_device(args.device)
+    dataset = dataset_name(args.d)
+    models = find_models(args, dataset)
+    if "auto" in num_patches:
+        for fold in args.f:
+            models[-1].threshold(fold)  # raises where nothing is calibrated
+    cases = find_cases(dataset, args.f, models)
+    mirrored = {"on": [True], "off": [False], "both": [True, False]}["off" if args.disable_tta else args.tta]
+    methods = build_methods(len(models) > 1, num_patches, mirrored)
+    comparison = Comparison(
+        args.o, dataset, models, methods, cases, args.tolerance, args.device, args.timed_cases, args.rounds
+    )
+    comparison.open()
+    try:
+        _run(comparison, args)
+    except OSError as error:
+        raise UserError(f"cannot write into {args.o}: {reason(error)}; the same command goes on from there") from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process died, perhaps for lack of memory: lower -nps; the same command goes on from what is done"
+        ) from error
+
+
+def _run(comparison: Comparison, args: argparse.Namespace) -> None:
+    from nnunet_nmsw.evaluation.report.write import write_report
+    from nnunet_nmsw.evaluation.run import run_cases, run_timing
+
+    progress = not args.disable_progress_bar
+    run_cases(comparison, args.num_parts, args.part_id, args.nps, progress)
+    if args.num_parts > 1:
+        left = len(comparison.missing())
+        print(
+            f"Part {args.part_id} of {args.num_parts} is done, {left} cases are left to others. When all are done, "
+            "call once more without -num_parts and -part_id: that measures time and writes the report."
+        )
+        return
+    run_timing(comparison, progress)
+    for sentence in write_report(comparison, args.margin, args.cases_shown):
+        print(sentence)
+    print(f"Report: {args.o / 'index.html'}")
+
+
+def require_extra() -> None:
+    """Check for the libraries of the extra `compare`.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"nmsw_compare needs {', '.join(missing)}: pip install 'nnunet-nmsw[compare]'")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+    for name, value, minimum in (
+        ("-nps", args.nps, 1),
+        ("-timed_cases", args.timed_cases, 0),
+        ("-rounds", args.rounds, 1),
+        ("-cases_shown", args.cases_shown, 0),
+    ):
+        if value < minimum:
+            raise UserError(f"{name} is {value}: give a number of at least {minimum}")
+    if not (args.tolerance > 0 and math.isfinite(args.tolerance)):
+        raise UserError(f"-tolerance is {args.tolerance}: give a distance in mm above 0")
+    if not (args.margin >= 0 and math.isfinite(args.margin)):
+        raise UserError(f"-margin is {args.margin}: give Dice points of at least 0")
+    for fold in args.f:
+        if not (fold.isascii() and fold.isdigit()):
+            hint = ": its validation cases were trained on" if fold == "all" else ""
+            raise UserError(f"-f {fold}{hint}; give folds as numbers from 0")
+    if args.tr_baseline == "none" and (args.p_baseline or args.c_baseline):
+        raise UserError("-p_baseline and -c_baseline name the baseline's model, and -tr_baseline none asks for none")
+    if args.o.exists() and not args.o.is_dir():
+        raise UserError(f"-o {args.o} is a file: give a folder")
+    args.f = sorted({int(fold) for fold in args.f})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Compare NMSW with the sliding window on the validation cases of trained folds: accuracy, time "
+        "and memory by number of patches, as a report (index.html) for people. Interrupted, it goes on where it "
+        "stopped when called again.",
+    )
+    add: Any = parser.add_argument
+    add("-d", required=True, help="dataset name or id")
+    add("-o", type=Path, required=True, help="folder of the report, new or of the same comparison")
+    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds. Default: 0 1 2 3 4")
+    add("-c", default="3d_fullres", help="configuration. Default: 3d_fullres")
+    add("-p", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
+    add("-tr", default="nnUNetTrainerNMSW", help="NMSW trainer. Default: nnUNetTrainerNMSW")
+    add(
+        "-tr_baseline",
+        help='stock trainer to compare with; "none" for no baseline. Default: nnUNetTrainer if it has the folds',
+    )
+    add("-p_baseline", help="plans identifier of the baseline. Default: that of -p")
+    add("-c_baseline", help="configuration of the baseline. Default: that of -c")
+    add("-chk", default="checkpoint_final.pth", help="name of the checkpoints. Default: checkpoint_final.pth")
+    add(
+        "-k",
+        nargs="+",
+        metavar="K",
+        default=["5%", "10%", "20%", "5", "10", "30", "all"],
+        help='patches a case: numbers, percentages of all windows, "all", or "auto" as in nmsw_predict. '
+        "Default: 5%% 10%% 20%% 5 10 30 all",
+    )
+    add(
+        "-tta",
+        choices=("on", "off", "both"),
+        default="on",
+        help="test time augmentation by mirroring, for all methods. Default: on, as in nnUNetv2_predict",
+    )
+    add("--disable_tta", action="store_true", help="the same as -tta off")
+    add("-tolerance", type=float, default=2.0, help="mm, of the normalised surface Dice. Default: 2")
+    add("-margin", type=float, default=0.5, help="loss in Dice points (per cent) that would matter. Default: 0.5")
+    add("-timed_cases", type=int, default=3, help="cases of the first fold to time; 0: no timing. Default: 3")
+    add("-rounds", type=int, default=3, help="how often each of them is timed. Default: 3")
+    add("-cases_shown", type=int, default=3, help="cases to look at in the report. Default: 3")
+    add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="export processes. Default: 3")
+    add("-num_parts", type=int, default=1, help="number of calls that share the cases. Default: 1")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
+    add(
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        default="cuda",
+        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
+    )
+    add(
+        TRUST_FLAG,
+        action="store_true",
+        help="load models as nnU-Net does, with whatever code their checkpoints and plans hold: for models of your own "
+        "whose networks are your own, too",
+    )
+    add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""How the commands start: nothing heavy is imported before a signal can end them in one line."""
+
+from __future__ import annotations
+
+import gc
+
+from nnunet_nmsw.console import end_in_one_line
+from nnunet_nmsw.imports import importing
+
+
+def predict() -> None:
+    """The command `nmsw_predict`."""
+    end_in_one_line(": predictions that are there are whole, --continue_prediction makes the others")
+    with importing():
+        from nnunet_nmsw.commands.predict import main
+    try:
+        main()
+    finally:
+        gc.freeze()
+
+
+def compare() -> None:
+    """The command `nmsw_compare`."""
+    end_in_one_line(": the folder keeps what is done, the same command goes on from there")
+    from nnunet_nmsw.commands.compare import main
+
+    main()
+
+
+def demo() -> None:
+    """The command `nmsw_demo`."""
+    end_in_one_line(": the folder keeps what is done")
+    from nnunet_nmsw.commands.demo import main
+
+    main()
+
+
+if __name__ == "__main__":
+    predict()

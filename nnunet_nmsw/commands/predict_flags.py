@@ -1,0 +1,162 @@
+"""The flags of `nmsw_predict`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunet_nmsw.commands.find import DEFAULT_CONFIGURATION, DEFAULT_PLANS, DEFAULT_TRAINER
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.memory import parse_memory
+from nnunet_nmsw.model.safe_loading import TRUST_FLAG
+from nnunet_nmsw.selection.calibration import DEFAULT_MAX_DROP
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """See that the flags go together.
+
+    Raises:
+        UserError: they do not.
+    """
+    for name, value, least in (("-npp", args.npp, 0), ("-nps", args.nps, 0), ("-num_parts", args.num_parts, 1)):
+        if value < least:
+            raise UserError(f"{name} is {value}: give a number of at least {least}")
+    if not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+    ignored = [flag for flag in ("d", "tr", "p", "c") if getattr(args, flag) is not None]
+    if args.m is not None and ignored:
+        raise UserError(f"-{ignored[0]} beside -m: -m names the model's folder, leave out one of them")
+    if (args.global_model is None) != (args.local_model is None):
+        raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
+    if args.global_model is not None and any(flag is not None for flag in (args.m, args.d, args.tr, args.p, args.c)):
+        raise UserError("--global_model and --local_model are folders, without -m, -d, -tr, -p and -c")
+    if args.global_model is not None and args.k == "auto":
+        raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; two stock models do not")
+    if args.global_model is not None and args.max_memory is not None:
+        raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
+    if args.max_memory is not None:
+        parse_memory(args.max_memory)
+    if args.bfloat16 and args.device != "cpu":
+        raise UserError(f"--bfloat16 is for -device cpu; -device {args.device} computes as nnU-Net does there")
+    if args.engine != "ray" and (args.ray_address is not None or args.cores_per_worker is not None):
+        raise UserError("--ray_address and --cores_per_worker are for --engine ray")
+    if args.engine == "ray" and args.device == "mps":
+        raise UserError("--engine ray works on GPUs or processors: give -device cuda or -device cpu")
+    if args.cores_per_worker is not None and args.cores_per_worker < 1:
+        raise UserError(f"--cores_per_worker is {args.cores_per_worker}: give 1 or more")
+    if not 0 <= args.max_drop < math.inf:
+        raise UserError(f"--max_drop is {args.max_drop}: give a Dice of 0 or more, such as {DEFAULT_MAX_DROP}")
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).resolve()
+
+
+def parser() -> argparse.ArgumentParser:
+    """What reads the flags."""
+    flags = argparse.ArgumentParser(
+        description="Predict with an nnU-Net model trained with nnUNetTrainerNMSW: a few chosen patches instead of a "
+        "sliding window. The flags are those of nnUNetv2_predict.",
+    )
+    add: Any = flags.add_argument
+    add("-i", required=True, help="input folder; files are named CASE_0000, CASE_0001 ... by channel, as for nnU-Net")
+    add("-o", required=True, help="output folder, made if it does not exist")
+    add("-d", help="dataset name or id; without it (and -m) the only NMSW model under nnUNet_results is taken")
+    add("-p", help=f"plans identifier. Default: {DEFAULT_PLANS}")
+    add("-tr", help=f"trainer the model was trained with. Default: {DEFAULT_TRAINER}")
+    add("-c", help=f"configuration. Default: {DEFAULT_CONFIGURATION}")
+    add("-f", nargs="+", help="folds to ensemble. Default: all that are trained")
+    add("-m", help="model folder (with plans.json and fold_X in it) instead of -d, -p, -tr and -c")
+    add(
+        "--global_model",
+        type=_absolute,
+        metavar="FOLDER",
+        help="without an NMSW model: folder of a stock model for the coarse prediction, such as 3d_lowres",
+    )
+    add(
+        "--local_model",
+        type=_absolute,
+        metavar="FOLDER",
+        help="and folder of a stock model of the same dataset for the patches, such as 3d_fullres",
+    )
+    add("-chk", default="checkpoint_final.pth", help="name of the checkpoint. Default: checkpoint_final.pth")
+    add(
+        "-k",
+        "--num_patches",
+        dest="k",
+        metavar="K",
+        help='patches a case: a number, a percentage of all windows such as "10%%", "all", or "auto": as many as are '
+        "expected to help. Default: the model's setting",
+    )
+    add(
+        "--max_drop",
+        type=float,
+        default=DEFAULT_MAX_DROP,
+        metavar="DICE",
+        help="with -k auto: Dice (of 1) that may be lost on the validation cases for fewer patches. "
+        f"Default: {DEFAULT_MAX_DROP}",
+    )
+    add(
+        "--save_patches",
+        action="store_true",
+        help="write which windows were taken, into the folder patches of the output: coordinates and scores as JSON, "
+        "and an overlay image",
+    )
+    add("--disable_tta", action="store_true", help="no test time augmentation by mirroring: faster, less accurate")
+    add("--save_probabilities", action="store_true", help="also save class probabilities, for ensembles")
+    add("--continue_prediction", action="store_true", help="leave out cases whose prediction exists")
+    add(
+        "-prev_stage_predictions",
+        help="folder with the predictions of the previous stage, for the cascade (3d_cascade_fullres)",
+    )
+    add(
+        "-npp",
+        type=int,
+        default=int(os.environ.get("nnUNet_npp") or 3),
+        help="cases that are preprocessed while others are predicted. Default: 3",
+    )
+    add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="files written at a time. Default: 3")
+    add(
+        "--max_memory",
+        metavar="AMOUNT",
+        help="memory of the host to keep within, such as 8G: fewer things go on at a time. Default: no bound",
+    )
+    add("-num_parts", type=int, default=1, help="number of nmsw_predict calls that share the folder. Default: 1")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
+    add(
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        default="cuda",
+        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
+    )
+    add(
+        "--bfloat16",
+        action="store_true",
+        help="with -device cpu: let the networks compute in bfloat16, much faster on processors that have it "
+        "(AVX512-BF16 or AMX). Labels that are close calls change",
+    )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: share the folder out to many machines or GPUs. They need the same folders and this package with its "
+        "extra [ray]. Default: local",
+    )
+    add(
+        "--ray_address",
+        help="of a running Ray cluster. Default: RAY_ADDRESS, else the one that runs here, else one is started here",
+    )
+    add("--cores_per_worker", type=int, help="with Ray on a CPU: cores of a worker. Default: those of a machine")
+    add(
+        TRUST_FLAG,
+        action="store_true",
+        help="load the model as nnU-Net does, with whatever code its checkpoints and plans hold: for a model of your "
+        "own whose network is your own, too",
+    )
+    add("--verbose", action="store_true", help="tell what is being done")
+    add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
+    add("--not_on_device", action="store_true", help="keep results on the host: for volumes too large for the device")
+    return flags

@@ -1,0 +1,384 @@
+"""All methods on one case, from coarse predictions and patches that are computed once.
+
+Methods of NMSW are predicted as `nmsw_predict` predicts, sliding windows as `nnUNetv2_predict` does.
+
+Tensor suffixes: K windows, C channels or classes, D H W axes of the padded volume or of a patch, 3 one coordinate per
+axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_nmsw.evaluation.methods import Method
+from nnunet_nmsw.evaluation.models import Case, Model
+from nnunet_nmsw.evaluation.oracle import Oracle
+from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts
+from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes
+from nnunet_nmsw.inference.model_folder import load_model
+from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
+from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.inference.preprocessing import is_stock, read_images, read_labels
+from nnunet_nmsw.inference.tensor_file import TensorFile
+from nnunet_nmsw.inference.volume import (
+    Chosen,
+    ChosenWindows,
+    Padded,
+    Spending,
+    Work,
+    choose,
+    predict_labels,
+    predict_logits,
+    spatial_shape,
+)
+from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.nnunet import PatchHooks
+from nnunet_nmsw.selection.by_score import placement_grid
+from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.windows import Shape, WindowGrid, window_slices
+
+Result = TypeVar("Result")
+
+Position = tuple[int, ...]
+"""First voxel of a patch in the padded volume."""
+
+
+def count_macs(call: Callable[[], Result]) -> tuple[Result, int]:
+    """Make a call.
+
+    Returns:
+        What it returned, and the multiply-accumulates of its convolutions and matrix products.
+    """
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    return result, counter.get_total_flops() // 2
+
+
+class PatchStore:
+    """Patch logits of one network on one case, in a `TensorFile`.
+
+    Args:
+        positions: what to keep; other patches are for one method alone.
+    """
+
+    def __init__(self, positions: Iterable[Position] = ()) -> None:
+        self.positions = frozenset(positions)
+        self._file = TensorFile()
+        self._offsets: dict[Position, int] = {}
+
+    def __contains__(self, position: Position) -> bool:
+        return position in self._offsets
+
+    def put(self, position: Position, logits: Tensor) -> None:
+        """Keep a patch if its position is to be kept; all have one shape and type."""
+        if position in self.positions:
+            self._offsets[position] = self._file.put(logits)
+
+    def get(self, position: Position) -> Tensor:
+        """A patch that was put, as a new tensor on the host."""
+        return self._file.get(self._offsets[position])
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
+
+
+class Costs:
+    """Multiply-accumulates of a patch, counted at the first one that is predicted with or without mirroring."""
+
+    def __init__(self) -> None:
+        self.per_patch: dict[bool, int] = {}
+
+    def counted(self, mirrored: bool, predict: Callable[[], Result]) -> Result:
+        """Predict one patch."""
+        if mirrored in self.per_patch:
+            return predict()
+        result, self.per_patch[mirrored] = count_macs(predict)
+        return result
+
+
+class SharedSlidingWindow(PatchHooks):
+    """nnU-Net's predictor, taking patches from a store where they are there and putting them there if not.
+
+    Everything else is the parent's, so that its result is what `nnUNetv2_predict` would give.
+    """
+
+    def __init__(self, costs: Costs, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.store = PatchStore()
+        self.costs = costs
+
+    def patch_logits(self, patch_1CDHW: Tensor, start: Position, predict: Callable[[Tensor], Tensor]) -> Tensor:
+        """See the parent."""
+        if start in self.store:
+            return self.store.get(start).to(self.device)[None]
+        logits_1CDHW = self.costs.counted(self.use_mirroring, partial(predict, patch_1CDHW))
+        self.store.put(start, logits_1CDHW[0])
+        return logits_1CDHW
+
+
+class SharedFold:
+    """The networks of a fold on one case, of which nothing is predicted twice; see `volume.Networks`.
+
+    Args:
+        fold: predicts.
+        mirrored: whether it mirrors.
+        store: of patches.
+        costs: of patches.
+
+    Attributes:
+        coarse_macs: multiply-accumulates of the coarse prediction.
+    """
+
+    def __init__(self, fold: Fold, mirrored: bool, store: PatchStore, costs: Costs) -> None:
+        self.fold, self.mirrored, self.store, self.costs = fold, mirrored, store, costs
+        self._coarse: CoarsePrediction | None = None
+        self.coarse_macs = 0
+
+    @property
+    def weights(self) -> FusionWeights:
+        """Weights of the fusion."""
+        return self.fold.weights
+
+    def grid(self, volume_shape: Shape) -> WindowGrid:
+        """The windows of nnU-Net's sliding window over a padded volume."""
+        return self.fold.grid(volume_shape)
+
+    def coarse(self, padded: Padded) -> CoarsePrediction:
+        """The coarse prediction, made once."""
+        if self._coarse is not None:
+            return self._coarse
+        coarse: CoarsePrediction
+        coarse, self.coarse_macs = count_macs(partial(self.fold.coarse, padded))
+        self._coarse = coarse
+        return coarse
+
+    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+        """Logits of windows, on the host."""
+        return torch.stack([self.patch(padded, start) for start in starts_K3.tolist()])
+
+    def patch(self, padded: Padded, start: Sequence[int]) -> Tensor:
+        """Logits of a window, on the host."""
+        position = tuple(start)
+        if position in self.store:
+            return self.store.get(position)
+        predict = partial(self.fold.patches, padded, torch.tensor([list(start)]))
+        logits_CDHW = self.costs.counted(self.mirrored, predict)[0].cpu()
+        self.store.put(position, logits_CDHW)
+        return logits_CDHW
+
+
+@dataclasses.dataclass
+class Prediction:
+    """A case as a method predicts it.
+
+    Attributes:
+        method: the method.
+        logits_CDHW: float16, on the grid of the preprocessed volume, on the host; None where there are labels.
+        segmentation: labels in the axis order and shape of nnU-Net's reader; None where there are logits.
+        properties: nnU-Net's of the preprocessed case.
+        patches: how many it took.
+        macs: multiply-accumulates of all networks it ran.
+        covered_foreground: share of the reference's foreground voxels that lie in a window; NaN without foreground.
+        chosen: what NMSW made of the case; None of a sliding window.
+        windows: that it took.
+        offset: voxels of padding before the axes of the preprocessed volume.
+    """
+
+    method: Method
+    logits_CDHW: Tensor | None
+    segmentation: np.ndarray | None
+    properties: dict[str, Any]
+    patches: int
+    macs: int
+    covered_foreground: float = 1.0
+    chosen: Chosen | None = None
+    windows: ChosenWindows | None = None
+    offset: Shape = (0, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessedCase:
+    """A case as a model sees it.
+
+    Attributes:
+        padded: the volume.
+        properties: nnU-Net's.
+        reference_DHW: integer labels of the padded volume, 0 outside of nnU-Net's crop; empty for the baseline.
+        seed: of the case.
+    """
+
+    padded: Padded
+    properties: dict[str, Any]
+    reference_DHW: Tensor
+    seed: int
+
+
+class FoldPredictor:
+    """Predicts cases with every method of one model of a fold.
+
+    Args:
+        model: the model.
+        fold: the fold.
+        device: to predict on.
+        threshold: of the number of patches "auto", see `Model.threshold`.
+    """
+
+    def __init__(self, model: Model, fold: int, device: torch.device, threshold: float | None = None) -> None:
+        self.role, self.device, self.threshold = model.role, device, threshold
+        common: dict[str, Any] = {
+            "perform_everything_on_device": device.type == "cuda",
+            "device": device,
+            "allow_tqdm": False,
+        }
+        self.costs = Costs()
+        self.sliding_window = SharedSlidingWindow(self.costs, **common)
+        self.nmsw: NMSWPredictor | None = None
+        if model.role == "nmsw":
+            self.nmsw = NMSWPredictor(**common)
+            load_model(self.nmsw, model.folder, [fold], model.checkpoint, model.trusted)
+            self.sliding_window.manual_initialization(
+                self.nmsw.network,
+                self.nmsw.plans_manager,
+                self.nmsw.configuration_manager,
+                self.nmsw.list_of_parameters,
+                self.nmsw.dataset_json,
+                self.nmsw.trainer_name,
+                self.nmsw.allowed_mirroring_axes,
+            )
+        else:
+            load_model(self.sliding_window, model.folder, [fold], model.checkpoint, model.trusted)
+        self.plans_manager = self.sliding_window.plans_manager
+        self.configuration_manager = self.sliding_window.configuration_manager
+        self.dataset_json = self.sliding_window.dataset_json
+
+    @property
+    def own_selection(self) -> str:
+        """The way in which the model itself chooses windows, a key of `WAYS`."""
+        assert self.nmsw is not None
+        return self.nmsw.nmsw_network.sampler.at_inference.name
+
+    @torch.inference_mode()
+    def predict(self, case: Case, methods: Sequence[Method]) -> Iterator[Prediction]:
+        """Predict a case with one method after the other, only one result alive at a time.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        of_case = self._preprocess(case)
+        for mirrored, of_one_kind in itertools.groupby(methods, lambda method: method.mirrored):
+            store = PatchStore(self._shared_positions(of_case.padded))
+            try:
+                self.sliding_window.store, self.sliding_window.use_mirroring = store, mirrored
+                fold = self._fold(mirrored, store)
+                facts = self._facts(of_case, fold)
+                for method in of_one_kind:
+                    if method.selection is None:
+                        yield self._slide(method, of_case)
+                    else:
+                        assert fold is not None
+                        yield self._select(method, of_case, fold, facts)
+            finally:
+                store.close()
+
+    def _fold(self, mirrored: bool, store: PatchStore) -> SharedFold | None:
+        if self.nmsw is None:
+            return None
+        axes = (self.nmsw.allowed_mirroring_axes or ()) if mirrored else ()
+        encoding = LabelEncoding.of(self.nmsw.label_manager)
+        ensemble = Ensemble(self.nmsw.nmsw_network, self.nmsw.list_of_parameters, encoding, self.device, axes)
+        return SharedFold(ensemble.folds()[0], mirrored, store, self.costs)
+
+    def _facts(self, case: PreprocessedCase, fold: SharedFold | None) -> CaseFacts:
+        if fold is None or self.nmsw is None:
+            return CaseFacts()
+        devices = (self.device, torch.device("cpu"))
+        make = partial(Oracle, partial(fold.patch, case.padded), fold.weights, case.reference_DHW, devices)
+        return CaseFacts(self.nmsw.nmsw_network.sampler.trust, case.seed, make)
+
+    def _shared_positions(self, padded: Padded) -> list[Position]:
+        """Of the windows that several methods look at."""
+        if self.nmsw is None:
+            return []
+        grid = self.nmsw.nmsw_network.grid(spatial_shape(padded.volume_CDHW))
+        positions = torch.cat([grid.starts_N3, placement_grid(grid).starts_N3])
+        return list(map(tuple, positions.tolist()))
+
+    def _preprocess(self, case: Case) -> PreprocessedCase:
+        patch_size = self.configuration_manager.patch_size
+        data, _, properties = self._run_preprocessor(case, None)
+        padded = Padded.of(torch.from_numpy(np.asarray(data)), patch_size)
+        reference_DHW = torch.zeros(0)
+        if self.nmsw is not None:
+            # Preprocessed apart, since nnU-Net's normalisation of an image looks at labels where it gets some.
+            _, labels, _ = self._run_preprocessor(case, case.reference)
+            # nnU-Net marks voxels outside of its crop with -1.
+            reference_1DHW = torch.from_numpy(np.asarray(labels)[:1]).clamp_min(0)
+            reference_DHW = Padded.of(reference_1DHW, patch_size).volume_CDHW[0]
+        return PreprocessedCase(padded, properties, reference_DHW, zlib.crc32(case.name.encode()))
+
+    def _run_preprocessor(self, case: Case, reference: str | None) -> tuple[Any, Any, dict[str, Any]]:
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
+        of_model = (self.plans_manager, self.configuration_manager, self.dataset_json)
+        image, properties = read_images(self.sliding_window, list(case.images))
+        labels = None if reference is None else read_labels(self.sliding_window, reference, image.shape[1:])
+        preprocessed: tuple[Any, Any, dict[str, Any]]
+        if is_stock(preprocessor):
+            preprocessed = preprocessor.run_case_npy(image, labels, properties, *of_model)
+        else:
+            preprocessed = preprocessor.run_case(list(case.images), reference, *of_model)
+        return preprocessed
+
+    def _slide(self, method: Method, case: PreprocessedCase) -> Prediction:
+        a, b, c = (slice(o, o + n) for o, n in zip(case.padded.offset, case.padded.inside, strict=True))
+        self.sliding_window.tile_step_size = method.tile_step_size
+        logits = self.sliding_window.predict_logits_from_preprocessed_data(case.padded.volume_CDHW[:, a, b, c])
+        patches = self.sliding_window.num_windows(spatial_shape(case.padded.volume_CDHW))
+        macs = patches * self.costs.per_patch[method.mirrored]
+        return Prediction(method, logits.cpu(), None, case.properties, patches, macs)
+
+    def _select(self, method: Method, case: PreprocessedCase, fold: SharedFold, facts: CaseFacts) -> Prediction:
+        assert method.selection is not None
+        selector = WAYS[method.selection].selector(facts)
+        # A way that decides itself may take as many as there are.
+        spending = Spending(selector, method.num_patches or "all", self.threshold)
+        chosen = choose(fold, case.padded, spending)
+        starts, patch_size = chosen.windows.starts_K3.tolist(), chosen.grid.patch_size
+        work = Work(unbounded(patch_size, self.device), torch.device("cpu"))
+        logits_CDHW = segmentation = None
+        if can_stream(self.configuration_manager):
+            of_model = (self.plans_manager, self.configuration_manager)
+            axes = resampling_axes(*of_model, case.properties, case.padded.inside)
+            decided = predict_labels(case.padded, [chosen], axes, work)
+            manager = self.plans_manager.get_label_manager(self.dataset_json)
+            segmentation = in_image(decided, self.plans_manager, manager, case.properties)
+        else:
+            logits_CDHW = predict_logits(case.padded, [chosen], work)
+        foreground_DHW = case.reference_DHW > 0
+        covered_DHW = torch.zeros_like(foreground_DHW)
+        for start in starts:
+            covered_DHW[window_slices(start, patch_size)] = True
+        foreground = int(foreground_DHW.sum())
+        return Prediction(
+            method,
+            logits_CDHW,
+            segmentation,
+            case.properties,
+            len(starts),
+            len(starts) * self.costs.per_patch.get(method.mirrored, 0) + fold.coarse_macs,
+            float((foreground_DHW & covered_DHW).sum()) / foreground if foreground else float("nan"),
+            chosen,
+            chosen.in_volume(case.padded),
+            case.padded.offset,
+        )

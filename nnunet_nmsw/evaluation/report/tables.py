@@ -1,0 +1,256 @@
+"""The tables of the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from nnunet_nmsw.evaluation.methods import Method
+from nnunet_nmsw.evaluation.metrics import METRICS
+from nnunet_nmsw.evaluation.report.results import MethodResult, Results, Spread
+from nnunet_nmsw.evaluation.statistics import PairedDifference
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell of a table: what it says, and the value it is sorted by."""
+
+    text: str
+    value: float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table for HTML and Markdown.
+
+    Attributes:
+        title: heading.
+        note: what the columns mean.
+        columns: their names.
+        rows: their cells.
+        marked: rows to highlight.
+    """
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    marked: frozenset[int] = frozenset()
+
+
+def accuracy_table(results: Results) -> Table:
+    """One row a method."""
+    rows = []
+    for result in results.methods:
+        difference = result.difference
+        if result.method == results.comparison.reference:
+            compared = [Cell("reference", 0.0), Cell("", 2.0)]
+        else:
+            compared = [
+                Cell(with_interval(difference), difference.mean),
+                Cell(_p(difference.p_holm), difference.p_holm),
+            ]
+        rows.append(
+            [
+                Cell(result.method.name, result.method.name),
+                _metric("Dice", result.mean),
+                *compared,
+                *(_metric(name, result.mean) for name in METRICS if name != "Dice"),
+                Cell(f"{result.missed_objects} of {result.objects}", result.missed_objects),
+                Cell(str(result.false_positive_objects), result.false_positive_objects),
+                _number(result.patches),
+                Cell(f"{result.share:.0%}", result.share),
+            ]
+        )
+    tolerance_mm = results.comparison.tolerance_mm
+    meanings = " ".join(metric.meaning.format(tolerance_mm=tolerance_mm) for metric in METRICS.values())
+    return Table(
+        "Accuracy",
+        f"{meanings} Means over cases, then classes. Difference: in Dice "
+        "points to the reference, mean over cases with 95% bootstrap interval (too narrow with fewer than about 20 "
+        "cases), over what both methods have a value for: what one of them makes up where the class is not there "
+        "lowers its Dice and counts as a false object, but is not in the difference. p: Wilcoxon's signed-rank test "
+        "with Holm's correction. Objects are connected components; missed: no voxel of it predicted; false: overlaps "
+        "none of the reference. Patches: mean a case, and their share of the same model's sliding window's at step 0.5. The "
+        "oracle knows the reference: what any choice of windows could reach with the same networks.",
+        [
+            "method",
+            "Dice",
+            "difference",
+            "p",
+            *(name for name in METRICS if name != "Dice"),
+            "missed objects",
+            "false objects",
+            "patches",
+            "share",
+        ],
+        rows,
+        _marked(results, results.methods),
+    )
+
+
+def cost_table(results: Results) -> Table:
+    """One row a method that was timed."""
+    timed = [(result, result.cost) for result in results.methods if result.cost is not None]
+    reference = results.of(results.comparison.reference)
+    with_device = any(cost.device_peak_bytes is not None for _, cost in timed)
+    rows = []
+    for result, cost in timed:
+        row = [
+            Cell(result.method.name, result.method.name),
+            _number(result.patches),
+            Cell(f"{result.macs / 1e9:.3g}", result.macs),
+            _ratio(result.macs / reference.macs),
+            _spread(cost.network_seconds),
+            _ratio(cost.network_ratio.median),
+            _spread(cost.total_seconds),
+            _ratio(cost.total_ratio.median),
+            _gib(cost.host_peak_bytes),
+        ]
+        rows.append([*row, _gib(cost.device_peak_bytes)] if with_device else row)
+    return Table(
+        "Cost",
+        "GMAC: billions of multiply-accumulates of all networks a case, mean over all cases. Seconds: median "
+        "(quartiles) over timed cases and rounds, each method alone in a process of its own, in turns; network: from "
+        "the preprocessed volume to its logits; file to file: with reading, preprocessing, export and writing, the "
+        "model being loaded. ×: as a ratio to the reference, same case and round. Memory: largest of the process, "
+        "Python and its libraries included. Random windows and those by entropy cost what NMSW costs at the same K; "
+        "the oracle cannot be deployed.",
+        [
+            "method",
+            "patches",
+            "GMAC",
+            "× GMAC",
+            "network, s",
+            "× network",
+            "file to file, s",
+            "× file to file",
+            "host, GiB",
+            *(["device, GiB"] if with_device else []),
+        ],
+        rows,
+        _marked(results, [result for result, _ in timed]),
+    )
+
+
+def class_table(results: Results) -> Table:
+    """One row a class and method, of the methods that one would use."""
+    shown = [r for r in results.methods if not r.method.is_yardstick or r.method.selection == "none"]
+    rows = [
+        [
+            Cell(name, name),
+            Cell(result.method.name, result.method.name),
+            *(_metric(metric, result.by_class[name]) for metric in METRICS),
+        ]
+        for name in results.comparison.label_names.values()
+        for result in shown
+    ]
+    return Table(
+        "By class",
+        "Means over the cases that have a value. metrics.csv has every case and method.",
+        ["class", "method", *METRICS],
+        rows,
+        _marked(results, shown * len(results.comparison.label_names)),
+    )
+
+
+def case_table(results: Results, number: int = 8) -> Table:
+    """The cases that lose most with the primary method, and why."""
+    comparison = results.comparison
+    primary, reference = comparison.primary, comparison.reference
+    difference = results.difference_by_case(primary).dropna().sort_values()
+    rows = []
+    for case, value in difference.head(number).items():
+        of = {method.key: _case_facts(results, str(case), method) for method in (primary, reference)}
+        mine, theirs = of[primary.key], of[reference.key]
+        rows.append(
+            [
+                Cell(str(case), str(case)),
+                _number(100 * mine["Dice"]),
+                _number(100 * theirs["Dice"]),
+                Cell(f"{100 * value:+.1f}", value),
+                Cell("–" if math.isnan(mine["covered"]) else f"{mine['covered']:.0%}", mine["covered"]),
+                Cell(f"{mine['missed']:.0f} / {theirs['missed']:.0f}", mine["missed"]),
+                Cell(f"{mine['false']:.0f} / {theirs['false']:.0f}", mine["false"]),
+                Cell(why(float(value), mine, theirs), ""),
+            ]
+        )
+    return Table(
+        "Cases that lose most",
+        f"{primary.name} against the {reference.name}, Dice in per cent, mean over classes. Covered: share of the "
+        "reference's foreground inside of a chosen window. Objects: with NMSW / with the sliding window.",
+        [
+            "case",
+            "Dice",
+            "Dice, sliding window",
+            "difference",
+            "covered",
+            "missed objects",
+            "false objects",
+            "why",
+        ],
+        rows,
+    )
+
+
+def why(difference: float, mine: dict[str, float], theirs: dict[str, float]) -> str:
+    """What a loss comes with, from the facts of both methods on a case."""
+    if difference >= 0:
+        return "no loss"
+    reasons: list[str] = []
+    if mine["covered"] < 0.95:
+        reasons.append(f"{1 - mine['covered']:.0%} of the foreground lies outside of the windows")
+    for key in ("missed", "false"):
+        more = mine[key] - theirs[key]
+        if more > 0:
+            reasons.append(f"{more:.0f} more {key} object{'s' if more > 1 else ''}")
+    return "; ".join(reasons) or "objects are no worse, borders are less exact"
+
+
+def with_interval(difference: PairedDifference) -> str:
+    """Mean difference in Dice points and its interval, where there is one."""
+    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:+.1f}" if math.isnan(low) else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _case_facts(results: Results, case: str, method: Method) -> dict[str, float]:
+    rows = results.table[(results.table["case"] == case) & (results.table["method"] == method.key)]
+    return {
+        "Dice": float(rows["Dice"].mean()),
+        "covered": float(rows["covered_foreground"].iloc[0]),
+        "missed": float(rows["missed_objects"].sum()),
+        "false": float(rows["false_positive_objects"].sum()),
+    }
+
+
+def _marked(results: Results, rows: list[MethodResult]) -> frozenset[int]:
+    marked = (results.comparison.reference, results.comparison.primary)
+    return frozenset(index for index, result in enumerate(rows) if result.method in marked)
+
+
+def _number(value: float) -> Cell:
+    return Cell("–" if math.isnan(value) else f"{value:.1f}", value)
+
+
+def _metric(name: str, values: dict[str, float]) -> Cell:
+    return _number(100 * values[name] if METRICS[name].percent else values[name])
+
+
+def _p(value: float) -> str:
+    return "–" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _ratio(value: float) -> Cell:
+    return Cell(f"{value:.2f}", value)
+
+
+def _spread(spread: Spread) -> Cell:
+    return Cell(f"{spread.median:.3g} ({spread.low:.3g}–{spread.high:.3g})", spread.median)
+
+
+def _gib(value: float | None) -> Cell:
+    return Cell("–", math.nan) if value is None else Cell(f"{value / GIB:.2f}", value)

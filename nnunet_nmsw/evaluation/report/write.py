@@ -1,0 +1,247 @@
+"""The report: `index.html`, one file that opens offline, and `report.md` with the same tables for a repository."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from markupsafe import Markup
+
+from nnunet_nmsw.evaluation.models import unchecked_folds
+from nnunet_nmsw.evaluation.report.plots import Plot, shown_methods, write_plots
+from nnunet_nmsw.evaluation.report.results import Results, gather
+from nnunet_nmsw.evaluation.report.tables import (
+    GIB,
+    accuracy_table,
+    case_table,
+    class_table,
+    cost_table,
+    with_interval,
+)
+from nnunet_nmsw.evaluation.report.viewer import CLASS_COLOURS, ShownCase, show_case
+from nnunet_nmsw.evaluation.statistics import verdict
+from nnunet_nmsw.evaluation.store import Comparison, versions
+from nnunet_nmsw.files import write_json, write_text
+
+
+def write_report(comparison: Comparison, margin: float, cases_shown: int) -> list[str]:
+    """Write tables, plots and pages of a finished comparison.
+
+    Args:
+        comparison: with records of all cases.
+        margin: loss in Dice points (per cent) that would matter.
+        cases_shown: number of cases in the slice viewer.
+
+    Returns:
+        The report's answer as sentences.
+    """
+    results = gather(comparison)
+    plots = write_plots(results, comparison.folder / "plots")
+    tables = [accuracy_table(results)]
+    if any(result.cost for result in results.methods):
+        tables.append(cost_table(results))
+    tables += [class_table(results), case_table(results)]
+    answer = sentences(results, margin)
+    shown = _shown_cases(results, cases_shown)
+    context = {
+        "results": results,
+        "comparison": comparison,
+        "folds": sorted({case.fold for case in comparison.cases}),
+        "answer": answer,
+        "tables": tables,
+        "margin": margin,
+        "machine": machine(comparison.device),
+        "versions": versions(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nnunet_nmsw.evaluation.report"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    colours = {
+        name: CLASS_COLOURS[index % len(CLASS_COLOURS)] for index, name in enumerate(comparison.label_names.values())
+    }
+    page = environment.get_template("index.html").render(
+        **context,
+        plots=[(plot, _svg_uri(comparison.folder / "plots", plot)) for plot in plots],
+        cases=[dataclasses.asdict(case) for case in shown],
+        colours=colours,
+    )
+    markdown = environment.overlay(finalize=_escaped)
+    write_text(comparison.folder / "index.html", page)
+    write_text(comparison.folder / "report.md", markdown.get_template("report.md").render(**context, plots=plots))
+    write_json(comparison.folder / "results.json", _finite(_plain(results, context)))
+    return answer
+
+
+def sentences(results: Results, margin: float) -> list[str]:
+    """The answer in plain words."""
+    comparison = results.comparison
+    primary = results.of(comparison.primary)
+    reference = results.of(comparison.reference)
+    answer = [verdict(primary.method.name, reference.method.name, primary.difference, margin)]
+    cost = (
+        f"It takes {primary.patches:.1f} patches a case instead of {reference.patches:.1f}, "
+        f"{_times(primary.macs / reference.macs)} the multiply-accumulates"
+    )
+    if primary.cost is not None:
+        cost += (
+            f", {_times(primary.cost.network_ratio.median)} the seconds of the network and "
+            f"{_times(primary.cost.total_ratio.median)} the seconds from file to file"
+        )
+    answer.append(cost + ".")
+    others = [
+        r
+        for r in results.methods
+        if r.method.selection == primary.method.selection
+        and r.method != primary.method
+        and r.method.mirrored == primary.method.mirrored
+    ]
+    answer += _what_patches_bring(results)
+    answer += [verdict(r.method.name, reference.method.name, r.difference, margin) for r in others]
+    found = [
+        f"{share:.0%} with {result.method.name}"
+        for result in results.methods
+        if result.method in (reference.method, primary.method)
+        for share in [1 - result.missed_objects / result.objects if result.objects else math.nan]
+        if not math.isnan(share)
+    ]
+    if found:
+        answer.append(f"Objects of the reference that are found: {', '.join(found)}.")
+    folds = sorted({case.fold for case in comparison.cases})
+    if comparison.has_auto:
+        own = [str(fold) for fold in folds if comparison.nmsw.calibrating_folds(fold) == [fold]]
+        answer.append(
+            "The threshold of the automatic number of patches was set on "
+            + (
+                f"the very cases that are measured, in fold {', '.join(own)}, where no other fold is validated."
+                if own
+                else "the validation cases of the other folds."
+            )
+        )
+    unchecked = unchecked_folds(comparison.models, folds)
+    if unchecked:
+        answer.append(
+            "Training left no validation, so that nothing shows whether the splits are still those that were trained "
+            f"with: {'; '.join(unchecked)}."
+        )
+    return answer
+
+
+def _what_patches_bring(results: Results) -> list[str]:
+    """The choice of windows against none, other choices, and the oracle's, at the K of the primary method."""
+    primary = results.of(results.comparison.primary)
+    same = [r for r in results.methods if r.method.mirrored == primary.method.mirrored]
+    alone = next(r for r in same if r.method.selection == "none")
+    gain = results.difference(primary.method, alone.method)
+    text = f"Its patches bring {with_interval(gain)} Dice points over the global branch alone"
+    others = [
+        f"{100 * results.difference(r.method, alone.method).mean:+.1f} chosen by {who}"
+        for selection, who in (("random", "chance"), ("entropy", "entropy"), ("oracle", "the oracle"))
+        for r in same
+        if r.method.selection == selection and r.method.num_patches == primary.method.num_patches
+    ]
+    return [f"{text}; at most as many bring {', '.join(others)}." if others else f"{text}."]
+
+
+def machine(device: str) -> str:
+    """Processor, memory and device in words."""
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        models = [
+            line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line
+        ]
+        name = models[0] if models else name
+    text = f"{os.cpu_count()} cores of {name}"
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        text += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB"
+    accelerator = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU"}.get(device, lambda: "no GPU used")
+    return f"{text}, {accelerator()}"
+
+
+def _shown_cases(results: Results, number: int) -> list[ShownCase]:
+    """Worst, best and typical cases first, then others between."""
+    comparison = results.comparison
+    primary, reference = comparison.primary, comparison.reference
+    difference = results.difference_by_case(primary).dropna().sort_values()
+    if not number or difference.empty:
+        return []
+    last = len(difference) - 1
+    positions = list(dict.fromkeys([0, last, last // 2, *range(last + 1)]))[:number]
+    methods = list(dict.fromkeys([primary, *shown_methods(results)]))
+    by_name = {case.name: case for case in comparison.cases}
+    shown = []
+    for position in positions:
+        name = str(difference.index[position])
+        case = by_name[name]
+        value = difference.iloc[position]
+        first_is, last_is = (
+            "largest loss" if value < 0 else "smallest gain",
+            "largest gain" if value > 0 else "smallest loss",
+        )
+        rank = {last // 2: "median case", last: last_is, 0: first_is}.get(position, "")
+        points = f"{100 * value:+.1f} Dice points"
+        text = f"{rank + ': ' if rank and last else ''}{primary.name} is {points} from the {reference.name}"
+        record = comparison.record(case)
+        shown.append(show_case(comparison, case, record, methods, text))
+    return shown
+
+
+def _plain(results: Results, context: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the tables were made of, as JSON types."""
+    return {
+        "answer": context["answer"],
+        "machine": context["machine"],
+        "versions": context["versions"],
+        "command": context["command"],
+        "dataset": results.comparison.dataset,
+        "cases": len(results.comparison.cases),
+        "folds": context["folds"],
+        "methods": {
+            result.method.key: {
+                **dataclasses.asdict(result),
+                "method": {**dataclasses.asdict(result.method), "name": result.method.name},
+            }
+            for result in results.methods
+        },
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} times"
+
+
+def _svg_uri(folder: Path, plot: Plot) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode((folder / f"{plot.name}.svg").read_bytes()).decode()
+
+
+def _escaped(value: Any) -> Any:
+    """A value for Markdown: names of cases and labels cannot end a cell, or begin a tag, a link or code."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = html.escape(" ".join(value.split()), quote=False)
+    return re.sub(r"([\\`\[\]|])", r"\\\1", text)

@@ -1,0 +1,218 @@
+"""Runs every method on every case. Each step is kept on disk: an interrupted comparison goes on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from tqdm import tqdm
+
+from nnunet_nmsw.console import follow_parent
+from nnunet_nmsw.errors import Failures, UserError
+from nnunet_nmsw.evaluation.metrics import case_metrics
+from nnunet_nmsw.evaluation.models import Case
+from nnunet_nmsw.evaluation.predictions import FoldPredictor, Prediction
+from nnunet_nmsw.evaluation.store import Comparison
+from nnunet_nmsw.evaluation.timing import TimingTask, measure_in_new_process, measurement_order, timed_cases
+from nnunet_nmsw.files import write_json, written_whole
+from nnunet_nmsw.inference.export import write_labels, write_logits
+from nnunet_nmsw.inference.windows import edges_in_image
+
+
+def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: int, progress: bool) -> None:
+    """Predict and measure the cases of one part that are not there yet.
+
+    Raises:
+        UserError: cases have failed; all others are done.
+    """
+    failures = Failures()
+    todo = [case for case in comparison.cases[part_id::num_parts] if not comparison.record_file(case).is_file()]
+    for folder in (
+        *(comparison.folder / "methods" / method.key for method in comparison.methods),
+        comparison.folder / "cases",
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(todo) * len(comparison.methods), desc="predictions", disable=not progress or not todo)
+    context = multiprocessing.get_context("spawn")
+    with bar, ProcessPoolExecutor(processes, mp_context=context, initializer=_start_export_process) as pool:
+        for fold in sorted({case.fold for case in todo}):
+            with contextlib.redirect_stdout(None):  # nnU-Net tells how it searches for a trainer
+                threshold = comparison.nmsw.threshold(fold) if comparison.has_auto else None
+                device = torch.device(comparison.device)
+                predictors = [FoldPredictor(model, fold, device, threshold) for model in comparison.models]
+            for case in todo:
+                if case.fold != fold:
+                    continue
+                try:
+                    _run_case(comparison, case, predictors, (pool, processes), bar)
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        f"a process died while it wrote predictions of case {case.name}, perhaps for lack of "
+                        "memory: lower -nps; the same command goes on from what is done"
+                    ) from error
+                except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
+                    failures.add(f"cannot compare case {case.name} of fold {fold}", error)
+    failures.raise_any()
+
+
+def run_timing(comparison: Comparison, progress: bool) -> None:
+    """Measure what is not there yet of time and memory."""
+    if not comparison.timed_cases:
+        return
+    cases = timed_cases(comparison.cases, comparison.timed_cases)
+    (comparison.folder / "timing").mkdir(exist_ok=True)
+    models = {model.role: model for model in comparison.models}
+    timed = [method for method in comparison.methods if method.is_timed]
+    todo = [
+        (file, method)
+        for number, method in measurement_order(timed, comparison.rounds)
+        if not (file := comparison.timing_file(number, method)).is_file()
+    ]
+    for file, method in tqdm(todo, desc="time and memory", disable=not progress or not todo):
+        task = TimingTask(method, models[method.model], cases, comparison.device)
+        write_json(file, {"method": method.key, "cases": measure_in_new_process(task)})
+
+
+def _run_case(
+    comparison: Comparison,
+    case: Case,
+    predictors: Sequence[FoldPredictor],
+    exporting: tuple[ProcessPoolExecutor, int],
+    bar: tqdm,
+) -> None:
+    """Predict and measure a case by all methods.
+
+    Args:
+        comparison: the comparison.
+        case: of a fold.
+        predictors: of the fold's models.
+        exporting: processes that write and measure, and their number.
+        bar: over predictions.
+    """
+    pool, processes = exporting
+    # Exports lag behind predictions by as many logits volumes as there are processes, so that memory is bounded.
+    record: dict[str, Any] = {"case": case.name, "fold": case.fold, "methods": {}}
+    pending: set[Future[dict[str, Any]]] = set()
+
+    def collect(at_most: int) -> None:
+        while len(pending) > at_most:
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                pending.discard(future)
+                result = future.result()
+                record["methods"][result.pop("method")] = result
+                bar.update()
+
+    for predictor in predictors:
+        primary = comparison.primary_of(predictor.own_selection) if predictor.nmsw is not None else None
+        methods = [method for method in comparison.methods if method.model == predictor.role]
+        for prediction in predictor.predict(case, methods):
+            if prediction.method == primary:
+                record |= _for_the_viewer(predictor, prediction, comparison.record_file(case).with_suffix(".npz"))
+                record["own_selection"] = predictor.own_selection
+            pending.add(pool.submit(export_and_measure, _export_task(comparison, case, predictor, prediction)))
+            collect(processes)
+    collect(0)
+    write_json(comparison.record_file(case), record)
+
+
+def _export_task(comparison: Comparison, case: Case, predictor: FoldPredictor, prediction: Prediction) -> ExportTask:
+    return ExportTask(
+        prediction.method.key,
+        None if prediction.logits_CDHW is None else prediction.logits_CDHW.numpy(),
+        prediction.segmentation,
+        prediction.properties,
+        (predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json),
+        str(comparison.prediction_file(case, prediction.method)),
+        case.reference,
+        comparison.labels,
+        comparison.tolerance_mm,
+        {
+            "patches": prediction.patches,
+            "macs": prediction.macs,
+            "covered_foreground": prediction.covered_foreground,
+        },
+    )
+
+
+@dataclasses.dataclass
+class ExportTask:
+    """A prediction on its way to a process that writes and measures it, logits or labels of the image.
+
+    `about` goes into its record as it is.
+    """
+
+    method: str
+    logits_CDHW: np.ndarray | None
+    segmentation: np.ndarray | None
+    properties: dict[str, Any]
+    of_model: tuple[PlansManager, ConfigurationManager, dict[str, Any]]
+    prediction_file: str
+    reference_file: str
+    labels: list[int | tuple[int, ...]]
+    tolerance_mm: float
+    about: dict[str, Any]
+
+
+def export_and_measure(task: ExportTask) -> dict[str, Any]:
+    """Write the labels of a prediction as its command does, and compare them with the reference."""
+    file, (plans, _, dataset) = Path(task.prediction_file), task.of_model
+    with written_whole(file.parent) as folder:
+        if task.segmentation is not None:
+            write_labels(task.segmentation, folder / file.name, plans, task.properties)
+        else:
+            assert task.logits_CDHW is not None
+            name = file.name.removesuffix(dataset["file_ending"])
+            write_logits(task.logits_CDHW, folder, name, *task.of_model, task.properties)
+    metrics = case_metrics(
+        task.reference_file,
+        task.prediction_file,
+        plans.image_reader_writer_class(),
+        task.labels,
+        plans.get_label_manager(dataset).ignore_label,
+        task.tolerance_mm,
+    )
+    return {"method": task.method, **task.about, "metrics": metrics}
+
+
+def _for_the_viewer(predictor: FoldPredictor, prediction: Prediction, file: Path) -> dict[str, Any]:
+    """Write the score map; return the windows in voxels of the image, and how the map lies in it.
+
+    Axes are the image's. Voxel i of an axis is in voxel floor((i + 0.5) · scale + shift) of the map.
+    """
+    fold, chosen = prediction.chosen, prediction.windows
+    assert fold is not None
+    assert chosen is not None
+    backward = predictor.plans_manager.transpose_backward
+    properties = prediction.properties
+    score_map = fold.coarse.score_map_dhw.float().cpu().numpy().transpose(backward)
+    with written_whole(file.parent) as folder:
+        np.savez_compressed(folder / file.name, score_map=score_map.astype(np.float16))
+    factor, offset = np.array(fold.grid.downsampling_factor), prediction.offset
+    cropped = np.array(properties["shape_after_cropping_and_before_resampling"], float)
+    scale = np.array(chosen.volume_shape) / cropped
+    shift = np.array(offset) - np.array(properties["bbox_used_for_cropping"], float)[:, 0] * scale
+    return {
+        "windows": edges_in_image(chosen, properties, backward).tolist(),
+        "score_map_scale": (scale / factor)[backward].tolist(),
+        "score_map_shift": (shift / factor)[backward].tolist(),
+    }
+
+
+def _start_export_process() -> None:
+    follow_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is told of once, by the parent
+    torch.set_num_threads(1)
+    # MONAI calls a deprecated part of itself.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="monai")

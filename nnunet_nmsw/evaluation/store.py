@@ -1,0 +1,213 @@
+"""What a comparison compares, and where its results lie on the disk.
+
+REPORT/comparison.json            what is compared: another comparison is refused
+REPORT/methods/METHOD/CASE.nii.gz predictions, beside them summary.json as nnU-Net writes it
+REPORT/cases/CASE.json, CASE.npz  metrics of all methods on a case; windows and score map for the report
+REPORT/timing/METHOD_....json     seconds and memory
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_nmsw.console import at_end
+from nnunet_nmsw.documents import COMPARISON, RECORD, TIMING, read_json
+from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.evaluation.methods import Method, primary_method, reference_method
+from nnunet_nmsw.evaluation.metrics import METRICS
+from nnunet_nmsw.evaluation.models import Case, Model
+from nnunet_nmsw.evaluation.timing import measurement_order
+from nnunet_nmsw.files import PREFIX, remove_leftovers, write_json
+from nnunet_nmsw.selection.by_score import GreedyBenefit
+from nnunet_nmsw.settings import PLANS_KEY
+
+SETTINGS_FILE = "comparison.json"
+
+AGAIN = "call the same command again"
+ANEW = "delete the folder, or give a new one with -o"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where its results lie.
+
+    Attributes:
+        folder: of the report.
+        dataset: nnU-Net's name of it.
+        models: the NMSW model, before it the baseline if there is one.
+        methods: in the order in which they are run.
+        cases: validation cases of all folds.
+        tolerance_mm: of the normalised surface Dice.
+        device: name of the device.
+        timed_cases: how many cases are timed.
+        rounds: how often each of them is.
+    """
+
+    folder: Path
+    dataset: str
+    models: Sequence[Model]
+    methods: Sequence[Method]
+    cases: Sequence[Case]
+    tolerance_mm: float
+    device: str
+    timed_cases: int = 0
+    rounds: int = 0
+
+    @property
+    def nmsw(self) -> Model:
+        """The NMSW model."""
+        return self.models[-1]
+
+    @cached_property
+    def reference(self) -> Method:
+        """The method that all others are compared with."""
+        return reference_method(self.methods)
+
+    @cached_property
+    def primary(self) -> Method:
+        """The method that the report is about."""
+        # Records of earlier versions say nothing of the selection, because there was one.
+        own = next((read_json(file, RECORD).get("own_selection") for file in self._record_files()), None)
+        return self.primary_of(own or GreedyBenefit.name)
+
+    def primary_of(self, own_selection: str) -> Method:
+        """The method that the report is about, of a model that chooses windows in this way itself."""
+        num_patches = self.nmsw.configuration[PLANS_KEY]["num_patches"]
+        return primary_method(self.methods, num_patches, own_selection)
+
+    def _record_files(self) -> Iterator[Path]:
+        return (file for case in self.cases if (file := self.record_file(case)).is_file())
+
+    @property
+    def has_auto(self) -> bool:
+        """Whether a method takes the number of patches "auto"."""
+        return any(method.num_patches == "auto" for method in self.methods)
+
+    @cached_property
+    def label_names(self) -> dict[str, str]:
+        """Name of each evaluated label or region, by nnU-Net's key of it in JSON."""
+        names = self.nmsw.json("dataset.json")["labels"]
+        by_label = {tuple(v) if isinstance(v, list) else v: name for name, v in names.items()}
+        return {label_or_region_to_key(label): by_label[label] for label in self.labels}
+
+    @cached_property
+    def labels(self) -> list[int | tuple[int, ...]]:
+        """Labels or regions that are evaluated."""
+        manager = PlansManager(self.nmsw.json("plans.json")).get_label_manager(self.nmsw.json("dataset.json"))
+        return list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+
+    def open(self) -> None:
+        """Make the folder, or go on in it.
+
+        Folds may be added to a comparison; everything else must be as it was.
+
+        Raises:
+            UserError: the folder holds something else, or another comparison.
+        """
+        settings: dict[str, Any] = {
+            "dataset": self.dataset,
+            "models": {model.role: model.folder.name for model in self.models},
+            "checkpoints": {
+                f"{model.role}, fold {fold}": model.fingerprint(fold)
+                for model in self.models
+                for fold in sorted({case.fold for case in self.cases})
+            },
+            "methods": [method.key for method in self.methods],
+            "tolerance_mm": self.tolerance_mm,
+            "device": self.device,
+        }
+        file = self.folder / SETTINGS_FILE
+        if file.is_file():
+            there = read_json(file, COMPARISON, ANEW)
+            there_checkpoints = there.pop("checkpoints", {})
+            checkpoints = {**there_checkpoints, **settings.pop("checkpoints")}
+            different = [key for key in settings if there.get(key) != settings[key]]
+            different += [key for key, digest in there_checkpoints.items() if checkpoints[key] != digest]
+            if different:
+                raise UserError(
+                    f"{self.folder} holds another comparison, which differs in {', '.join(different)}: "
+                    "give a new folder with -o, or the flags it was made with"
+                )
+            settings["checkpoints"] = checkpoints
+        elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_part, self.folder.iterdir()))):
+            raise UserError(f"{self.folder} is there and holds no comparison: give an empty or new folder with -o")
+        try:
+            write_json(file, settings)
+            self.remove_leftovers()
+        except OSError as error:
+            raise UserError(f"-o {self.folder} cannot be written into: {error.strerror or reason(error)}") from error
+        at_end.append(self.remove_leftovers)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed calls, or workers of this one, have not finished."""
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / "methods")
+
+    def record_file(self, case: Case) -> Path:
+        """Metrics of all methods on a case."""
+        return self.folder / "cases" / f"{case.name}.json"
+
+    def timing_file(self, number: int, method: Method) -> Path:
+        """Time and memory of a method in a round."""
+        fold = self.cases[0].fold
+        return self.folder / "timing" / f"{method.key}_fold_{fold}_cases_{self.timed_cases}_round_{number}.json"
+
+    def prediction_file(self, case: Case, method: Method) -> Path:
+        """Predicted labels."""
+        ending = self.nmsw.json("dataset.json")["file_ending"]
+        return self.folder / "methods" / method.key / (case.name + ending)
+
+    def missing(self) -> list[Case]:
+        """Cases that have not been run, perhaps by other parts."""
+        return [case for case in self.cases if not self.record_file(case).is_file()]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of all cases, in their order."""
+        return [self.record(case) for case in self.cases]
+
+    def record(self, case: Case) -> dict[str, Any]:
+        """What was measured on a case.
+
+        Raises:
+            UserError: its file is broken, or lacks a method.
+        """
+        file = self.record_file(case)
+        record: dict[str, Any] = read_json(file, RECORD, f"delete it, and {AGAIN}")
+        missing = [method.key for method in self.methods if method.key not in record["methods"]]
+        missing += [
+            f"{method.key}.metrics.{label}.{name}"
+            for method in self.methods
+            if not missing
+            for label in self.label_names
+            for name in METRICS
+            if name not in record["methods"][method.key]["metrics"].get(label, {})
+        ]
+        if missing:
+            raise UserError(f"{file} is broken: it has no methods.{missing[0]}; delete it, and {AGAIN}")
+        return record
+
+    def timings(self) -> Iterator[dict[str, Any]]:
+        """Time and memory: `method`, `round`, and the keys of `timing.measure`, one entry a case."""
+        for number, method in measurement_order(self.methods, self.rounds if self.timed_cases else 0):
+            file = self.timing_file(number, method)
+            if file.is_file():
+                for entry in read_json(file, TIMING, f"delete it, and {AGAIN}")["cases"]:
+                    yield {"method": method.key, "round": number, **entry}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: version(name) for name in ("nnunet-nmsw", "nnunetv2", "torch", "monai")}
+
+
+def _is_part(file: Path) -> bool:
+    """Whether another part of the comparison is writing this file just now."""
+    return file.name.startswith(PREFIX)

@@ -1,0 +1,153 @@
+"""Predicting files and arrays as nnU-Net does, with every file written whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import write_json
+from nnunet_nmsw.nnunet import PredictorHooks
+
+
+class FilesPredictor(PredictorHooks):
+    """nnU-Net's predictor, whose own files beside the predictions are written whole or not at all."""
+
+    def predict_from_files(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        num_processes_preprocessing: int = default_num_processes,
+        num_processes_segmentation_export: int = default_num_processes,
+        folder_with_segs_from_prev_stage: str | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+    ) -> Any:
+        """See the parent.
+
+        Raises:
+            OSError: nothing can be written into the output folder.
+            UserError: the cascade's previous stage is missing; or cases have failed, and all others are there.
+        """
+        previous = self.configuration_manager.previous_stage_name
+        if previous is not None and folder_with_segs_from_prev_stage is None:
+            raise UserError(f"the cascade needs the predictions of {previous}: give folder_with_segs_from_prev_stage")
+        outputs = output_folder_or_list_of_truncated_output_files
+        if outputs:
+            folder = Path(outputs if isinstance(outputs, str) else os.path.dirname(outputs[0]))
+            arguments = {
+                "list_of_lists_or_source_folder": list_of_lists_or_source_folder,
+                "output_folder_or_list_of_truncated_output_files": outputs,
+                "save_probabilities": save_probabilities,
+                "overwrite": overwrite,
+                "num_processes_preprocessing": num_processes_preprocessing,
+                "num_processes_segmentation_export": num_processes_segmentation_export,
+                "folder_with_segs_from_prev_stage": folder_with_segs_from_prev_stage,
+                "num_parts": num_parts,
+                "part_id": part_id,
+            }
+            recursive_fix_for_json_export(arguments)
+            write_json(folder / "predict_from_raw_data_args.json", arguments)
+            # nnU-Net's tools want these beside predictions.
+            write_json(folder / "dataset.json", self.dataset_json)
+            write_json(folder / "plans.json", self.plans_manager.plans)
+        images, files, previous_stage = self.input_and_output(
+            list_of_lists_or_source_folder,
+            outputs,
+            folder_with_segs_from_prev_stage,
+            overwrite,
+            (part_id, num_parts),
+            save_probabilities,
+        )
+        if not images:
+            return None
+        cases = self.cases_from_files(images, previous_stage, files, num_processes_preprocessing)
+        return self.predict_from_data_iterator(cases, save_probabilities, num_processes_segmentation_export)
+
+    def predict_from_files_sequential(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        folder_with_segs_from_prev_stage: str | None = None,
+    ) -> Any:
+        """See the parent: one case after the other, without threads that preprocess beside this."""
+        return self.predict_from_files(
+            list_of_lists_or_source_folder,
+            output_folder_or_list_of_truncated_output_files,
+            save_probabilities,
+            overwrite,
+            num_processes_preprocessing=0,
+            num_processes_segmentation_export=1,
+            folder_with_segs_from_prev_stage=folder_with_segs_from_prev_stage,
+        )
+
+    def preprocess_arrays(
+        self,
+        images: list[np.ndarray],
+        properties: list[dict[str, Any]],
+        previous_stage: list[np.ndarray | None],
+        outputs: list[str | None],
+        num_threads: int,
+    ) -> Any:
+        """Preprocessed cases for `predict_from_data_iterator`, of arrays.
+
+        Args:
+            images: shape C, Z, Y, X.
+            properties: nnU-Net's.
+            previous_stage: of the cascade, labels of shape 1, Z, Y, X.
+            outputs: files to be written, without ending.
+            num_threads: that work.
+        """
+        raise NotImplementedError
+
+    def get_data_iterator_from_raw_npy_data(
+        self,
+        image_or_list_of_images: np.ndarray | list[np.ndarray],
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: np.ndarray | list[np.ndarray] | None,
+        properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
+        truncated_ofname: str | list[str] | None,
+        num_processes: int = 3,
+    ) -> Any:
+        """See the parent. In threads: a script needs no guard against being run again by every process."""
+        images, previous, properties, outputs = map(
+            _as_list,
+            (
+                image_or_list_of_images,
+                segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+                properties_or_list_of_properties,
+                truncated_ofname,
+            ),
+        )
+        nothing: list[Any] = [None] * len(images)
+        return self.preprocess_arrays(images, properties, previous or nothing, outputs or nothing, num_processes)
+
+    def predict_single_npy_array(
+        self,
+        input_image: np.ndarray,
+        image_properties: dict[str, Any],
+        segmentation_previous_stage: np.ndarray | None = None,
+        output_file_truncated: str | None = None,
+        save_or_return_probabilities: bool = False,
+    ) -> Any:
+        """See the parent."""
+        cases = self.get_data_iterator_from_raw_npy_data(
+            input_image, segmentation_previous_stage, image_properties, output_file_truncated, 0
+        )
+        (result,) = self.predict_from_data_iterator(cases, save_or_return_probabilities, 1)
+        return result
+
+
+def _as_list(one_or_several: Any) -> list[Any]:
+    """nnU-Net takes one, several or none of everything."""
+    if one_or_several is None:
+        return []
+    return one_or_several if isinstance(one_or_several, list) else [one_or_several]

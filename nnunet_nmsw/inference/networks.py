@@ -1,0 +1,163 @@
+"""The networks of an ensemble at work: folds that take turns in one module, mirroring, batches of patches.
+
+Tensor suffixes: 1 a batch of one, B batch, C channels or classes, D H W axes of the volume or of a patch, d h w axes of
+the low-resolution view, K windows, 3 one coordinate per axis.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from nnunetv2.utilities.helpers import empty_cache
+from torch import Tensor, nn
+
+from nnunet_nmsw.inference.planes import mean
+from nnunet_nmsw.inference.volume import Padded, Share
+from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.precision import mixed_precision
+from nnunet_nmsw.volume.windows import Shape, WindowGrid, crop_windows, downsample
+
+MEMORY_OF_PLANES = 1 << 30
+"""Bytes for the logits of the planes that are worked out at a time."""
+
+VOXELS_AT_ONCE, VOXELS_AT_ONCE_ON_CPU = 1 << 21, 1 << 19
+"""Voxels of a batch of patches, unless one patch has more. On a CPU larger ones leave its caches: two patches of 64³ at
+a time take 59 ms each, eight take 88 (docs/performance.md)."""
+
+
+class Ensemble:
+    """The folds of a model, whose weights take turns in one network.
+
+    Args:
+        network: whose weights are replaced. It is moved to the device.
+        parameters: a state dictionary for each fold.
+        encoding: of the labels.
+        device: to compute on.
+        mirror_axes: axes of a volume, 0 to 2, over whose mirrorings predictions are averaged.
+        bfloat16: compute in it where the device is a CPU.
+    """
+
+    def __init__(
+        self,
+        network: NMSWNetwork,
+        parameters: Sequence[dict[str, Any]],
+        encoding: LabelEncoding,
+        device: torch.device,
+        mirror_axes: Sequence[int] = (),
+        bfloat16: bool = False,
+    ) -> None:
+        self.encoding, self.device, self.bfloat16 = encoding, device, bfloat16
+        self.mirror_axes = tuple(mirror_axes)
+        self.network = network.to(device)
+        self.network.eval()
+        if device.type == "cpu":
+            to_channels_last_(network.local_branch)
+        self._parameters = parameters
+        self._fold: int | None = None
+
+    def folds(self) -> list[Fold]:
+        """The folds."""
+        return [Fold(self, number) for number in range(len(self._parameters))]
+
+    def with_weights_of(self, fold: int) -> NMSWNetwork:
+        """The network with a fold's weights."""
+        if self._fold != fold:
+            self.network.load_state_dict(self._parameters[fold])
+            self._fold = fold
+        return self.network
+
+    def mirrored(self, predict: Callable[[Tensor], Tensor], input_BCDHW: Tensor) -> Tensor:
+        """The mean of predictions over mirrorings, in nnU-Net's order. Axes before the last three are left alone."""
+        axes = [axis - 3 for axis in self.mirror_axes]
+        flips = itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1))
+
+        def flipped(flip: tuple[int, ...]) -> Tensor:
+            with mixed_precision(self.device, self.bfloat16):
+                prediction = predict(input_BCDHW.flip(flip) if flip else input_BCDHW)
+            return prediction.flip(flip) if flip else prediction
+
+        return mean(map(flipped, flips))
+
+
+class Fold:
+    """The networks of one fold; see `volume.Networks`.
+
+    Args:
+        ensemble: it belongs to.
+        number: in the ensemble.
+    """
+
+    def __init__(self, ensemble: Ensemble, number: int) -> None:
+        self.ensemble, self.number = ensemble, number
+
+    @property
+    def network(self) -> NMSWNetwork:
+        """With the weights of this fold, until another fold is asked."""
+        return self.ensemble.with_weights_of(self.number)
+
+    @property
+    def weights(self) -> FusionWeights:
+        """Weights of the fusion."""
+        return self.network.fusion_weights
+
+    def grid(self, volume_shape: Shape) -> WindowGrid:
+        """The windows of nnU-Net's sliding window over a padded volume."""
+        return self.ensemble.network.grid(volume_shape)
+
+    def coarse(self, padded: Padded) -> CoarsePrediction:
+        """Coarse prediction of a padded volume, averaged over mirrorings where these are on."""
+        network, encoding = self.network, self.ensemble.encoding
+        volume_1CDHW = padded.volume_CDHW[None].float()
+        low_1Cdhw = downsample(volume_1CDHW, network.settings.downsampling_factor).to(self.ensemble.device)
+
+        def predict(low_1Cdhw: Tensor) -> Tensor:
+            coarse = network.coarse(low_1Cdhw, encoding)
+            return torch.cat([coarse.logits_Cdhw, coarse.score_map_dhw[None]])
+
+        output_Cdhw = self.ensemble.mirrored(predict, low_1Cdhw)
+        return CoarsePrediction(output_Cdhw[:-1], output_Cdhw[-1], encoding)
+
+    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+        """Logits of windows, mirrored where that is on; in halves where the device has too little memory."""
+        return self.patch_logits(crop_windows(padded.volume_CDHW[None], starts_K3, self.ensemble.network.patch_size))
+
+    def patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
+        """Logits of a batch of patches, of shape K, classes, patch size."""
+        network, device = self.network, self.ensemble.device
+        try:
+            patches_KCDHW = patches_KCDHW.to(device)
+            if device.type == "cpu":
+                patches_KCDHW = patches_KCDHW.contiguous(memory_format=torch.channels_last_3d)
+            return self.ensemble.mirrored(network, patches_KCDHW)
+        except torch.OutOfMemoryError:
+            if len(patches_KCDHW) == 1:
+                raise
+        empty_cache(device)
+        half = len(patches_KCDHW) // 2
+        return torch.cat([self.patch_logits(part) for part in (patches_KCDHW[:half], patches_KCDHW[half:])])
+
+
+def to_channels_last_(network: nn.Module) -> None:
+    """Keep the weights of 3D convolutions in the layout in which oneDNN is faster. Values are the same."""
+    for parameter in network.parameters():
+        if parameter.ndim == 5:  # `Module.to` would fail at parameters of four axes
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def patches_at_once(patch_size: Sequence[int], device: torch.device) -> int:
+    """Patches of a batch: small ones together, for which the cost of a call is more than that of the computation."""
+    voxels = VOXELS_AT_ONCE_ON_CPU if device.type == "cpu" else VOXELS_AT_ONCE
+    return max(1, min(16, voxels // math.prod(patch_size)))
+
+
+def unbounded(patch_size: Sequence[int], device: torch.device, num_preprocessing: int = 0) -> Share:
+    """What may go on at a time without a bound on memory."""
+    return Share(num_preprocessing, sys.maxsize, MEMORY_OF_PLANES, sys.maxsize, patches_at_once(patch_size, device))

@@ -1,0 +1,245 @@
+"""A preprocessed volume in, labels or logits out. Nothing here knows of files, plans, or nnU-Net's classes.
+
+Tensor suffixes: C channels or classes, D H W axes of the volume or of a patch, d h w axes of the low-resolution view,
+K chosen windows, 3 one coordinate per axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from torch import Tensor
+from tqdm import tqdm
+
+from nnunet_nmsw.inference.planes import FusedModel, FusedPrediction, planes_for, segment
+from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.selection.budget import budget_of
+from nnunet_nmsw.selection.interface import CoarsePrediction, Selector, WindowChoice
+from nnunet_nmsw.volume.interpolation import Axis
+from nnunet_nmsw.volume.windows import Shape, WindowGrid
+
+
+class Padded(NamedTuple):
+    """A preprocessed volume, padded to the patch size at least as nnU-Net's predictor pads.
+
+    Attributes:
+        volume_CDHW: with the padding.
+        offset: voxels of padding before each axis.
+        inside: voxels of the volume before padding, by axis.
+    """
+
+    volume_CDHW: Tensor
+    offset: Shape
+    inside: Shape
+
+    @classmethod
+    def of(cls, volume_CDHW: Tensor, patch_size: Sequence[int]) -> Padded:
+        """Pad a volume."""
+        padded_CDHW, unpad = pad_nd_image(volume_CDHW, patch_size, "constant", {"value": 0}, True)
+        a, b, c = (axis.start for axis in unpad[1:])
+        return cls(padded_CDHW, (a, b, c), spatial_shape(volume_CDHW))
+
+
+class Networks(Protocol):
+    """The two networks of a fold, and the weights of their fusion."""
+
+    @property
+    def weights(self) -> FusionWeights:
+        """Weights of the fusion."""
+        ...
+
+    def grid(self, volume_shape: Shape) -> WindowGrid:
+        """The windows of nnU-Net's sliding window over a padded volume."""
+        ...
+
+    def coarse(self, padded: Padded) -> CoarsePrediction:
+        """The coarse prediction of a volume."""
+        ...
+
+    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+        """Logits of the windows of a volume, floating, of shape K, C, patch size."""
+        ...
+
+
+class Spending(NamedTuple):
+    """What may be spent on a volume, and who decides on what.
+
+    Attributes:
+        selector: chooses windows.
+        num_patches: a number, a percentage, "all" or "auto".
+        threshold: with "auto", see `Budget`.
+    """
+
+    selector: Selector
+    num_patches: int | str
+    threshold: float | None = None
+
+    def choose(self, coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
+        """The windows of a volume."""
+        return self.selector.choose(coarse, grid, budget_of(self.num_patches, len(grid), self.threshold))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenWindows:
+    """The windows that one network took of one preprocessed volume.
+
+    Attributes:
+        starts: int, windows × 3, first voxel in the preprocessed volume; negative where a small volume was padded.
+        scores: float32, by window, in the order of choice.
+        patch_size: voxels by axis.
+        volume_shape: of the preprocessed volume, without padding.
+        num_windows: how many there were to choose from.
+    """
+
+    starts: np.ndarray
+    scores: np.ndarray
+    patch_size: tuple[int, int, int]
+    volume_shape: tuple[int, int, int]
+    num_windows: int
+
+
+class Chosen(NamedTuple):
+    """What a fold has made of a volume before its patches are predicted.
+
+    Attributes:
+        networks: of the fold.
+        coarse: their coarse prediction.
+        grid: of the padded volume.
+        windows: that were chosen.
+        weights: of the fusion.
+    """
+
+    networks: Networks
+    coarse: CoarsePrediction
+    grid: WindowGrid
+    windows: WindowChoice
+    weights: FusionWeights
+
+    def in_volume(self, padded: Padded) -> ChosenWindows:
+        """The windows, without padding."""
+        starts = self.windows.starts_K3.numpy() - np.array(padded.offset)
+        scores = self.windows.scores_K.numpy()
+        return ChosenWindows(starts, scores, self.grid.patch_size, padded.inside, len(self.grid))
+
+
+class Share(NamedTuple):
+    """What may go on at a time.
+
+    Attributes:
+        num_preprocessing: cases that are preprocessed beside the prediction.
+        num_writers: files that are written beside it.
+        planes: bytes for the logits of the planes that are worked out.
+        windows: bytes for windows' logits; further ones are kept in a file.
+        patches_at_once: patches of a batch.
+    """
+
+    num_preprocessing: int
+    num_writers: int
+    planes: int
+    windows: int
+    patches_at_once: int
+
+
+class Work(NamedTuple):
+    """How a volume is worked through.
+
+    Attributes:
+        share: what may go on at a time.
+        device: where results are kept, if they fit there.
+        progress_bar: show one.
+    """
+
+    share: Share
+    device: torch.device
+    progress_bar: bool = False
+
+
+def choose(networks: Networks, padded: Padded, spending: Spending) -> Chosen:
+    """Predict a volume coarsely and choose windows."""
+    grid = networks.grid(spatial_shape(padded.volume_CDHW))
+    coarse = networks.coarse(padded)
+    return Chosen(networks, coarse, grid, spending.choose(coarse, grid), networks.weights)
+
+
+def predict_labels(padded: Padded, folds: Sequence[Chosen], axes: Sequence[Axis], work: Work) -> Tensor:
+    """Labels of a volume on another grid, without a volume of logits.
+
+    Args:
+        padded: the volume.
+        folds: of the ensemble, whose logits are averaged.
+        axes: to the grid, from the volume before padding.
+        work: how.
+
+    Returns:
+        int16 on the host; of regions their numbers, see `LabelEncoding.decided`.
+    """
+    num_channels = len(folds[0].coarse.logits_Cdhw)
+    _, height, width = padded.inside
+    planes = planes_for(work.share.planes, num_channels, height, width)
+    with _bar(folds, work) as bar:
+        prediction = _fused(padded, folds, work, bar)
+        return segment(prediction, axes, padded.offset, padded.inside, planes)
+
+
+def predict_logits(padded: Padded, folds: Sequence[Chosen], work: Work) -> Tensor:
+    """Logits of a volume.
+
+    Args:
+        padded: the volume.
+        folds: of the ensemble, whose logits are averaged.
+        work: how.
+
+    Returns:
+        float16 of shape C, D, H, W without padding, on the device of the work.
+    """
+    num_channels = len(folds[0].coarse.logits_Cdhw)
+    depth, height, width = padded.inside
+    planes = planes_for(work.share.planes, num_channels, height, width)
+    logits_CDHW = torch.empty(num_channels, *padded.inside, dtype=torch.float16, device=work.device)
+    before, *offset = padded.offset
+    box = [slice(start, start + size) for start, size in zip(offset, (height, width), strict=True)]
+    with _bar(folds, work) as bar:
+        prediction = _fused(padded, folds, work, bar)
+        for first in range(0, depth, planes):
+            end = min(depth, first + planes)
+            logits_CDHW[:, first:end] = prediction.dense(before + first, before + end, box)
+    return logits_CDHW
+
+
+def spatial_shape(volume_CDHW: Tensor) -> Shape:
+    """Voxels by axis."""
+    d, h, w = volume_CDHW.shape[1:]
+    return d, h, w
+
+
+def _bar(folds: Sequence[Chosen], work: Work) -> tqdm:
+    total = sum(len(fold.windows.starts_K3) for fold in folds)
+    return tqdm(total=total, desc="patches", disable=not work.progress_bar, leave=False)
+
+
+def _fused(padded: Padded, folds: Sequence[Chosen], work: Work, bar: tqdm) -> FusedPrediction:
+    device, share, grid = work.device, work.share, folds[0].grid
+
+    def model(fold: Chosen) -> FusedModel:
+        def windows(starts_K3: Tensor) -> Tensor:
+            logits_KCDHW = fold.networks.patches(padded, starts_K3)
+            bar.update(len(starts_K3))
+            return logits_KCDHW.to(device, torch.float16)
+
+        choice = fold.windows
+        logits_Cdhw = fold.coarse.logits_Cdhw.to(device)
+        return FusedModel(logits_Cdhw, choice.starts_K3, choice.trust_K, fold.weights.to(device), windows)
+
+    return FusedPrediction(
+        [model(fold) for fold in folds],
+        grid,
+        folds[0].coarse.encoding,
+        share.patches_at_once,
+        share.windows / len(folds) if device.type == "cpu" else math.inf,
+    )

@@ -1,0 +1,260 @@
+"""The network: a global branch that sees the whole volume at low resolution, and the plans' own network for patches.
+
+Tensor suffixes: B batch of patches, C channels or classes, D H W axes of a patch, d h w axes of the low-resolution
+view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.model.architecture import ARCHITECTURE_KEYS, takes_deep_supervision
+from nnunet_nmsw.model.fusion import AFFINE, FusionForm, FusionWeights
+from nnunet_nmsw.model.plans import branch_architectures
+from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.selection.sampler import SAMPLERS, Sampler
+from nnunet_nmsw.settings import NMSWSettings
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.precision import mixed_precision
+from nnunet_nmsw.volume.windows import Shape, WindowGrid
+
+UNKNOWN_STRIDE = 32
+"""Total stride of five stages, as many as most networks have at most."""
+
+COMPILED_VERSIONS = 32
+"""The branches share the code of their class, and with it PyTorch's limit on compiled versions of a piece of code: one
+for each branch, number of windows, with and without gradient, deep supervision and so on. PyTorch's 8 are too few."""
+
+Step = Callable[["NMSWNetwork"], Any]
+"""What is to be done with the network in a training step. It knows the data, the network does not."""
+
+
+class Method(NamedTuple):
+    """What a trainer makes of the settings.
+
+    Attributes:
+        sampler: how windows are scored and chosen.
+        fusion: how patches and the coarse prediction are fused.
+    """
+
+    sampler: Sampler
+    fusion: FusionForm = AFFINE
+
+    @classmethod
+    def of(cls, settings: NMSWSettings) -> Method:
+        """Ours, as the settings say."""
+        return cls(SAMPLERS[settings.score_training]())
+
+
+class NMSWNetwork(nn.Module):
+    """Global and local branch with the learned weights of their fusion.
+
+    Called with a batch of patches it is the local branch, so stock nnU-Net can slide it over a volume. Called with a
+    step of training it calls the step with itself, so that whoever wraps it (distributed training) wraps the step.
+
+    Args:
+        global_branch: takes the low-resolution view; a channel for each class and one for the score map.
+        local_branch: takes patches.
+        num_classes: channels of the logits.
+        patch_size: voxels by axis.
+        settings: the settings.
+        method: what is made of them.
+    """
+
+    def __init__(
+        self,
+        global_branch: nn.Module,
+        local_branch: nn.Module,
+        num_classes: int,
+        patch_size: Shape,
+        settings: NMSWSettings,
+        method: Method | None = None,
+    ) -> None:
+        super().__init__()
+        self.global_branch = global_branch
+        self.local_branch = local_branch
+        method = method or Method.of(settings)
+        self.sampler, self.fusion = method
+        # As differences from where they start.
+        self.fusion_parameters = nn.Parameter(torch.zeros(self.fusion.rows, num_classes))
+        self.patch_size = patch_size
+        self.settings = settings
+        self.local_branch_is_frozen = False
+        self.benefit_scale: Tensor
+        self.register_buffer("benefit_scale", torch.zeros(()))
+
+    @classmethod
+    def from_architecture(
+        cls,
+        architecture: dict[str, Any],
+        patch_size: Shape,
+        channels: tuple[int, int],
+        deep_supervision: bool,
+        settings: NMSWSettings,
+        method: Method | None = None,
+    ) -> NMSWNetwork:
+        """Build both branches from the `architecture` of a plans' configuration.
+
+        Args:
+            architecture: of the plans.
+            patch_size: voxels by axis.
+            channels: of the input and of the logits.
+            deep_supervision: whether the local branch is asked for several scales.
+            settings: the settings.
+            method: what is made of them; ours where None.
+
+        Raises:
+            UserError: an architecture names what there is not, or is not for patches of this size.
+        """
+        architectures = branch_architectures(architecture, settings)
+        num_input_channels, num_classes = channels
+
+        def branch(of: dict[str, Any], num_outputs: int, deep_supervision: bool) -> nn.Module:
+            network: nn.Module = get_network_from_plans(
+                *(of[key] for key in ARCHITECTURE_KEYS),
+                num_input_channels,
+                num_outputs,
+                allow_init=True,
+                deep_supervision=deep_supervision if takes_deep_supervision(of) else None,
+            )
+            return network
+
+        global_branch = branch(architectures["global"], num_classes + 1, False)
+        local_branch = branch(architectures["local"], num_classes, deep_supervision)
+        stride = total_stride(local_branch)
+        if stride is not None and any(n % s for n, s in zip(patch_size, stride, strict=True)):
+            raise UserError(
+                f'"patch_size" in the plans is {list(patch_size)}, and {architecture["network_class_name"]} with its '
+                f'"arch_kwargs" takes multiples of {stride}: change one of them'
+            )
+        return cls(global_branch, local_branch, num_classes, patch_size, settings, method)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The local branch's decoder, on which nnU-Net switches deep supervision on and off."""
+        decoder = self.local_branch.decoder
+        assert isinstance(decoder, nn.Module)
+        return decoder
+
+    @torch.no_grad()
+    def deep_supervision_scales(self, num_input_channels: int) -> list[list[float]] | None:
+        """Sizes of the local branch's outputs relative to the patch, finest first; None without deep supervision.
+
+        The network is asked with an empty patch, as the plans of others than nnU-Net's U-Nets do not tell. One output
+        alone is no deep supervision: nnU-Net gives the coarsest no weight in the loss.
+
+        Raises:
+            UserError: there are several outputs and nothing by which nnU-Net could switch them off.
+        """
+        training, device = self.training, self.fusion_parameters.device
+        self.eval()  # neither dropout, which would draw random numbers, nor statistics of batches
+        with mixed_precision(device):
+            outputs = self.local_branch(torch.zeros(1, num_input_channels, *self.patch_size, device=device))
+        self.train(training)
+        if isinstance(outputs, Tensor) or len(outputs) == 1:
+            return None
+        if not hasattr(self.local_branch, "decoder"):
+            raise UserError(
+                f"the plans' network {type(self.local_branch).__name__} returns {len(outputs)} outputs and has no "
+                "attribute `decoder.deep_supervision` to switch that off, as nnU-Net's networks have: add it, or "
+                "return one output"
+            )
+        return [[n / p for n, p in zip(output.shape[2:], self.patch_size, strict=True)] for output in outputs]
+
+    def compile_branches(self, backend: str = "inductor") -> None:
+        """Compile both branches in place, with `torch.compile`, when they are first called.
+
+        What lies between them depends on data and would only break graphs. The state dictionary keeps its names.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        config = torch._dynamo.config
+        config.cache_size_limit = max(config.cache_size_limit, COMPILED_VERSIONS)
+        # Every volume has another shape, and all windows have the same.
+        self.global_branch.compile(backend=backend, dynamic=True)
+        self.local_branch.compile(backend=backend, dynamic=False)
+
+    @property
+    def fusion_weights(self) -> FusionWeights:
+        """Weights of the fusion, float32."""
+        return self.fusion.weights(self.fusion_parameters.float())
+
+    def freeze_local_branch(self) -> None:
+        """Train all but the local branch, which stays as it is at inference: dropout and batch statistics, too."""
+        self.local_branch.requires_grad_(False)
+        self.local_branch_is_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> NMSWNetwork:
+        """See the parent."""
+        super().train(mode)
+        if self.local_branch_is_frozen:
+            self.local_branch.eval()
+        return self
+
+    def grid(self, volume_shape: Shape) -> WindowGrid:
+        """The windows of nnU-Net's sliding window over a volume."""
+        return WindowGrid(volume_shape, self.patch_size, self.settings.downsampling_factor)
+
+    def coarse(self, low_1Cdhw: Tensor, encoding: LabelEncoding) -> CoarsePrediction:
+        """Run the global branch on a downsampled volume of any shape."""
+        shape = low_1Cdhw.shape[2:]
+        # Up to what the network's strides divide, and at least two voxels at its bottleneck, which instance norm needs.
+        strides = total_stride(self.global_branch) or [UNKNOWN_STRIDE] * 3
+        multiples = [max(2, -(-n // stride)) * stride for n, stride in zip(shape, strides, strict=True)]
+        padding = [p for n, m in zip(reversed(shape), reversed(multiples), strict=True) for p in (0, m - n)]
+        output = self.global_branch(F.pad(low_1Cdhw, padding))[0].float()
+        output = output[(slice(None), *(slice(n) for n in shape))]
+        logits_Cdhw = output[:-1]
+        score_map_dhw = self.sampler.score_map(output[-1], encoding.entropy(logits_Cdhw.detach()))
+        return CoarsePrediction(logits_Cdhw, score_map_dhw, encoding)
+
+    def local(self, patches_BCDHW: Tensor) -> Tensor | list[Tensor]:
+        """Logits of a training step's windows, with as few activations in memory as the settings say.
+
+        Returns:
+            Shape B, classes, D, H, W; with deep supervision a list of scales, the finest first.
+        """
+        at_once = self.settings.windows_at_once
+        if at_once is None or at_once >= len(patches_BCDHW):
+            logits: Tensor | list[Tensor] = self.local_branch(patches_BCDHW)
+            return logits
+        some_patches = patches_BCDHW.split(at_once)
+        if self.local_branch_is_frozen:  # no gradient, nothing kept
+            parts = [self.local_branch(some) for some in some_patches]
+        else:
+            parts = [checkpoint(self.local_branch, some, use_reentrant=False) for some in some_patches]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return [torch.cat(scale) for scale in zip(*parts, strict=True)]
+
+    def forward(self, x: Tensor | Step) -> Any:
+        """Local logits of a batch of patches, or what a step makes of this network."""
+        if not isinstance(x, Tensor):
+            return x(self)
+        logits = self.local_branch(x)
+        # bfloat16 has too few digits for nnU-Net's sums over mirrorings.
+        return logits.float() if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16 else logits
+
+
+def total_stride(network: nn.Module) -> list[int] | None:
+    """By axis what a network's input must be a multiple of; None where it does not tell.
+
+    nnU-Net's networks tell it by their encoder's strides, others by an attribute `total_stride`, three integers.
+    """
+    strides = getattr(getattr(network, "encoder", None), "strides", None)
+    if strides is None:
+        stride: list[int] | None = getattr(network, "total_stride", None)
+        return stride
+    by_stage = [[stride] * 3 if isinstance(stride, int) else stride for stride in strides]
+    return [math.prod(of_axis) for of_axis in zip(*by_stage, strict=True)]

@@ -1,0 +1,1 @@
+"""Which windows to spend patches on: one interface, `Selector`, for training, prediction and comparison."""

@@ -1,0 +1,180 @@
+"""Choosing windows by their scores, without noise.
+
+Tensor suffixes: N windows of the grid, K chosen windows, d h w axes of the low-resolution view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nnunet_nmsw.selection.budget import Budget
+from nnunet_nmsw.selection.interface import SCORE_SCALE, CoarsePrediction, WindowChoice, candidates, scores
+from nnunet_nmsw.volume.windows import WindowGrid, window_slices
+
+COVERAGE_DISCOUNT = 0.4
+"""Share of the score of a place that is gone with the first window over it: see docs/design-notes.md."""
+
+PLACEMENT_STEP = 0.25
+"""Step between the positions that `GreedyBenefit` chooses from, as a fraction of the patch size."""
+
+Trust = Callable[[Tensor], Tensor]
+"""How much of what chosen windows change is kept, from their scores K."""
+
+
+def full_trust(scores_K: Tensor) -> Tensor:
+    """All of it."""
+    return torch.ones_like(scores_K)
+
+
+def trust_by_benefit(scores_K: Tensor) -> Tensor:
+    """The root of each predicted benefit over the largest; all where none is positive: they were asked and paid for."""
+    if len(scores_K) == 0:
+        return torch.ones_like(scores_K)
+    largest = scores_K.max()
+    return (scores_K / largest).clamp(0, 1).sqrt() if largest > 0 else torch.ones_like(scores_K)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """The windows of the best scores.
+
+    Attributes:
+        trust: in the windows.
+    """
+
+    name: ClassVar[str] = "top_k"
+
+    trust: Trust = full_trust
+
+    def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
+        """See `Selector`."""
+        scores_N = scores(coarse.score_map_dhw, grid)
+        indices_K = top_k(scores_N, candidates(coarse, grid), budget.num_windows)
+        if budget.threshold is not None:
+            indices_K = indices_K[scores_N[indices_K] > SCORE_SCALE * budget.threshold]
+        return chosen(indices_K, scores_N, grid, self.trust)
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedyCoverage:
+    """The best window, then the best of what it does not cover, and so on.
+
+    Attributes:
+        trust: in the windows.
+    """
+
+    name: ClassVar[str] = "greedy_coverage"
+
+    trust: Trust = full_trust
+
+    def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
+        """See `Selector`."""
+        if budget.num_windows >= len(grid):
+            return TopK(self.trust).choose(coarse, grid, budget)
+        scores_N = scores(coarse.score_map_dhw, grid)
+        indices_K = greedy_coverage(scores_N, candidates(coarse, grid), budget.num_windows, grid)
+        return chosen(indices_K, scores_N, grid, self.trust)
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedyBenefit:
+    """The window of the largest predicted benefit, then the best of what it leaves, between the grid's positions, too.
+
+    All windows are those of the grid.
+
+    Attributes:
+        trust: in the windows.
+    """
+
+    name: ClassVar[str] = "greedy_benefit"
+
+    trust: Trust = trust_by_benefit
+
+    def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
+        """See `Selector`."""
+        if budget.num_windows >= len(grid) and budget.threshold is None:
+            return TopK(self.trust).choose(coarse, grid, budget)
+        grid = placement_grid(grid)
+        scores_N = scores(coarse.score_map_dhw, grid)
+        indices_K = greedy_benefit(coarse.score_map_dhw, candidates(coarse, grid), budget, grid, COVERAGE_DISCOUNT)
+        return chosen(indices_K, scores_N, grid, self.trust)
+
+
+def chosen(indices_K: Tensor, scores_N: Tensor, grid: WindowGrid, trust: Trust) -> WindowChoice:
+    """Windows of a grid as a choice."""
+    scores_K = scores_N[indices_K].cpu()
+    return WindowChoice(grid.starts_N3[indices_K.cpu()], scores_K, trust(scores_K))
+
+
+def placement_grid(grid: WindowGrid) -> WindowGrid:
+    """The positions of a grid and more between them."""
+    return dataclasses.replace(grid, tile_step_size=min(PLACEMENT_STEP, grid.tile_step_size))
+
+
+def top_k(scores_N: Tensor, candidates_N: Tensor, k: int) -> Tensor:
+    """The `k` best windows, candidates before others, best first, ties by position."""
+    by_score = torch.argsort(scores_N, descending=True, stable=True)
+    candidates_first = torch.argsort((~candidates_N[by_score]).to(torch.uint8), stable=True)
+    return by_score[candidates_first][:k]
+
+
+def greedy_coverage(scores_N: Tensor, candidates_N: Tensor, k: int, grid: WindowGrid) -> Tensor:
+    """The best window, then the best of what it does not cover, and so on.
+
+    A window's weight exp(score) is discounted by the share of its voxels that windows already taken cover.
+
+    Returns:
+        `k` window indices in the order of choice, candidates before others.
+    """
+    uncovered_DHW = torch.ones(grid.low_shape, device=scores_N.device)
+    penalty_N = torch.where(candidates_N, 0.0, -1e6).to(scores_N)
+    taken: list[int] = []
+    for _ in range(k):
+        gain_N = scores_N + penalty_N + grid.mean(uncovered_DHW).clamp_min(1e-6).log()
+        if taken:
+            gain_N[taken] = -torch.inf
+        best = int(gain_N.argmax())
+        taken.append(best)
+        start = [s // f for s, f in zip(grid.starts_N3[best].tolist(), grid.downsampling_factor, strict=True)]
+        size = [-(-n // f) for n, f in zip(grid.patch_size, grid.downsampling_factor, strict=True)]
+        uncovered_DHW[window_slices(start, size)] = 0
+    return torch.tensor(taken, device=scores_N.device)
+
+
+def greedy_benefit(
+    score_map_dhw: Tensor, candidates_N: Tensor, budget: Budget, grid: WindowGrid, discount: float = 1.0
+) -> Tensor:
+    """The window of the largest predicted benefit, then the best of what it leaves, and so on.
+
+    What a window covers is worth less to the windows after it. Not nothing: predictions of overlapping windows are
+    blended, and two see a place better than one.
+
+    Args:
+        score_map_dhw: predicted benefit by low-resolution voxel, such that its mean over a window is the window's.
+        candidates_N: bool, the windows to take before others.
+        budget: how many windows, and how good.
+        grid: the windows.
+        discount: share of the benefit of a place that the first window over it wins (or loses).
+
+    Returns:
+        Window indices in the order of choice, candidates before others.
+    """
+    left_dhw = score_map_dhw.float().clone()
+    available_N = torch.ones_like(candidates_N)
+    taken: list[int] = []
+    while len(taken) < min(budget.num_windows, len(grid)):
+        gain_N = grid.mean(left_dhw)
+        first_N = available_N & candidates_N
+        gain_N = gain_N.masked_fill(~(first_N if first_N.any() else available_N), -torch.inf)
+        best = int(gain_N.argmax())
+        if budget.threshold is not None and gain_N[best] <= budget.threshold:
+            break
+        taken.append(best)
+        available_N[best] = False
+        left_dhw *= 1 - discount * grid.coverage(best, left_dhw.device)
+    return torch.tensor(taken, dtype=torch.int64, device=score_map_dhw.device)

@@ -1,0 +1,96 @@
+"""`-k auto`: as many patches as have a predicted benefit, by a threshold that is calibrated.
+
+Thresholds are measured on the validation cases of a fold and written beside their predictions; how much Dice may be
+lost for fewer patches is decided when a model predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_nmsw.documents import CALIBRATION, read_json
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import write_json
+
+FILE = "automatic_patches.json"
+"""In the folder `validation` of a fold."""
+
+THRESHOLDS = (0.025, 0.05, 0.1, 0.2, 0.4)
+"""What the mean of the score map over a window has to exceed. Its unit is the root mean square of the benefits that
+training measured. Files call it `stop_at`."""
+
+DEFAULT_MAX_DROP = 0.005
+"""Dice, of 1, that may be lost for fewer patches."""
+
+
+Measured = dict[float, list[tuple[int, np.ndarray]]]
+"""By threshold, for each case: windows taken, and the Dice of each foreground label or region, NaN where neither
+prediction nor reference has it."""
+
+
+def write_calibration(file: Path, measured: Sequence[Measured]) -> None:
+    """Write what was measured on the validation cases, in parts, to a JSON file."""
+    rows = []
+    for threshold in measured[0]:
+        cases = [case for part in measured for case in part[threshold]]
+        by_class = np.array([dice for _, dice in cases]).T
+        means = [np.nanmean(values) for values in by_class if not np.isnan(values).all()]
+        rows.append(
+            {
+                "stop_at": threshold,
+                "mean_dice": float(np.mean(means)) if means else None,
+                "patches": [taken for taken, _ in cases],
+            }
+        )
+    write_json(file, {"cases": len(cases), "thresholds": rows})
+
+
+def calibration_files(model_folder: Path) -> list[Path]:
+    """Of all folds that have one."""
+    return sorted(model_folder.glob(f"fold_*/validation/{FILE}"))
+
+
+def threshold_of_folds(model_folder: Path, folds: Sequence[int | str] | None, max_drop: float) -> float:
+    """The largest of `THRESHOLDS` that costs no more Dice than allowed, on the validation cases of the folds together.
+
+    Args:
+        model_folder: of the model.
+        folds: of the ensemble; all that have a calibration where None.
+        max_drop: Dice, of 1, below the best of `THRESHOLDS`.
+
+    Raises:
+        UserError: a fold has no calibration.
+    """
+    files = (
+        calibration_files(model_folder)
+        if folds is None
+        else [model_folder / f"fold_{fold}" / "validation" / FILE for fold in folds]
+    )
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None or not files:
+        raise UserError(
+            f"-k auto needs {missing or model_folder / 'fold_X' / 'validation' / FILE}, which the validation after a "
+            "training writes: run nnUNetv2_train with --val for that fold, or give a number of patches"
+        )
+    remedy = "run nnUNetv2_train with --val for that fold, or give a number of patches"
+    calibrations: list[dict[str, Any]] = [read_json(file, CALIBRATION, remedy, finite=True) for file in files]
+    dice: dict[float, list[tuple[float, int]]] = {}
+    for calibration in calibrations:
+        for row in calibration["thresholds"]:
+            if row["mean_dice"] is not None:
+                dice.setdefault(row["stop_at"], []).append((row["mean_dice"], calibration["cases"]))
+    if not dice:
+        return THRESHOLDS[0]
+    means = {threshold: _weighted(measured) for threshold, measured in dice.items()}
+    best = max(means.values())
+    return max(threshold for threshold, mean in means.items() if mean >= best - max_drop)
+
+
+def _weighted(measured: Sequence[tuple[float, int]]) -> float:
+    """The mean over cases of means of some cases, given with their numbers."""
+    means, cases = zip(*measured, strict=True)
+    return float(np.average(means, weights=cases))

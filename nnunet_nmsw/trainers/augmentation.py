@@ -1,0 +1,122 @@
+"""nnU-Net's augmentation, parted by where it acts.
+
+Tensor suffixes: C channels, D H W axes of a view.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
+from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from torch import Tensor
+
+TRANSFORMS_OF_PREVIOUS = (
+    MoveSegAsOneHotToDataTransform,
+    ApplyRandomBinaryOperatorTransform,
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
+
+
+class Augmentation(NamedTuple):
+    """nnU-Net's transforms, parted by where they act.
+
+    Attributes:
+        spatial: rotation and scaling, one affine for the step.
+        mirror: flips the volume when it is loaded.
+        of_views: everything else, applied to each view with the same draws.
+        of_previous: what makes channels of the labels of the cascade's previous stage, and deforms them.
+    """
+
+    spatial: SpatialTransform | None
+    mirror: MirrorTransform | None
+    of_views: list[BasicTransform]
+    of_previous: list[BasicTransform]
+
+    @classmethod
+    def of(cls, transforms: BasicTransform) -> Augmentation:
+        """Part a trainer's transforms.
+
+        Raises:
+            NotImplementedError: they deform elastically, which is no affine.
+        """
+        parts = transforms.transforms if isinstance(transforms, ComposeTransforms) else [transforms]
+        spatial, mirror, of_views, of_previous = None, None, [], []
+        for part in parts:
+            if isinstance(part, SpatialTransform):
+                if part.p_elastic_deform > 0:
+                    raise NotImplementedError(
+                        "NMSW rotates, scales and mirrors volumes; it cannot deform them elastically"
+                    )
+                spatial = part
+            elif isinstance(part, MirrorTransform):
+                mirror = part
+            elif isinstance(getattr(part, "transform", part), TRANSFORMS_OF_PREVIOUS):
+                of_previous.append(part)
+            elif not isinstance(part, Convert3DTo2DTransform | Convert2DTo3DTransform):
+                of_views.append(with_blur_of_views(part))
+        return cls(spatial, mirror, of_views, of_previous)
+
+    def draw_affine(self) -> np.ndarray | None:
+        """The matrix that takes positions in the augmented volume to positions in the volume, 3 × 3; None for none.
+
+        With nnU-Net's dummy 2D augmentation it leaves the first axis as it is.
+        """
+        if self.spatial is None:
+            return None
+        dimensions = len(self.spatial.patch_size)
+        affine = self.spatial.get_parameters(image=torch.empty((1,) * (dimensions + 1)))["affine"]
+        if affine is None:
+            return None
+        in_3d = np.eye(3)
+        in_3d[3 - dimensions :, 3 - dimensions :] = affine
+        return in_3d
+
+    def draw_mirrored_axes(self) -> list[int]:
+        """Axes to flip."""
+        axes: list[int] = [] if self.mirror is None else self.mirror.get_parameters()["axes"]
+        return axes
+
+
+class BlurOfViews(GaussianBlurTransform):
+    """nnU-Net's blur with its parameters, on the device of the image and for axes of any length.
+
+    The original builds its kernel on the host, reflects more voxels than a thin view has, and times two implementations
+    for every new shape, which here is every volume.
+    """
+
+    def _benchmark_wrapper(self, img: Tensor, sigma: float, dim_to_blur: int) -> Tensor:
+        half = max(1, round(3 * sigma))
+        offsets = torch.arange(-half, half + 1, device=img.device, dtype=img.dtype)
+        kernel = (-0.5 * (offsets / sigma).square()).softmax(0)
+        lines = img.movedim(dim_to_blur + 1, -1)
+        padded = F.pad(lines.reshape(-1, 1, lines.shape[-1]), (half, half), mode="replicate")
+        return F.conv1d(padded, kernel[None, None]).view(lines.shape).movedim(-1, dim_to_blur + 1)
+
+
+def with_blur_of_views(transform: BasicTransform) -> BasicTransform:
+    """The transform, or `BlurOfViews` in the place of a blur."""
+    if isinstance(transform, RandomTransform):
+        transform.transform = with_blur_of_views(transform.transform)
+    elif isinstance(transform, GaussianBlurTransform):
+        return BlurOfViews(
+            transform.blur_sigma,
+            transform.synchronize_channels,
+            transform.synchronize_axes,
+            transform.p_per_channel,
+            benchmark=True,
+        )
+    return transform

@@ -1,0 +1,1 @@
+"""A volume: its windows, its low-resolution view, its labels, and the ways between them."""
