@@ -230,3 +230,7 @@ def table() -> str:
 
 def _as_json(value: Any) -> str:
     return "null" if value is None else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+if __name__ == "__main__":
+    print(table())

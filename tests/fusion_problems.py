@@ -8,8 +8,9 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
-from nnunet_nmsw.volume.windows import WindowGrid, window_slices
+from nnunet_nmsw.trainers.losses.fused import FusedLoss, LowResolution, WindowPredictions, fused_loss
 from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.windows import WindowGrid, window_slices
 
 CLASSES = 3
 REGIONS = ((1, 2, 3), (2, 3), (3,))
@@ -21,6 +22,12 @@ ENCODINGS = {
     "regions and ignore": LabelEncoding(5, 4, REGIONS, (1, 2, 3)),
 }
 """Kinds of labels with as many channels of logits."""
+
+
+def loss_of(patch_logits, starts, coarse, labels, counts, weights, factor, encoding, *more, **named) -> FusedLoss:
+    """`fused_loss` of loose parts."""
+    windows = WindowPredictions(patch_logits, labels, starts)
+    return fused_loss(windows, LowResolution(coarse, counts, factor, encoding), weights, *more, **named)
 
 
 def nnunet_loss(

@@ -9,7 +9,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.model.network import NMSWNetwork
-from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW, nnUNetTrainerNMSW_paper
 
 DATASET_JSON = {
     "channel_names": {"0": "CT"},
@@ -78,16 +78,31 @@ def make_plans(patch_size: tuple[int, ...] = (8, 8, 8), **nmsw: Any) -> dict[str
 
 
 def build_network(
-    patch_size: tuple[int, ...] = (8, 8, 8), num_classes: int = 3, deep_supervision: bool = False, **nmsw: Any
+    patch_size: tuple[int, ...] = (8, 8, 8),
+    num_classes: int = 3,
+    deep_supervision: bool = False,
+    trainer: type[nnUNetTrainerNMSW] = nnUNetTrainerNMSW,
+    **nmsw: Any,
 ) -> NMSWNetwork:
     """The network that the trainer builds from `make_plans`."""
     torch.manual_seed(0)
     plans_manager = PlansManager(make_plans(patch_size, **nmsw))
-    network = nnUNetTrainerNMSW.build_network_architecture(
+    network = trainer.build_network_architecture(
         plans_manager, plans_manager.get_configuration("3d_fullres"), 1, num_classes, deep_supervision
     )
     assert isinstance(network, NMSWNetwork)
     return network
+
+
+def build_paper_network(patch_size: tuple[int, ...] = (8, 8, 8), **nmsw: Any) -> NMSWNetwork:
+    """The network of the paper's method."""
+    return build_network(patch_size, trainer=nnUNetTrainerNMSW_paper, **nmsw)
+
+
+def make_trainer(plans: dict[str, Any]) -> nnUNetTrainerNMSW:
+    """A trainer of plans, in the folders of the fixture `folders`."""
+    arguments = ({**plans, "continue_training": False}, "3d_fullres", 0, DATASET_JSON, torch.device("cpu"))
+    return nnUNetTrainerNMSW(*arguments)
 
 
 def initialized(predictor: nnUNetPredictor, network: torch.nn.Module, folds: int = 1) -> nnUNetPredictor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
@@ -39,7 +39,7 @@ class Cases(Iterator[Case]):
         number: of them.
     """
 
-    def __init__(self, cases: Iterator[Case], number: int) -> None:
+    def __init__(self, cases: Generator[Case, None, None], number: int) -> None:
         self._cases, self._number = cases, number
 
     def __next__(self) -> Case:
@@ -47,6 +47,10 @@ class Cases(Iterator[Case]):
 
     def __len__(self) -> int:
         return self._number
+
+    def close(self) -> None:
+        """Preprocess no more of them."""
+        self._cases.close()
 
 
 HEADERS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
@@ -58,7 +62,7 @@ def in_order(jobs: Sequence[Callable[[], Case]], num_threads: int) -> Cases:
     return Cases(_ahead(jobs, num_threads), len(jobs))
 
 
-def _ahead(jobs: Sequence[Callable[[], Case]], num_threads: int) -> Iterator[Case]:
+def _ahead(jobs: Sequence[Callable[[], Case]], num_threads: int) -> Generator[Case, None, None]:
     """Do what gives cases, in their order, ahead of who asks for them.
 
     Args:

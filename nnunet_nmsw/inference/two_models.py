@@ -6,7 +6,7 @@ one axis, m voxels of the coarse model's volume along it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class GivenCoarse:
 def _with_coarse(cases: Cases, of_global_model: Iterable[Case]) -> Cases:
     """The cases as both models see them. Both preprocess the same images in the same order."""
 
-    def both() -> Iterator[Case]:
+    def both() -> Generator[Case, None, None]:
         for case, coarse in zip(cases, of_global_model, strict=True):
             yield coarse if "error" in coarse else {**case, VOLUME_OF_GLOBAL_MODEL: coarse.get("data")}
 

@@ -7,7 +7,12 @@ import pytest
 import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_nmsw.evaluation.metrics import case_metrics, object_metrics, surface_metrics
+from nnunet_nmsw.evaluation.metrics import METRICS, Masks, case_metrics, object_metrics
+
+
+def surface_metrics(*masks):
+    metrics = {name: metric.measure for name, metric in METRICS.items() if metric.measure is not None}
+    return {name: measure(Masks(*masks)) for name, measure in metrics.items()}
 
 
 def box(start: tuple[int, int, int], size: tuple[int, int, int], shape: tuple[int, int, int] = (20, 20, 20)):

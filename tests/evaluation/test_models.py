@@ -10,19 +10,19 @@ from nnunet_nmsw.selection.calibration import FILE, write_calibration
 def calibrate(model: Model, fold: int, dice_by_threshold: dict[float, float]) -> None:
     folder = model.folder / f"fold_{fold}" / "validation"
     folder.mkdir(parents=True)
-    write_calibration(folder / FILE, [{stop_at: [(1, [dice])] for stop_at, dice in dice_by_threshold.items()}])
+    write_calibration(folder / FILE, [{threshold: [(1, [dice])] for threshold, dice in dice_by_threshold.items()}])
 
 
 def test_the_threshold_of_the_automatic_number_comes_from_other_folds(tmp_path):
     model = Model("nmsw", tmp_path, "nnUNetTrainerNMSW", "checkpoint_final.pth")
     with pytest.raises(UserError, match="fold_2"):
-        model.stop_at(2)
+        model.threshold(2)
     calibrate(model, 2, {0.1: 0.8, 0.2: 0.7})
     assert model.calibrating_folds(2) == [2]
-    assert model.stop_at(2) == 0.1
+    assert model.threshold(2) == 0.1
     calibrate(model, 0, {0.1: 0.8, 0.2: 0.8})
     assert model.calibrating_folds(2) == [0]
-    assert model.stop_at(2) == 0.2
+    assert model.threshold(2) == 0.2
     calibrate(model, 1, {0.1: 0.8, 0.2: 0.7})
     assert model.calibrating_folds(2) == [0, 1]
-    assert model.stop_at(2) == 0.1
+    assert model.threshold(2) == 0.1

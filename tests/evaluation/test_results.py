@@ -11,9 +11,9 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 
 from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
 from nnunet_nmsw.evaluation.models import Case
-from nnunet_nmsw.evaluation.report.write import sentences
 from nnunet_nmsw.evaluation.report.results import gather, pareto_front
 from nnunet_nmsw.evaluation.report.tables import accuracy_table, case_table, cost_table, why
+from nnunet_nmsw.evaluation.report.write import sentences
 
 METHODS = build_methods(True, ["10%"], [False])
 REFERENCE, PRIMARY = reference_method(METHODS), primary_method(METHODS, "10%")
@@ -31,7 +31,7 @@ class MadeUp(SimpleNamespace):
             label_names={"1": "organ", "2": "lesion"},
             cases=[Case(f"case_{i}", i % 2, ("image",), f"/references/case_{i}.nii.gz") for i in range(3)],
             tolerance_mm=2.0,
-            is_automatic=False,
+            has_auto=False,
             models=[SimpleNamespace(role=role, folder=folder / "model") for role in ("baseline", "nmsw")],
         )
 

@@ -14,8 +14,8 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from untrained import write_image, write_model
 
-from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.commands.predict import main
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.model_folder import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import check_names, preprocessed

@@ -13,10 +13,12 @@ import torch
 from tiny import make_configuration
 from untrained import refused_by, write_image, write_model
 
-from nnunet_nmsw.settings import NMSWConfig
-from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.selection.calibration import stop_at_of_folds
 from nnunet_nmsw.commands.predict import main
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.model.plans import settings_of
+from nnunet_nmsw.selection.calibration import threshold_of_folds
+from nnunet_nmsw.settings import ALLOWED as ALLOWED_SETTINGS
+from nnunet_nmsw.settings import RETIRED
 
 refused = partial(refused_by, main)
 
@@ -270,12 +272,12 @@ def test_a_calibration_of_what_is_no_number_is_refused(tmp_path, value):
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"cases": 1, "thresholds": [{"stop_at": 0.1, "mean_dice": value}]}))
     with pytest.raises(UserError, match=r"automatic_patches.json is no JSON: it holds .*--val"):
-        stop_at_of_folds(tmp_path, [0], 0.005)
+        threshold_of_folds(tmp_path, [0], 0.005)
 
 
 SETTINGS: list[tuple[str, Any]] = [
     (name, value)
-    for name in NMSWConfig.__dataclass_fields__
+    for name in (*ALLOWED_SETTINGS, *RETIRED)
     for value in (
         {"global_architecture": (3, "x", [], {"unknown": 1}, {"arch_kwargs": 1}, {"network_class_name": 5})}.get(
             name, (None, "x", -1, float("nan"), float("inf"), [], {}, 10**9, True)
@@ -284,10 +286,7 @@ SETTINGS: list[tuple[str, Any]] = [
 ]
 ALLOWED = {
     *((name, None) for name in ("windows_at_once", "seed")),
-    *(("seed", 10**9), ("windows_at_once", 10**9), ("num_patches", 10**9), ("initial_class_weight", -1)),
-    *((name, 10**9) for name in ("temperature", "score_scale", "fusion_speed", "initial_class_weight")),
-    *((name, 10**9) for name in NMSWConfig.__dataclass_fields__ if name.endswith("_weight")),
-    *((n, True) for n in ("gradient_baseline", "fuse_random_windows", "regions", "freeze_local_branch")),
+    *(("seed", 10**9), ("windows_at_once", 10**9), ("num_patches", 10**9), ("fuse_random_windows", True)),
 }
 """Strange values of settings that mean something."""
 
@@ -296,10 +295,10 @@ ALLOWED = {
 def test_settings_are_refused_in_one_line(name, value):
     configuration = make_configuration(**{name: value})
     if (name, value if isinstance(value, int | str | None) else repr(value)) in ALLOWED:
-        NMSWConfig.from_configuration(configuration)
+        settings_of(configuration)
         return
     with pytest.raises(UserError) as error:
-        NMSWConfig.from_configuration(configuration)
+        settings_of(configuration)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 

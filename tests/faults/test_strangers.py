@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_backbones import folders  # noqa: F401
 from tiny import DATASET_JSON
 from untrained import write_image, write_model
 
 from nnunet_nmsw import trainers
-from nnunet_nmsw.model.safe_loading import check_origin, read_checkpoint
-from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.commands.predict import main
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.model.safe_loading import check_origin, read_checkpoint
 
 
 class Code:

@@ -11,8 +11,8 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import DATASET_JSON, make_plans
 
-from nnunet_nmsw.settings import NMSWConfig
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
 
@@ -26,7 +26,7 @@ def write_model(folder: Path, trainer: str = "nnUNetTrainerNMSW") -> Path:
     network = nnUNetTrainerNMSW.build_network_architecture(manager, configuration, 1, 3, False)
     weights = network.state_dict()
     if trainer == "nnUNetTrainerNMSW":
-        settings = NMSWConfig.from_configuration(configuration.configuration).to_dict()
+        settings = settings_of(configuration.configuration).to_dict()
         plans["configurations"]["3d_fullres"]["nmsw"] = settings
     else:
         weights = {k.removeprefix("local_branch."): w for k, w in weights.items() if k.startswith("local_branch.")}

@@ -103,12 +103,12 @@ def test_stock_prediction_is_the_local_branchs_sliding_window(workspace):
     output = workspace / "stock"
     model = f"-d 998 -c 3d_fullres -p nnUNetPlans_small -tr {TRAINER} -f 0"
     run(f"nnUNetv2_predict -i {images(workspace)} -o {output} {model} --disable_tta -device cpu", workspace)
-    # The same from Python: every window, no global branch.
+    # The same from Python, as nnU-Net's documentation has it.
     code = (
         "import torch\n"
-        "from nnunet_nmsw.inference.predictor import NMSWPredictor\n"
+        "from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor\n"
         "if __name__ == '__main__':\n"
-        "    p = NMSWPredictor('all', use_global_branch=False, use_mirroring=False, device=torch.device('cpu'))\n"
+        "    p = nnUNetPredictor(use_mirroring=False, device=torch.device('cpu'))\n"
         f"    p.initialize_from_trained_model_folder({str(workspace / 'nnUNet_results' / DATASET)!r} + "
         f"'/{TRAINER}__nnUNetPlans_small__3d_fullres', (0,))\n"
         f"    p.predict_from_files({str(images(workspace))!r}, {str(workspace / 'python')!r}, "
@@ -124,15 +124,14 @@ def test_stock_prediction_is_the_local_branchs_sliding_window(workspace):
 def test_wrong_settings_end_training_in_one_line_before_anything_is_written(workspace):
     results = workspace / "nnUNet_results" / DATASET
     before = sorted(results.rglob("*"))
-    set_plans(workspace, gradient_path="magic")
+    set_plans(workspace, score_training="magic")
     train = "nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_5epochs -device cpu"
     result = run(train, workspace, check=False)
     set_plans(workspace)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1] == (
-        'setting "gradient_path" under "nmsw" in the plans is \'magic\'; allowed: one of none, '
-        "contribution, contribution_logits, input"
+        'setting "score_training" under "nmsw" in the plans is \'magic\'; allowed: one of benefit, contribution'
     )
     assert sorted(results.rglob("*")) == before
 

@@ -73,8 +73,8 @@ def accuracy_table(results: Results) -> Table:
         "cases), over what both methods have a value for: what one of them makes up where the class is not there "
         "lowers its Dice and counts as a false object, but is not in the difference. p: Wilcoxon's signed-rank test "
         "with Holm's correction. Objects are connected components; missed: no voxel of it predicted; false: overlaps "
-        "none of the reference. Patches: mean a case, and their share of the same model's sliding window's at step 0.5. The "
-        "oracle knows the reference: what any choice of windows could reach with the same networks.",
+        "none of the reference. Patches: mean a case, and their share of the same model's sliding window's at step "
+        "0.5. The oracle knows the reference: what any choice of windows could reach with the same networks.",
         [
             "method",
             "Dice",

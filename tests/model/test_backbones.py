@@ -14,14 +14,16 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncXL,
 )
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tiny import DATASET_JSON, make_configuration, make_plans
+from tiny import DATASET_JSON, make_configuration, make_plans, make_trainer
 from torch import nn
+from training import ENCODING
 
-from nnunet_nmsw.settings import NMSWConfig
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.model.network import NMSWNetwork, total_stride
+from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.step import TrainingStep
 from nnunet_nmsw.trainers.views import TrainingVolume
 
 CPU = torch.device("cpu")
@@ -129,7 +131,7 @@ def plans_with(architecture, patch=8, **nmsw):
 
 
 def settings(architecture, patch=8, **nmsw):
-    return NMSWConfig.from_configuration(plans_with(architecture, patch, **nmsw)["configurations"][CONFIGURATION])
+    return settings_of(plans_with(architecture, patch, **nmsw)["configurations"][CONFIGURATION])
 
 
 def build(plans, deep_supervision=False):
@@ -139,21 +141,6 @@ def build(plans, deep_supervision=False):
     )
     assert isinstance(network, NMSWNetwork)
     return network
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """nnU-Net's folders, with a preprocessed file by whose name nnU-Net tells the format."""
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    data = tmp_path / "nnUNet_preprocessed" / "Dataset998_Tiny" / "nnUNetPlans_3d_fullres"
-    data.mkdir(parents=True)
-    (data / "case.b2nd").touch()
-    return tmp_path
-
-
-def new_trainer(plans):
-    return nnUNetTrainerNMSW({**plans, "continue_training": False}, CONFIGURATION, 0, DATASET_JSON, CPU)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +161,17 @@ def test_a_backbone_is_trained_and_predicts(name, folders):
     # SwinUNETR would do, but in the view of this volume it would see nothing but padding.
     setting = unet("PlainConvUNet") if name == "SwinUNETR" else None
     plans = plans_with(architecture, patch, downsampling_factor=[2, 2, 2], global_architecture=setting)
-    trainer = new_trainer(plans)
+    trainer = make_trainer(plans)
     trainer.initialize()
     network = trainer.network
     assert trainer.enable_deep_supervision is (scales is not None)
     shape = tuple(patch + extra for extra in (8, 0, 5))
     labels = torch.randint(0, 3, (1, 1, *shape), dtype=torch.int16)
     volume = TrainingVolume(torch.randn(1, 1, *shape), labels, torch.tensor([[0, 0, 0], [8, 0, 5]]))
-    output = network.train()(volume)
-    assert (len(output.local) if isinstance(output.local, list) else None) == scales
-    loss = trainer.loss(output, volume)
+    step = TrainingStep(volume, trainer.loss.local)
+    local = network.train().local(torch.randn(2, 1, *[patch] * 3))
+    assert (len(local) if isinstance(local, list) else None) == scales
+    loss = trainer.loss(network(step), step)
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
@@ -191,7 +179,7 @@ def test_a_backbone_is_trained_and_predicts(name, folders):
         gradients = [p.grad is not None for p in branch.parameters()]
         assert sum(gradients) > len(gradients) / 2
     network.eval()
-    assert trainer.loss(network(volume), volume).isfinite()  # what nnU-Net does after an epoch
+    assert trainer.loss(network(step), step).isfinite()  # what nnU-Net does after an epoch
 
     trainer.set_deep_supervision_enabled(False)
     patches = torch.randn(2, 1, *[patch] * 3)
@@ -255,7 +243,7 @@ def test_single_arguments_of_the_global_branch():
 def test_another_class_as_the_global_branch():
     network = build(plans_with(unet("PlainConvUNet"), global_architecture=MEDNEXT))
     assert type(network.global_branch).__name__ == "MedNeXt"
-    assert network.coarse(torch.randn(1, 1, 9, 5, 7)).logits_Cdhw.shape == (3, 9, 5, 7)
+    assert network.coarse(torch.randn(1, 1, 9, 5, 7), ENCODING).logits_Cdhw.shape == (3, 9, 5, 7)
     alone = {"network_class_name": f"{__name__}.OneConvolution"}
     network = build(plans_with(unet("PlainConvUNet"), global_architecture=alone))
     assert network.global_branch.convolution.kernel_size == (3, 3, 3)
@@ -274,16 +262,16 @@ def test_networks_of_one_size_get_a_convolutional_global_branch(median, spacing)
     plans = plans_with(PRIMUS, 16, global_width=0.5)
     configuration = plans["configurations"][CONFIGURATION]
     configuration.update(median_image_size_in_voxels=median, spacing=spacing)
-    config = NMSWConfig.from_configuration(configuration)
+    config = settings_of(configuration)
     kwargs = config.global_architecture["arch_kwargs"]
     assert kwargs["features_per_stage"][:2] == [16, 32]
     # What is saved with the results gives the same network again.
     configuration["nmsw"] = json.loads(json.dumps(config.to_dict()))
-    assert NMSWConfig.from_configuration(configuration) == config
+    assert settings_of(configuration) == config
     network = build(plans)
     assert type(network.global_branch).__name__ == "PlainConvUNet"
     for shape in ((4, 5, 9), (17, 2, 3)):
-        assert network.coarse(torch.randn(1, 1, *shape)).logits_Cdhw.shape == (3, *shape)
+        assert network.coarse(torch.randn(1, 1, *shape), ENCODING).logits_Cdhw.shape == (3, *shape)
 
 
 def changed(entry, **arch_kwargs):
@@ -323,7 +311,7 @@ def test_architectures_that_cannot_be_are_refused_in_one_line(entry, setting, sa
 
 def test_a_wrong_class_is_refused_before_anything_is_written(folders):
     with pytest.raises(UserError, match="NoSuchNetwork"):
-        new_trainer(plans_with(architecture("NoSuchNetwork")))
+        make_trainer(plans_with(architecture("NoSuchNetwork")))
     assert not (folders / "nnUNet_results").exists()
 
 
@@ -353,19 +341,19 @@ def test_plans_of_the_residual_encoder_planners(planner_class, folders):
         planned = planner.get_plans_for_configuration((1.5, 0.8, 0.8), (250, 512, 512), "data", 1e9, {})
         planned["architecture"] = json.loads(json.dumps(planned["architecture"], default=int))
         configuration = {**make_configuration(), **planned}
-        config = NMSWConfig.from_configuration(configuration)
+        config = settings_of(configuration)
         d, h, w = map(int, planned["patch_size"])
-        network = NMSWNetwork.from_architecture(configuration["architecture"], (d, h, w), 1, 3, True, config)
+        network = NMSWNetwork.from_architecture(configuration["architecture"], (d, h, w), (1, 3), True, config)
         assert type(network.local_branch).__name__ == "ResidualEncoderUNet"
         assert features(network.global_branch) == [round(0.75 * n) for n in features(network.local_branch)]
         stages = len(features(network.local_branch))
         assert len(network.deep_supervision_scales(1)) == stages - 1
         low_shape = [-(-n // f) for n, f in zip((250, 512, 512), config.downsampling_factor, strict=True)]
-        assert network.coarse(torch.empty(1, 1, *low_shape)).logits_Cdhw.shape == (3, *low_shape)
+        assert network.coarse(torch.empty(1, 1, *low_shape), ENCODING).logits_Cdhw.shape == (3, *low_shape)
 
 
 def documented():
-    text = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
 
 

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from test_data import PATCH, Cases, as_volume, nnunet_augmentation
-from test_network import plain_loss
 from tiny import build_network
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training import PATCH, loader, nnunet_augmentation, step_on
 
-from nnunet_nmsw.commands.predict import _parser, prepare_device
-from nnunet_nmsw.trainers.loader import WholeVolumeLoader
+from nnunet_nmsw.commands.predict_flags import parser
+from nnunet_nmsw.inference.device import prepare_device
+from nnunet_nmsw.selection.budget import Budget
+from nnunet_nmsw.trainers.loader import training_volume
 
 
 class Bfloat16Operations(TorchDispatchMode):
@@ -49,9 +50,10 @@ MOVES = {
 )
 def test_under_autocast_only_the_branches_use_half_precision():
     network = build_network(PATCH, downsampling_factor=[2, 2, 2])
-    loss, augmentation = plain_loss(network.config), nnunet_augmentation()
-    loss.local_loss = lambda logits, labels: logits.float().mean()  # nnU-Net's own is nnU-Net's to decide
-    volume = as_volume(next(WholeVolumeLoader(Cases(), PATCH, 2, 1, augmentation, True)), augmentation)
+    augmentation = nnunet_augmentation()
+    volume = training_volume(next(loader(augmentation, True, 2, 1)), augmentation)
+    # The loss of patches is nnU-Net's, and so is what it computes in.
+    step = step_on(volume, of_patches=lambda logits, labels: logits.float().mean())
     operations = Bfloat16Operations()
 
     def enter(*_):
@@ -66,22 +68,21 @@ def test_under_autocast_only_the_branches_use_half_precision():
         branch.register_forward_hook(leave)
         branch.register_forward_hook(lambda _, __, output: in_half.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16), operations:
-        output = network(volume)
-        value = loss(output, volume)
+        result = network(step)
         grid = network.grid(volume.shape)
-        choice = network.select(output.coarse, grid, 3)
+        choice = network.sampler.at_inference.choose(result.coarse, grid, Budget(3))
     assert in_half == [torch.bfloat16] * 2  # the branches do
     assert operations.names <= MOVES
-    precise = [*output.coarse, *output.fusion, output.entropy, output.sample.log_probability_K, choice.scores_K, value]
-    assert all(x.dtype == torch.float32 for x in [*precise, *loss.report.values()])
-    value.backward()
+    precise = [*result.coarse[:2], choice.scores_K, result.loss, *result.report.values()]
+    assert all(x.dtype == torch.float32 for x in precise)
+    result.loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
 
 @pytest.mark.compatibility("devices", "-device cpu, cuda and mps are understood; cuda without a GPU ends in one line")
 def test_devices_by_flag():
     for name in ("cpu", "cuda", "mps"):
-        assert _parser().parse_args(["-i", "in", "-o", "out", "-device", name]).device == name
+        assert parser().parse_args(["-i", "in", "-o", "out", "-device", name]).device == name
     threads = torch.get_num_threads()
     assert prepare_device("cpu") == torch.device("cpu")
     torch.set_num_threads(threads)

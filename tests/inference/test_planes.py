@@ -3,18 +3,17 @@
 import math
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
+from nnunet_nmsw.inference import planes
+from nnunet_nmsw.inference.planes import FusedModel, FusedPrediction, segment
 from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
-from nnunet_nmsw.volume.windows import low_shape, upsample_window, window_slices
-from nnunet_nmsw.inference import streaming
-from nnunet_nmsw.volume.interpolation import agreed, linear_axis, nearest_axis
-from nnunet_nmsw.inference.planes import FusedModel, FusedPrediction, decided, segment
+from nnunet_nmsw.volume.interpolation import linear_axis, nearest_axis, upsample_window
 from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.windows import WindowGrid, low_shape, window_slices
 
 LABELS = LabelEncoding(5)
 REGIONS = LabelEncoding(4, regions=((1, 2, 3), (2, 3), (3,)), regions_class_order=(1, 2, 3))
@@ -43,7 +42,7 @@ def dense_logits(models, patches, patch_size, factor, shape) -> torch.Tensor:
 
 def differences(labels: torch.Tensor, logits: np.ndarray, encoding: LabelEncoding) -> int:
     """Voxels that differ from what the logits say and are no tie."""
-    expected = decided(torch.from_numpy(logits), encoding)
+    expected = encoding.decided(torch.from_numpy(logits))
     margin = np.abs(logits).min(0) if encoding.has_regions else -np.diff(np.sort(logits, 0)[-2:][::-1], axis=0)[0]
     return int(((labels != expected).numpy() & (margin > 1e-4)).sum())
 
@@ -89,14 +88,21 @@ def test_equals_stock_export(inside, target, factor, num_windows, regions, separ
         for axis, (n, m) in enumerate(zip(inside, target, strict=True))
     ]
     memory = (math.inf, 0, 2000 * encoding.num_channels)[seed % 3]  # for all windows, for none, for two
-    prediction = FusedPrediction(models, patch_size, factor, encoding, windows_at_once=3, memory_of_windows=memory)
+    prediction = FusedPrediction(models, WindowGrid(shape, patch_size, factor), encoding, 3, memory)
     labels = segment(prediction, axes, offset, inside, planes_at_once)
     assert differences(labels, reference, encoding) == 0
 
+    prediction = FusedPrediction(models, WindowGrid(shape, patch_size, factor), encoding, 3, memory)
+    box = [slice(offset[axis], offset[axis] + inside[axis]) for axis in (1, 2)]
+    for first in range(0, inside[0], planes_at_once):
+        end = min(inside[0], first + planes_at_once)
+        logits = prediction.dense(offset[0] + first, offset[0] + end, box)
+        torch.testing.assert_close(logits.numpy(), dense[:, first:end], rtol=1e-3, atol=1e-3)
+
 
 def test_tiles_and_parts_of_points(monkeypatch):
-    monkeypatch.setattr(streaming, "TILE", 4)
-    monkeypatch.setattr(streaming, "MOST_POINTS", 7)
+    monkeypatch.setattr(planes, "TILE", 4)
+    monkeypatch.setattr(planes, "MOST_POINTS", 7)
     test_equals_stock_export()
 
 
@@ -109,24 +115,9 @@ def test_windows_are_asked_for_once_when_their_planes_come_and_dropped_after():
         return torch.zeros(len(starts_K3), 5, *patch_size)
 
     model = FusedModel(torch.randn(5, 8, 4, 4), starts, torch.ones(4), FusionWeights(*torch.ones(3, 5)), windows)
-    prediction = FusedPrediction([model], patch_size, (2, 2, 2), LABELS)
+    prediction = FusedPrediction([model], WindowGrid((16, 8, 8), patch_size, (2, 2, 2)), LABELS)
     for first in range(0, 16, 2):
         prediction.planes(first, first + 2, [slice(0, 8), slice(0, 8)])
         held.append((len(asked), len(prediction._open[0].windows)))
     assert asked == sorted(starts.tolist())
     assert held == [(2, 2), (2, 2), (3, 1), (3, 1), (3, 0), (3, 0), (4, 1), (4, 1)]
-
-
-@pytest.mark.parametrize("make_axis", [linear_axis, nearest_axis])
-def test_agreement_is_exact(make_axis):
-    labels = torch.randint(0, 3, (3, 4, 5), dtype=torch.int16).repeat_interleave(3, 0).repeat_interleave(2, 2)
-    axes = [make_axis(n, m) for n, m in zip(labels.shape, (7, 9, 13), strict=True)]
-    agreed_ZYX, disagree_ZYX = agreed(labels, axes)
-    for z, y, x in np.ndindex(*agreed_ZYX.shape):
-        sources = [
-            {int(a.lower[i]), int(a.upper[i])} if a.weight[i] > 0 else {int(a.lower[i])}
-            for a, i in zip(axes, (z, y, x), strict=True)
-        ]
-        found = {int(labels[i, j, k]) for i in sources[0] for j in sources[1] for k in sources[2]}
-        assert bool(disagree_ZYX[z, y, x]) == (len(found) > 1)
-        assert len(found) > 1 or int(agreed_ZYX[z, y, x]) in found

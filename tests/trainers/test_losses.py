@@ -4,22 +4,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_problems import CLASSES, ENCODING, ENCODINGS, canvas, covered, nnunet_loss, one_hot, problems
+from fusion_problems import CLASSES, ENCODING, ENCODINGS, canvas, covered, loss_of, nnunet_loss, one_hot, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_nmsw.trainers.losses.benefit import benefit_map, dice_slope
-from nnunet_nmsw.trainers.losses.fused import distillation_loss, fused_loss, window_shares
 from nnunet_nmsw.model.fusion import FusionWeights, fuse
-from nnunet_nmsw.volume.windows import (
-    WindowGrid,
-    add_to_low_resolution_,
-    crop_windows,
-    label_counts,
-    upsample_window,
-    window_slices,
-)
+from nnunet_nmsw.trainers.losses.benefit import benefit_map
+from nnunet_nmsw.trainers.losses.fused import window_shares
 from nnunet_nmsw.trainers.losses.sums import dice_and_cross_entropy, loss_sums
+from nnunet_nmsw.volume.interpolation import upsample_window
+from nnunet_nmsw.volume.label_counts import add_to_low_resolution_, label_counts
+from nnunet_nmsw.volume.windows import WindowGrid, crop_windows, window_slices
 
 
 @settings(max_examples=40, deadline=None)
@@ -50,7 +45,7 @@ def loss_and_its_canvas(problem):
     constant = problem["coarse"]
     for axis, factor in enumerate(grid.downsampling_factor):
         constant = constant.repeat_interleave(factor, axis + 1).narrow(axis + 1, 0, grid.volume_shape[axis])
-    loss = fused_loss(
+    loss = loss_of(
         problem["patch_logits"],
         problem["starts"],
         problem["coarse"],
@@ -124,34 +119,34 @@ def test_the_weight_of_a_window_has_its_benefit_as_gradient():
     arguments = (weights, grid.downsampling_factor, ENCODING)
     cropped = crop_windows(labels[None, None], starts, grid.patch_size)[:, 0]
     window_weight = torch.ones(2, requires_grad=True)
-    loss, _, benefit, *_ = fused_loss(patch_logits, starts, coarse, cropped, counts, *arguments, window_weight)
+    loss, _, benefit, *_ = loss_of(
+        patch_logits, starts, coarse, cropped, counts, *arguments, window_weight_K=window_weight
+    )
     (gradient,) = torch.autograd.grad(loss, window_weight)
     torch.testing.assert_close(-gradient, benefit)
     assert benefit[0] > 0 > benefit[1]
     # Against leaving the window out, which the first-order benefit stands for.
-    without = fused_loss(patch_logits[1:], starts[1:], coarse, cropped[1:], counts, *arguments).loss
+    without = loss_of(patch_logits[1:], starts[1:], coarse, cropped[1:], counts, *arguments).loss
     smooth = upsample_window(coarse, (0, 0, 0), grid.volume_shape, grid.downsampling_factor)
     assert torch.equal(smooth, torch.zeros_like(smooth))  # so that inside and outside the coarse prediction agree
     assert (without - loss).item() == pytest.approx(benefit[0].item(), rel=0.5)
 
 
 @settings(max_examples=40, deadline=None)
-@given(problems(overlapping=True), st.sampled_from(["probabilities", "labels"]))
-def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem, changes_of):
+@given(problems(overlapping=True))
+def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem):
     grid, encoding, factor = problem["grid"], problem["encoding"], problem["grid"].downsampling_factor
     labels = crop_windows(problem["labels"][None, None], problem["starts"], grid.patch_size)[:, 0]
     counts = label_counts(problem["labels"], encoding.num_labels, factor)
     arguments = (problem["starts"], problem["coarse"], labels, counts, problem["weights"], factor, encoding)
     # Whether a window is fused has no say in its changes.
-    loss = fused_loss(problem["patch_logits"], *arguments, num_fused=1, changes_of=changes_of)
+    loss = loss_of(problem["patch_logits"], *arguments, num_fused=1)
     expected, lower = torch.zeros(2, 2 * CLASSES + 1, *grid.low_shape)
     voxels, counted = torch.zeros(2, *grid.low_shape)
     low = [torch.arange(n) // f for n, f in zip(grid.volume_shape, factor, strict=True)]
     for start, logits, of_window in zip(problem["starts"].tolist(), problem["patch_logits"], labels, strict=True):
         coarse = upsample_window(problem["coarse"], start, grid.patch_size, factor)
         fused = fuse(logits, coarse, problem["weights"])
-        if changes_of == "labels":  # logits of labels that are as good as certain
-            coarse, fused = (200 * encoding.decided(prediction) - 100 for prediction in (coarse, fused))
         d, h, w = (axis[part] for axis, part in zip(low, window_slices(start, grid.patch_size), strict=True))
         for i, j, k in itertools.product(d.unique(), h.unique(), w.unique()):
             block = (d == i)[:, None, None] & (h == j)[None, :, None] & (w == k)[None, None]
@@ -162,8 +157,7 @@ def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem,
     for change in loss.changes:
         lower[(slice(None), *change.box)] += change.lower_Tdhw
         counted[change.box] += change.voxels_dhw
-    channels = slice(2 * CLASSES if changes_of == "labels" else None)  # the cross-entropy of labels is nobody's
-    torch.testing.assert_close(lower[channels], expected[channels], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lower, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(counted, voxels)
 
 
@@ -183,7 +177,7 @@ def test_the_loss_has_the_gradient_of_the_sums_of_one_hot_targets(problem):
     for leaf in leaves:
         leaf.requires_grad_()
     weights = problem["weights"]
-    loss = fused_loss(problem["patch_logits"], starts, problem["coarse"], labels, counts, weights, factor, encoding)
+    loss = loss_of(problem["patch_logits"], starts, problem["coarse"], labels, counts, weights, factor, encoding)
     rest, sums = counts.clone(), 0
     shares = window_shares(starts, grid.patch_size, torch.device("cpu"))
     for start, logits, of_window, share in zip(starts.tolist(), problem["patch_logits"], labels, shares, strict=True):
@@ -215,7 +209,7 @@ def test_in_parts_the_loss_is_the_same_and_nothing_of_their_size_is_kept(encodin
         encoding,
     )
     results = []
-    factors = torch.ones(2, 2, requires_grad=True)  # on the sums and on the logits of each window
+    factors = torch.ones(2, requires_grad=True)  # on the sums of each window
     two_planes = 2 * CLASSES * 6 * 5
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (patches, arguments[0])}
     for most_values in (10**6, two_planes):
@@ -228,7 +222,7 @@ def test_in_parts_the_loss_is_the_same_and_nothing_of_their_size_is_kept(encodin
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = fused_loss(patches, starts, *arguments, *factors.unbind(), num_fused=2)
+            loss = loss_of(patches, starts, *arguments, 2, factors)
         assert sum(kept) < 2 * arguments[0].numel()  # what the volume holds of each channel
         measured = benefit_map(loss.changes, loss.slope_S, grid.low_shape, grid.patch_size, factor)
         gradient = torch.autograd.grad(loss.loss + loss.coarse_loss, [patches, arguments[0], factors])
@@ -236,23 +230,6 @@ def test_in_parts_the_loss_is_the_same_and_nothing_of_their_size_is_kept(encodin
     assert [result.pop() for result in results] == [3, 12]
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
-
-
-def test_the_weight_on_a_windows_logits_has_the_gradient_of_what_it_does_to_them():
-    torch.manual_seed(0)
-    grid, factor = WindowGrid((8, 8, 12), (8, 8, 6), (2, 2, 2), 1.0), (2, 2, 2)
-    labels, coarse = torch.randint(0, CLASSES, grid.volume_shape), torch.randn(CLASSES, *grid.low_shape)
-    patches = torch.randn(2, CLASSES, *grid.patch_size)
-    cropped = crop_windows(labels[None, None], grid.starts_N3, grid.patch_size)[:, 0]
-    arguments = (label_counts(labels, CLASSES, factor), FusionWeights.convex(torch.ones(CLASSES)), factor, ENCODING)
-    factors = torch.ones(2, requires_grad=True)
-    loss = fused_loss(patches, grid.starts_N3, coarse, cropped, *arguments, logits_weight_K=factors).loss
-    smooth = upsample_window(coarse, (0, 0, 0), grid.volume_shape, factor)
-    fused = smooth + torch.cat([m * (p - s) for m, p, s in zip(factors, patches, smooth.split(6, 3), strict=True)], 3)
-    expected = nnunet_loss(fused, labels)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    (gradient,), (of_canvas,) = (torch.autograd.grad(value, factors) for value in (loss, expected))
-    torch.testing.assert_close(gradient, of_canvas, rtol=1e-3, atol=1e-5)
 
 
 def test_a_class_that_nothing_has_any_more_costs_nothing():
@@ -264,7 +241,7 @@ def test_a_class_that_nothing_has_any_more_costs_nothing():
     cropped = crop_windows(labels[None, None], grid.starts_N3, grid.patch_size)[:, 0]
     counts, weights = label_counts(labels, CLASSES, factor), FusionWeights.convex(torch.ones(CLASSES))
     coarse = torch.zeros(CLASSES, *grid.low_shape)
-    loss = fused_loss(patches, grid.starts_N3, coarse, cropped, counts, weights, factor, ENCODING).loss
+    loss = loss_of(patches, grid.starts_N3, coarse, cropped, counts, weights, factor, ENCODING).loss
     assert -1 - 1e-4 <= loss.item() <= 0.01
 
 
@@ -277,39 +254,15 @@ def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
     counts = label_counts(problem["labels"], encoding.num_labels, factor)
     coarse, weights = problem["coarse"], problem["weights"]
     arguments = (counts, weights, factor, encoding)
-    loss = fused_loss(problem["patch_logits"], problem["starts"], coarse, labels, *arguments)
+    loss = loss_of(problem["patch_logits"], problem["starts"], coarse, labels, *arguments)
     for window in range(len(problem["starts"])):
         logits, start = problem["patch_logits"][window, None], problem["starts"][window, None]
-        changes = fused_loss(logits, start, coarse, labels[window, None], *arguments).changes
+        changes = loss_of(logits, start, coarse, labels[window, None], *arguments).changes
         alone = benefit_map(changes, loss.slope_S, grid.low_shape, grid.patch_size, factor)
         voxels = alone.weight_dhw * math.prod(factor)
         assert voxels.sum() == encoding.counted(labels[window]).sum()
         benefit = (alone.benefit_dhw * voxels).sum() / math.prod(grid.patch_size)
         torch.testing.assert_close(benefit, loss.benefit_K[window], rtol=1e-3, atol=1e-5)
-
-
-@settings(max_examples=30, deadline=None)
-@given(problems(overlapping=False))
-def test_the_benefit_of_labels_is_first_order_in_the_dice(problem):
-    """Changing the labels of one low-resolution voxel's worth by a little changes Dice by slope times change."""
-    factor, coarse = problem["grid"].downsampling_factor, problem["coarse"]
-    encoding = problem["encoding"]
-    counts = label_counts(problem["labels"], encoding.num_labels, factor)
-    targets, voxels = (part.double() for part in encoding.targets(counts))
-    predicted = encoding.decided(coarse).double()
-    change = 1e-6 * (encoding.decided(torch.randn_like(coarse)).double() - predicted)
-
-    def dice_and_sums(share):
-        intersection = (share * targets).flatten(1).sum(1)
-        prediction, target = (share * voxels).flatten(1).sum(1), targets.flatten(1).sum(1)
-        present = (target > 0) & ((torch.arange(CLASSES) > 0) | encoding.has_regions)
-        dice = 2 * intersection[present] / (prediction + target)[present]
-        return (dice.mean() if len(dice) else torch.tensor(0.0)), torch.cat([intersection, prediction])
-
-    (before, sums), (after, changed_sums) = dice_and_sums(predicted), dice_and_sums(predicted + change)
-    slope = dice_slope(coarse, counts, encoding).double()
-    gain = -(slope[: 2 * CLASSES] @ (changed_sums - sums))
-    assert (after - before).item() == pytest.approx(gain.item(), rel=1e-3, abs=1e-11)
 
 
 def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_it_is_wrong():
@@ -323,27 +276,12 @@ def test_the_benefit_map_is_positive_where_a_patch_is_right_and_negative_where_i
     wrong[1] = 8
     patches, weights = torch.stack([right, wrong]), FusionWeights.convex(torch.ones(CLASSES))
     cropped, counts = torch.stack([labels[:, :, :8], labels[:, :, 8:]]), label_counts(labels, CLASSES, factor)
-    loss = fused_loss(patches, starts, coarse, cropped, counts, weights, factor, ENCODING)
+    loss = loss_of(patches, starts, coarse, cropped, counts, weights, factor, ENCODING)
     measured = benefit_map(loss.changes, loss.slope_S, (4, 4, 8), (8, 8, 8), factor)
     assert (measured.benefit_dhw[:, :, :4] > 0).all()
     assert (measured.benefit_dhw[:, :, 4:] < 0).all()
     assert measured.benefit_dhw[1:3, 1:3, 1:3].mean() > measured.benefit_dhw[:1, :, :4].mean()
     assert (measured.weight_dhw == 1).all()
-
-
-def test_distillation_pulls_the_coarse_prediction_to_the_mean_of_the_patches():
-    patches = torch.randn(2, CLASSES, 8, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    starts, factor = torch.tensor([[0, 0, 0], [0, 4, 8]]), (2, 2, 4)
-    coarse = torch.zeros(CLASSES, 4, 6, 4, requires_grad=True)
-    loss = distillation_loss(patches, starts, coarse, factor, ENCODING)
-    assert loss.item() == pytest.approx(math.log(CLASSES))
-    loss.backward()
-    assert patches.grad is None
-    first = patches[0].softmax(0).detach().view(CLASSES, 4, 2, 4, 2, 2, 4).mean((2, 4, 6))
-    # The first window alone covers its first two rows of low-resolution voxels, 16 voxels each of 1024 in all.
-    expected = (1 / CLASSES - first[:, :, :2]) * 16 / 1024
-    torch.testing.assert_close(coarse.grad[:, :, :2, :2], expected)
-    assert (coarse.grad[:, :, :2, 2:] == 0).all()
 
 
 def test_an_ignored_window_is_worth_nothing_and_says_nothing():
@@ -354,7 +292,7 @@ def test_an_ignored_window_is_worth_nothing_and_says_nothing():
     coarse, weights = torch.zeros(CLASSES, *grid.low_shape), FusionWeights.convex(torch.full((CLASSES,), 0.9))
     cropped = crop_windows(labels[None, None], grid.starts_N3, grid.patch_size)[:, 0]
     counts = label_counts(labels, 4, (2, 2, 2))
-    loss = fused_loss(patches, grid.starts_N3, coarse, cropped, counts, weights, (2, 2, 2), encoding)
+    loss = loss_of(patches, grid.starts_N3, coarse, cropped, counts, weights, (2, 2, 2), encoding)
     assert loss.benefit_K[1] == 0
     (gradient,) = torch.autograd.grad(loss.loss, patches)
     assert gradient[0].abs().max() > 0

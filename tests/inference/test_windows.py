@@ -12,7 +12,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWit
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import make_plans
 
-from nnunet_nmsw.inference.windows import ChosenWindows, write_windows
+from nnunet_nmsw.inference.volume import ChosenWindows
+from nnunet_nmsw.inference.windows import write_windows
 
 ORIENTATIONS = [
     "".join(letters) for axes in itertools.permutations(("RL", "AP", "IS")) for letters in itertools.product(*axes)

@@ -7,16 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_nmsw.volume.interpolation import upsample_window
+from nnunet_nmsw.volume.label_counts import LabelSums, add_to_low_resolution_, label_counts
 from nnunet_nmsw.volume.windows import (
-    LabelSums,
     WindowGrid,
-    add_to_low_resolution_,
     crop,
     crop_windows,
     downsample,
-    label_counts,
     low_shape,
-    upsample_window,
     window_slices,
 )
 

@@ -1,25 +1,21 @@
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from test_data import PATCH, Cases, as_volume, nnunet_augmentation
-from test_network import plain_loss
 from tiny import build_network
+from training import PATCH, loader, nnunet_augmentation, step_on
 
-from nnunet_nmsw.trainers.loader import WholeVolumeLoader
-from nnunet_nmsw.trainers.views import seed_everything
+from nnunet_nmsw.trainers.loader import training_volume
+from nnunet_nmsw.trainers.randomness import seed_everything
 
 
 def train(seed: int, steps: int = 4) -> list[torch.Tensor]:
     """A few steps as the trainer takes them; the losses, and the weights in the end."""
     seed_everything(seed)
     network = build_network(PATCH, downsampling_factor=[2, 2, 2])
-    loss, optimizer = plain_loss(network.config), torch.optim.SGD(network.parameters(), 0.01)
-    augmentation = nnunet_augmentation()
-    batches = WholeVolumeLoader(Cases(), PATCH, 2, 1, augmentation, True)
+    optimizer, augmentation = torch.optim.SGD(network.parameters(), 0.01), nnunet_augmentation()
     losses = []
-    for batch, _ in zip(batches, range(steps), strict=False):
-        volume = as_volume(batch, augmentation)
+    for batch, _ in zip(loader(augmentation, True, 2, 1), range(steps), strict=False):
         optimizer.zero_grad()
-        value = loss(network(volume), volume)
+        value = network(step_on(training_volume(batch, augmentation))).loss
         value.backward()
         optimizer.step()
         losses.append(value.detach())
@@ -35,7 +31,7 @@ def test_the_same_seed_gives_the_same_training():
 def test_the_same_seed_gives_the_same_batches_from_workers():
     drawn = []
     for _ in range(2):
-        batches = WholeVolumeLoader(Cases(), PATCH, 2, 1, nnunet_augmentation(), True, (5,))
+        batches = loader(nnunet_augmentation(), True, 2, 1, (5,))
         workers = MultiThreadedAugmenter(batches, None, 2, 2, [0, 1])
         drawn.append([next(workers)["seed"] for _ in range(6)])
         workers._finish()

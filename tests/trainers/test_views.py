@@ -4,15 +4,18 @@ import torch
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform, create_affine_matrix_3d
+from fusion_problems import loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import nnunet_augmentation
+from training import nnunet_augmentation
 
-from nnunet_nmsw.trainers.losses.fused import fused_loss
 from nnunet_nmsw.model.fusion import FusionWeights
-from nnunet_nmsw.volume.windows import crop, crop_windows, downsample, label_counts
+from nnunet_nmsw.trainers.randomness import seed_everything
+from nnunet_nmsw.trainers.views import PreviousStage, TrainingVolume
+from nnunet_nmsw.volume.affine import sample_affine
+from nnunet_nmsw.volume.label_counts import label_counts
 from nnunet_nmsw.volume.labels import LabelEncoding
-from nnunet_nmsw.trainers.views import TrainingVolume, sample_affine, seed_everything
+from nnunet_nmsw.volume.windows import crop, crop_windows, downsample
 
 SHAPE, PATCH = (18, 21, 24), (8, 8, 8)
 
@@ -137,7 +140,7 @@ def test_no_voxel_of_a_rotated_volume_counts_twice_in_the_fused_loss(factor):
     interpolated, counted = training.label_counts(2, factor), label_counts(whole, 2, factor)
     assert not torch.allclose(interpolated, counted)
     losses = [
-        fused_loss(logits, starts, coarse, targets, counts, weights, factor, LabelEncoding(2))
+        loss_of(logits, starts, coarse, targets, counts, weights, factor, LabelEncoding(2))
         for counts in (interpolated, counted)
     ]
     torch.testing.assert_close(losses[0].loss, losses[1].loss)
@@ -152,7 +155,7 @@ def test_labels_of_a_previous_stage_become_channels(affine):
     volume, starts = smooth_volume(), torch.tensor([[1, 2, 3]])
     nothing = torch.zeros(0, 3, dtype=torch.int64)
     move = MoveSegAsOneHotToDataTransform(1, [1, 2])
-    cascade = TrainingVolume(volume, blocks(), nothing, affine, [], 0, previous, 2, [move])
+    cascade = TrainingVolume(volume, blocks(), nothing, affine, [], 0, PreviousStage(previous, 2, [move]))
     image, labels = cascade.windows(starts, PATCH)
     plain, plain_labels = TrainingVolume(volume, blocks(), nothing, affine).windows(starts, PATCH)
     assert torch.equal(image[:, :1], plain)

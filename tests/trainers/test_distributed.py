@@ -10,13 +10,12 @@ from tiny import DATASET_JSON, make_plans
 from torch import distributed as dist
 from torch import multiprocessing
 
-import nnunet_nmsw.trainers.losses.total as loss_module
-from nnunet_nmsw.settings import GRADIENT_PATHS
+import nnunet_nmsw.trainers.losses.benefit as benefit_module
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.settings import SCORE_TRAININGS
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW, torchrun
-from nnunet_nmsw.trainers.loader import Augmentation
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW import training_volume
-from nnunet_nmsw.trainers.views import seed_everything
+from nnunet_nmsw.trainers.augmentation import Augmentation
+from nnunet_nmsw.trainers.randomness import seed_everything
 
 PROCESSES = 2
 NO_AUGMENTATION = Augmentation(None, None, [], [])
@@ -64,11 +63,11 @@ def make_batch(rank: int, step: int = 0) -> dict:
 
 
 def gradients(trainer: nnUNetTrainerNMSW, rank: int) -> dict[str, torch.Tensor]:
-    volume = training_volume(make_batch(rank), NO_AUGMENTATION)
+    step = trainer.step_of(make_batch(rank), NO_AUGMENTATION)
     seed_everything(8, rank)  # of the windows drawn
     trainer.network.zero_grad()
-    trainer.loss(trainer.network(volume), volume).backward()
-    named = trainer._plain_network().named_parameters()
+    trainer.loss(trainer.network(step), step).backward()
+    named = trainer.nmsw_network.named_parameters()
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
@@ -78,11 +77,11 @@ def in_one_process(**nmsw) -> dict[str, torch.Tensor]:
     for rank, trainer in enumerate(trainers):
         gradients(trainer, rank)
     scale = torch.stack([trainer.network.benefit_scale for trainer in trainers]).square().mean().sqrt()
-    memory, loss_module.SCALE_MEMORY = loss_module.SCALE_MEMORY, 1.0  # keeps the scale
+    memory, benefit_module.SCALE_MEMORY = benefit_module.SCALE_MEMORY, 1.0  # keeps the scale
     for trainer in trainers:
         trainer.network.benefit_scale.copy_(scale)
     by_volume = [gradients(trainer, rank) for rank, trainer in enumerate(trainers)]
-    loss_module.SCALE_MEMORY = memory
+    benefit_module.SCALE_MEMORY = memory
     expected = {name: sum(of[name] for of in by_volume) / PROCESSES for name in by_volume[0]}
     return {**expected, "benefit_scale": scale}
 
@@ -97,7 +96,7 @@ def check_process(rank: int, folder: Path, settings: list[dict]) -> None:
         assert trainer.oversample_foreground_percent == 0.33
         assert not any(isinstance(m, MemoryEfficientSoftDiceLoss) and m.ddp for m in trainer.loss.modules())
         of_first_step = gradients(trainer, rank)
-        network = trainer._plain_network()
+        network = trainer.nmsw_network
         found.append({**of_first_step, "benefit_scale": network.benefit_scale.clone()})
         for step in range(3):
             result = trainer.train_step(make_batch(rank, step))
@@ -107,7 +106,7 @@ def check_process(rank: int, folder: Path, settings: list[dict]) -> None:
             dist.all_gather(both, tensor)
             assert torch.equal(*both), name
     check_logs(trainer, rank)
-    assert trainer.own_share(["a", "b", "c"]) == (["a", "c"], ["b"])[rank]
+    assert trainer.processes.own_share(["a", "b", "c"]) == (["a", "c"], ["b"])[rank]
     dist.destroy_process_group()
     if rank > 0:
         return
@@ -122,7 +121,7 @@ def check_process(rank: int, folder: Path, settings: list[dict]) -> None:
 
 def check_logs(trainer: nnUNetTrainerNMSW, rank: int) -> None:
     """The logged values are means over both processes."""
-    report = {name: value.numpy() for name, value in trainer.loss.report.items()}
+    report = trainer.train_step(make_batch(rank))
     output = {**report, "loss": np.array(1.0 + 2 * rank), "foreground_share": np.array(float(rank))}
     trainer.on_train_epoch_end([output])
     assert trainer.logger.get_value("train_losses", step=-1) == 2
@@ -136,11 +135,8 @@ def test_two_processes_are_one_with_both_volumes(tmp_path, monkeypatch):
     (data / "case.b2nd").touch()  # tells nnU-Net the format
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    settings = [
-        {"gradient_path": path, "benefit_loss_weight": 0.1 if path in ("none", "contribution") else 0.0}
-        for path in GRADIENT_PATHS
-    ]
-    settings.append({"windows_at_once": 1, "distillation_weight": 0.1})
+    settings = [{"score_training": training} for training in SCORE_TRAININGS]
+    settings.append({"windows_at_once": 1})
     multiprocessing.spawn(check_process, (tmp_path, settings), nprocs=PROCESSES)
 
 

@@ -8,14 +8,20 @@ from tiny import build_network
 from torch import nn
 from torch.nn import functional
 
-from nnunet_nmsw.settings import SELECTIONS
 from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
-from nnunet_nmsw.evaluation.oracle import oracle_windows
+from nnunet_nmsw.evaluation.oracle import Oracle, oracle_windows
 from nnunet_nmsw.evaluation.predictions import PatchStore, count_macs
-from nnunet_nmsw.evaluation.selectors import entropy_windows, object_windows, random_windows
-from nnunet_nmsw.model.fusion import FusionWeights, fuse
+from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Entropy, Objects, Random
+from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
+from nnunet_nmsw.selection.budget import Budget
+from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import WindowGrid, window_slices
-from nnunet_nmsw.model.network import CoarsePrediction
+
+
+def test_ways_are_found_by_the_names_of_their_selectors():
+    facts = CaseFacts(make_oracle=lambda: Oracle(lambda start: torch.empty(0), None, torch.empty(0), ()))
+    assert all(way.selector(facts).name == name for name, way in WAYS.items())
 
 
 def test_methods_have_names_of_their_own_and_the_reference_is_nnunets_default():
@@ -35,28 +41,27 @@ def test_the_primary_method_is_the_models_own_k_or_the_smallest_percentage():
     assert primary_method(methods, "7%").num_patches == "10%"
     assert primary_method(build_methods(False, [5], [False]), "7%").num_patches == 5
     assert primary_method(methods, "10%", "top_k").selection == "top_k"
-    for selection in SELECTIONS:
+    for selection in ("greedy_benefit", "top_k", "greedy_coverage"):
         assert primary_method(build_methods(True, ["all"], [False]), "10%", selection).num_patches == "all"
 
 
 def coarse_of(labels_dhw: torch.Tensor, confidence: float = 5.0) -> CoarsePrediction:
     logits_Cdhw = confidence * functional.one_hot(labels_dhw, 3).movedim(-1, 0).float()
-    return CoarsePrediction(logits_Cdhw, torch.zeros(labels_dhw.shape))
+    return CoarsePrediction(logits_Cdhw, torch.zeros(labels_dhw.shape), LabelEncoding(3))
 
 
 def test_entropy_prefers_uncertain_windows_and_random_ones_are_nested():
-    network = build_network()
     grid = WindowGrid((24, 24, 24), (8, 8, 8), (2, 2, 2))
     labels = torch.zeros(grid.low_shape, dtype=torch.int64)
     labels[:4, :4, :4] = 1
     labels[8:, 8:, 8:] = 1
     coarse = coarse_of(labels)
     coarse.logits_Cdhw[:, 8:, 8:, 8:] = torch.tensor([1.0, 1.1, 1.0]).view(3, 1, 1, 1)  # uncertain
-    assert entropy_windows(network, coarse, grid, 1).starts_K3.tolist() == [[16, 16, 16]]
-    few, many = (random_windows(network, coarse, grid, k, seed=3).starts_K3.tolist() for k in (4, 9))
+    assert Entropy().choose(coarse, grid, Budget(1)).starts_K3.tolist() == [[16, 16, 16]]
+    few, many = (Random(3).choose(coarse, grid, Budget(k)).starts_K3.tolist() for k in (4, 9))
     assert many[:4] == few
     assert len({tuple(start) for start in many}) == 9
-    assert random_windows(network, coarse, grid, 9, seed=4).starts_K3.tolist() != many
+    assert Random(4).choose(coarse, grid, Budget(9)).starts_K3.tolist() != many
 
 
 def test_objects_are_centred_in_windows_and_covered_when_larger():
@@ -64,21 +69,21 @@ def test_objects_are_centred_in_windows_and_covered_when_larger():
     labels = torch.zeros(grid.low_shape, dtype=torch.int64)
     labels[7:9, 7:9, 7:9] = 1  # voxels 14 to 18
     labels[0, 0, 0] = 2  # a corner
-    starts = object_windows(coarse_of(labels), grid).starts_K3.tolist()
+    starts = Objects().choose(coarse_of(labels), grid, Budget(len(grid))).starts_K3.tolist()
     assert starts == [[12, 12, 12], [0, 0, 0]]
     labels[9, 9, 9] = 1  # voxels 18 to 20, inside the window of the first and touching its corner
     labels[6, 6, 9] = 1  # an object of its own, inside it, too
-    assert object_windows(coarse_of(labels), grid).starts_K3.shape == (2, 3)
+    assert Objects().choose(coarse_of(labels), grid, Budget(len(grid))).starts_K3.shape == (2, 3)
     labels[12:, 2:4, 2:4] = 1
     labels[2:, 10:14, 10:14] = 1  # 28 voxels long, 8 wide
-    starts = object_windows(coarse_of(labels), grid).starts_K3
+    starts = Objects().choose(coarse_of(labels), grid, Budget(len(grid))).starts_K3
     covered = torch.zeros(grid.volume_shape, dtype=torch.bool)
     for start in starts.tolist():
         covered[window_slices(start, grid.patch_size)] = True
         assert all(0 <= s <= 24 for s in start)
     foreground = labels.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, 2) > 0
     assert covered[foreground].all()
-    assert object_windows(coarse_of(torch.zeros_like(labels)), grid).starts_K3.shape == (0, 3)
+    assert Objects().choose(coarse_of(torch.zeros_like(labels)), grid, Budget(len(grid))).starts_K3.shape == (0, 3)
 
 
 def test_the_oracle_does_what_trying_everything_does():
@@ -95,8 +100,6 @@ def test_the_oracle_does_what_trying_everything_does():
         patches[window] = quality * cut + 2 * torch.randn(3, *grid.patch_size)
 
     def dice(windows: list[int]) -> float:
-        from nnunet_nmsw.model.fusion import gaussian_weights
-
         gaussian = gaussian_weights(grid.patch_size, torch.device("cpu"))
         total, weight = torch.zeros_like(coarse), torch.zeros(grid.volume_shape)
         for window in windows:

@@ -1,23 +1,26 @@
 import json
-from dataclasses import FrozenInstanceError
+from pathlib import Path
 
+import pydantic
 import pytest
 from tiny import make_configuration
 
-from nnunet_nmsw.settings import NMSWConfig, default_downsampling_factor, parse_num_patches, resolve_num_patches
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.model.plans import default_downsampling_factor, settings_of
+from nnunet_nmsw.selection.budget import parse_num_patches, resolve_num_patches
+from nnunet_nmsw.settings import ALLOWED, RETIRED, table
 
 
 def test_defaults_are_resolved_and_survive_a_round_trip_through_json():
-    config = NMSWConfig.from_configuration(make_configuration())
+    config = settings_of(make_configuration())
     saved = {**make_configuration(), "nmsw": json.loads(json.dumps(config.to_dict()))}
-    assert NMSWConfig.from_configuration(saved) == config
-    with pytest.raises(FrozenInstanceError):
-        config.temperature = 1.0
+    assert settings_of(saved) == config
+    with pytest.raises(pydantic.ValidationError):
+        config.seed = 1
 
 
 def test_overrides_are_taken():
-    config = NMSWConfig.from_configuration(make_configuration(num_patches=7, downsampling_factor=[1, 2, 2]))
+    config = settings_of(make_configuration(num_patches=7, downsampling_factor=[1, 2, 2]))
     assert config.num_patches == 7
     assert config.downsampling_factor == (1, 2, 2)
 
@@ -27,40 +30,58 @@ def test_overrides_are_taken():
     [
         ("num_patch", 3, "num_patches"),  # unknown: the allowed names are listed
         ("num_patches", 0, "10%"),
-        ("gradient_path", "magic", "none, contribution, contribution_logits, input"),
-        ("selection", "best", "top_k, greedy_coverage, greedy_benefit"),
-        ("fusion", "mean", "class_weights, affine"),
-        ("fuse_random_windows", 1, "true or false"),
+        ("score_training", "magic", "benefit, contribution"),
+        ("gradient_path", "input", "0.1.0"),  # retired
+        ("fuse_random_windows", 1, "0.1.0"),
         ("seed", -1, "at least 0"),
-        ("benefit_loss_weight", 0, "nothing would train the scores"),
-        ("coverage_discount", 2, "up to 1"),
         ("downsampling_factor", [2, 2], "three integers"),
         ("downsampling_factor", [2, 0, 2], "three integers"),
         ("global_width", 0, "above 0"),
         ("global_width", "wide", "above 0"),
-        ("temperature", -1, "above 0"),
-        ("candidate_threshold", 1, "below 1"),
         ("sampled_windows", 0, "from 1 to 1024"),
         ("sampled_windows", 100_000, "from 1 to 1024"),
-        ("placement_step", 1e-9, "a voxel of a patch"),
-        ("tile_step_size", 1e-9, "a voxel of a patch"),
         ("downsampling_factor", [1000] * 3, "no more voxels than a patch"),
         ("random_windows", 1.5, "from 0 to 1024"),
-        ("entropy_weight", float("nan"), "at least 0"),
+        ("global_width", float("nan"), "above 0"),
+        ("global_width", True, "above 0"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(setting, value, says):
     with pytest.raises(UserError) as error:
-        NMSWConfig.from_configuration(make_configuration(**{setting: value}))
+        settings_of(make_configuration(**{setting: value}))
     message = str(error.value)
     assert setting in message
     assert says in message
     assert "\n" not in message
 
 
+def test_plans_of_models_trained_before_are_taken_where_nothing_has_changed():
+    """They hold all settings of their version, and what dataset and trainer say by themselves."""
+    before = {**RETIRED, "regions": True, "freeze_local_branch": False, "num_patches": "20%"}
+    settings = settings_of(make_configuration(**before))
+    assert settings == settings_of(make_configuration(num_patches="20%"))
+    assert not set(settings.to_dict()) & set(before) - {"num_patches"}
+    for name, value in RETIRED.items():
+        with pytest.raises(UserError, match=f'"{name}".*0\\.1\\.0'):
+            settings_of(make_configuration(**{**before, name: not value}))
+
+
+def test_defaults_of_a_trainer_stand_behind_the_plans():
+    configuration = make_configuration(sampled_windows=3)
+    settings = settings_of(configuration, {"sampled_windows": 4, "random_windows": 1})
+    assert (settings.sampled_windows, settings.random_windows) == (3, 1)
+
+
+def test_the_documented_table_is_that_of_the_settings():
+    """`python -m nnunet_nmsw.settings` prints it."""
+    documented = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    assert table() in documented
+    assert len(ALLOWED) == 9
+
+
 def test_a_2d_configuration_is_refused():
     with pytest.raises(UserError, match="2D"):
-        NMSWConfig.from_configuration(make_configuration((8, 8)))
+        settings_of(make_configuration((8, 8)))
 
 
 def test_the_papers_setting_gets_the_papers_downsampling():

@@ -1,13 +1,12 @@
 """Which way of training the scores points where the expected loss falls? An answer by enumeration.
 
-    python benchmarks/gradient_paths.py
+    python experiments/gradient_paths.py
 
 A toy: five windows that do not overlap, two of them drawn, a fixed coarse prediction and a fixed small local network
 with instance norm. The exact gradient of the expected fused loss with respect to the five scores comes from enumerating
 all ordered draws; each path's gradient is averaged over many draws. Printed is the cosine between the two, over seeds.
 
     contribution   ours: minus benefit times the gradient of the draw's log-probability
-    tangent        the same weight on the contribution to the fused logits, which linearises where the window is present
     input          the paper's: the relaxed probability multiplies the input patch
 """
 
@@ -19,14 +18,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nnunet_nmsw.trainers.losses.fused import fused_loss
 from nnunet_nmsw.model.fusion import FusionWeights
-from nnunet_nmsw.volume.windows import WindowGrid, crop_windows, label_counts
+from nnunet_nmsw.selection.draw import WindowSample, sample_windows
+from nnunet_nmsw.trainers.losses.fused import LowResolution, WindowPredictions, fused_loss
+from nnunet_nmsw.volume.label_counts import label_counts
 from nnunet_nmsw.volume.labels import LabelEncoding
-from nnunet_nmsw.selection.topk import WindowSample, sample_windows
+from nnunet_nmsw.volume.windows import WindowGrid, crop_windows
 
 CLASSES, K = 2, 2
-PATHS = ("contribution", "tangent", "input")
+PATHS = ("contribution", "input")
 
 ENCODING = LabelEncoding(CLASSES)
 
@@ -67,32 +67,10 @@ class Toy:
         patches = crop_windows(self.volume, starts, self.grid.patch_size)
         if input_weight is not None:
             patches = patches * input_weight.view(-1, 1, 1, 1, 1)
-        logits = self.local(patches)
-        factor = self.grid.downsampling_factor
-        return fused_loss(
-            logits,
-            starts,
-            self.coarse,
-            self.targets(starts),
-            self.counts,
-            self.weights,
-            factor,
-            ENCODING,
-            window_weight,
-        ).loss
-
-    def targets(self, starts: Tensor) -> Tensor:
-        """Labels of windows."""
-        return crop_windows(self.labels[None, None], starts, self.grid.patch_size)[:, 0]
-
-    def tangent_loss(self, indices: Tensor, weight: Tensor) -> Tensor:
-        """Fused loss with a weight on each window's contribution to the fused logits."""
-        starts = self.grid.starts_N3[indices]
-        logits = self.local(crop_windows(self.volume, starts, self.grid.patch_size))
-        factor = self.grid.downsampling_factor
-        return fused_loss(
-            logits, starts, self.coarse, self.targets(starts), self.counts, self.weights, factor, ENCODING, None, weight
-        ).loss
+        targets = crop_windows(self.labels[None, None], starts, self.grid.patch_size)[:, 0]
+        windows = WindowPredictions(self.local(patches), targets, starts)
+        low = LowResolution(self.coarse, self.counts, self.grid.downsampling_factor, ENCODING)
+        return fused_loss(windows, low, self.weights, window_weight_K=window_weight).loss
 
 
 def exact_gradient(toy: Toy) -> Tensor:
@@ -115,7 +93,6 @@ def estimated_gradient(toy: Toy, path: str, draws: int) -> Tensor:
     ).exp()
     losses = {
         "contribution": lambda s: toy.loss(s.indices_K, window_weight=log_weight(s)),
-        "tangent": lambda s: toy.tangent_loss(s.indices_K, log_weight(s)),
         "input": lambda s: toy.loss(s.indices_K, input_weight=s.relaxed_K),
     }
     everything = torch.ones(len(toy.grid), dtype=torch.bool)

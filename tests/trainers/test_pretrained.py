@@ -7,18 +7,14 @@ import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from test_backbones import folders, new_trainer  # noqa: F401
-from tiny import build_network, make_plans
+from tiny import build_network, make_plans, make_trainer
 from torch import nn
 
-from nnunet_nmsw.model.safe_loading import read_checkpoint
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.trainers.pretrained import (
-    AlreadyLoaded,
-    load_local_branch,
-    load_pretrained,
-    pretrained_weights_of_command_line,
-)
+from nnunet_nmsw.model.safe_loading import read_checkpoint
+from nnunet_nmsw.nnunet import AlreadyLoaded, pretrained_weights_of_command_line
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW_retrofit
+from nnunet_nmsw.trainers.pretrained import load_local_branch, load_pretrained
 
 
 def other_weights(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -100,7 +96,7 @@ def test_nnunets_own_loading_changes_nothing_afterwards(tmp_path):
 
 
 def test_a_frozen_local_branch_keeps_no_activations_and_stays_in_evaluation_mode():
-    network = build_network(freeze_local_branch=True).train()
+    network = build_network(trainer=nnUNetTrainerNMSW_retrofit).train()
     assert network.global_branch.training
     assert not network.local_branch.training
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -108,7 +104,7 @@ def test_a_frozen_local_branch_keeps_no_activations_and_stays_in_evaluation_mode
     assert not any(name.startswith("local_branch.") for name in trained)
     patches = torch.randn(4, 1, 8, 8, 8)
     for windows_at_once in (None, 1):
-        logits = build_network(freeze_local_branch=True, windows_at_once=windows_at_once)._local_logits(patches)
+        logits = build_network(trainer=nnUNetTrainerNMSW_retrofit, windows_at_once=windows_at_once).local(patches)
         assert not logits.requires_grad
         assert torch.allclose(logits, network.local_branch(patches), atol=1e-5)
 
@@ -119,10 +115,10 @@ def test_the_trainer_loads_them_before_it_compiles_and_trains(tmp_path, monkeypa
     torch.save({"network_weights": other_weights(build_network().local_branch)}, file)
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "4", "3d_fullres", "0", "-pretrained_weights", str(file)])
     monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)  # as on a GPU
-    trainer = new_trainer(make_plans())
+    trainer = make_trainer(make_plans())
     trainer.initialize()
     load_pretrained_weights(trainer.network, str(file))  # what nnU-Net does next
-    network = trainer._plain_network()
+    network = trainer.nmsw_network
     assert network.local_branch._compiled_call_impl is not None
     loaded = {name for name, weight in network.state_dict().items() if (weight == 0.25).all()}
     assert {name for name in network.state_dict() if name.startswith("local_branch.encoder.")} <= loaded

@@ -3,54 +3,11 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._subclasses.fake_tensor import FakeTensorMode
+from training import NONE, PATCH, Cases, loader, nnunet_augmentation
 
-from nnunet_nmsw.trainers.loader import Augmentation, WholeVolumeLoader
-from nnunet_nmsw.trainers.views import TrainingVolume
-
-PATCH = (12, 12, 12)
-
-
-class Cases:
-    """Three preprocessed cases of different shapes in memory; the labels say where the image is bright."""
-
-    identifiers = ("a", "b", "c")
-    shapes = (20, 24, 28), (5, 30, 16), (18, 18, 18)
-
-    def load_case(self, key):
-        rng = np.random.default_rng(ord(key))
-        labels = np.zeros((1, *self.shapes[self.identifiers.index(key)]), np.int8)
-        labels[:, 2:5, 3:6, 4:7] = 1
-        labels[:, 3:4, 10:13, 9:12] = 2
-        locations = {label: np.argwhere(labels == label) for label in (1, 2)}
-        image = rng.normal(0, 0.1, labels.shape).astype(np.float32) + 10 * labels
-        return image, labels, None, {"class_locations": locations}
-
-
-def nnunet_augmentation(flat=False, mirror_axes=(0, 1, 2)):
-    return Augmentation.of(
-        nnUNetTrainer.get_training_transforms(
-            patch_size=(1, 1, 1),
-            rotation_for_DA=(-0.5, 0.5),
-            deep_supervision_scales=None,
-            mirror_axes=mirror_axes,
-            do_dummy_2d_data_aug=flat,
-        )
-    )
-
-
-NONE = Augmentation(None, None, [], [])
-
-
-def loader(augmentation=NONE, at_random=False, windows=6, foreground=3, seed=None):
-    return WholeVolumeLoader(Cases(), PATCH, windows, foreground, augmentation, at_random, seed)
-
-
-def as_volume(batch, augmentation=NONE):
-    return TrainingVolume(
-        batch["data"], batch["target"], batch["random_starts"], batch["affine"], augmentation.of_views, batch["seed"]
-    )
+from nnunet_nmsw.trainers.augmentation import Augmentation
+from nnunet_nmsw.trainers.loader import training_volume
 
 
 def test_volumes_come_in_order_padded_to_the_patch():
@@ -76,7 +33,7 @@ def test_random_windows_lie_inside_and_the_last_hold_foreground():
         assert starts.shape == (6, 3)
         assert (starts >= 0).all()
         assert (starts + 12 <= shape).all()
-        _, labels = as_volume(batch).windows(starts, PATCH)
+        _, labels = training_volume(batch, NONE).windows(starts, PATCH)
         with_foreground = (labels[3:] > 0).flatten(1).any(1)
         # What a rotation leaves of an object of a few voxels may lie between the voxels.
         assert with_foreground.all() or batch["affine"] is not None
