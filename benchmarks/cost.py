@@ -31,9 +31,13 @@ from torch import Tensor
 
 from nnunet_nmsw.inference.export import write_labels
 from nnunet_nmsw.inference.memory import most_memory_of_process
+from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import preprocessed
-from nnunet_nmsw.model.network import CoarsePrediction, WindowChoice
+from nnunet_nmsw.inference.volume import Networks, Padded, Spending
+from nnunet_nmsw.selection.budget import Budget
+from nnunet_nmsw.selection.interface import CoarsePrediction, Selector, WindowChoice
+from nnunet_nmsw.volume.windows import WindowGrid
 
 STOCK = "nnU-Net"
 STAGES = ("read and preprocess", "global branch", "choice of windows", "patches", "labels", "write")
@@ -92,24 +96,52 @@ class Stages:
         self.seconds[stage] += time.perf_counter() - started
 
 
+class TimedFold(Fold):
+    """Counts the seconds of its networks."""
+
+    stages: Stages
+
+    def coarse(self, padded: Padded) -> CoarsePrediction:
+        """See the parent."""
+        with self.stages.of("global branch"):
+            return super().coarse(padded)
+
+    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+        """See the parent."""
+        with self.stages.of("patches"):
+            return super().patches(padded, starts_K3)
+
+
+class TimedSelector:
+    """Counts the seconds of a choice of windows."""
+
+    def __init__(self, selector: Selector, stages: Stages) -> None:
+        self.selector, self.stages, self.name = selector, stages, selector.name
+
+    def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
+        """See `Selector`."""
+        with self.stages.of("choice of windows"):
+            return self.selector.choose(coarse, grid, budget)
+
+
 class TimedPredictor(NMSWPredictor):
     """Counts the seconds of its stages."""
 
     stages: Stages
 
-    def predict_coarse(self, volume_CDHW: Tensor) -> CoarsePrediction:
+    @property
+    def spending(self) -> Spending:
         """See the parent."""
-        with self.stages.of("global branch"):
-            return super().predict_coarse(volume_CDHW)
+        spending = super().spending
+        return spending._replace(selector=TimedSelector(spending.selector, self.stages))
 
-    def choose_windows(self, *args: Any) -> WindowChoice:
+    def networks_of(self, case: dict[str, Any]) -> list[Networks]:
         """See the parent."""
-        with self.stages.of("choice of windows"):
-            return super().choose_windows(*args)
-
-    def _patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
-        with self.stages.of("patches"):
-            return super()._patch_logits(patches_KCDHW)
+        folds: list[Networks] = []
+        for fold in self.folds():
+            folds.append(TimedFold(fold.ensemble, fold.number))
+            folds[-1].stages = self.stages
+        return folds
 
 
 def measure(model: Path, edge: int, method: str, device: torch.device) -> dict[str, Any]:
@@ -138,7 +170,7 @@ def of_nmsw(predictor: TimedPredictor, image: str, output: str, stages: Stages) 
         stages.seconds[stage] for stage in ("global branch", "choice of windows", "patches")
     )
     with stages.of("write"):
-        write_labels(segmentation, output, ".nii.gz", predictor.plans_manager, case["data_properties"])
+        write_labels(segmentation, Path(output + ".nii.gz"), predictor.plans_manager, case["data_properties"])
 
 
 def of_nnunet(predictor: nnUNetPredictor, image: str, output: str, stages: Stages) -> None:

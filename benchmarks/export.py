@@ -24,14 +24,15 @@ from measuring import in_new_process, tell, write_results
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from torch import Tensor
 
-from nnunet_nmsw.settings import resolve_num_patches
-from nnunet_nmsw.model.fusion import FusionWeights, fuse_volume_, gaussian_weights
-from nnunet_nmsw.volume.windows import Shape, WindowGrid, window_slices
-from nnunet_nmsw.inference.bounded import MEMORY_OF_PLANES
-from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.inference.memory import most_memory_of_process
-from nnunet_nmsw.inference.planes import FusedModel, FusedPrediction, planes_for, segment
+from nnunet_nmsw.inference.networks import MEMORY_OF_PLANES
+from nnunet_nmsw.inference.open_windows import FusedModel
+from nnunet_nmsw.inference.planes import FusedPrediction, planes_for, segment
+from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
+from nnunet_nmsw.selection.budget import resolve_num_patches
+from nnunet_nmsw.volume.interpolation import linear_axis, upsample_window
 from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.windows import Shape, WindowGrid, window_slices
 
 METHODS = ("stock", "planes")
 IMAGE_SPACING = 0.8
@@ -125,7 +126,7 @@ def measure(args: argparse.Namespace, method: str, classes: int) -> dict[str, An
 
         before, started = most_memory_of_process() / 2**30, time.perf_counter()
         model = FusedModel(coarse_Cdhw, starts_K3, torch.ones(len(starts_K3)), weights, computed)
-        prediction = FusedPrediction([model], grid.patch_size, (3, 3, 3), LabelEncoding(classes), windows_at_once=4)
+        prediction = FusedPrediction([model], grid, LabelEncoding(classes), windows_at_once=4)
         axes = [linear_axis(n, m) for n, m in zip(grid.volume_shape, image, strict=True)]
         planes = planes_for(MEMORY_OF_PLANES, classes, h, w)
         labels = segment(prediction, axes, (0, 0, 0), grid.volume_shape, planes)
@@ -157,7 +158,11 @@ def fused_volume(
         sums_CDHW[(slice(None), *inside)] += windows(start[None])[0].float() * gaussian_DHW
         weight_DHW[inside] += gaussian_DHW
     sums_CDHW /= weight_DHW.clamp_min(1e-30)
-    fuse_volume_(sums_CDHW, coarse_Cdhw, (weight_DHW > 0).float(), weights, (0, 0, 0), (3, 3, 3))
+    covered_DHW = (weight_DHW > 0).float()
+    for label, patch_DHW in enumerate(sums_CDHW):
+        coarse_1DHW = upsample_window(coarse_Cdhw[label, None], (0, 0, 0), grid.volume_shape, (3, 3, 3))
+        of_class = FusionWeights(*(part[label, None] for part in weights))
+        patch_DHW.copy_(fuse(patch_DHW[None], coarse_1DHW, of_class, covered_DHW)[0])
     return sums_CDHW.half()
 
 

@@ -28,8 +28,9 @@ from synthetic import FULL_WIDTH, organs, write_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.inference.volume import Padded, Work, choose, predict_labels
+from nnunet_nmsw.volume.interpolation import linear_axis
 
 STOCK = "sliding window"
 
@@ -83,13 +84,11 @@ def measure(
             predictor.initialize_from_trained_model_folder(str(model), (0,))
     # nnU-Net slides its window with the local branch alone, whose forward takes patches.
     volume = torch.from_numpy(organs(args.image, classes, seed=0)[0]).float()[None] / 500
-    axes = [linear_axis(n, n) for n in args.image]
 
     def predict(name: str) -> Callable[[], Tensor]:
         predictor = predictors[name]
         if isinstance(predictor, NMSWPredictor):
-            predictor._start_case(volume)
-            return lambda: predictor.decide(volume, axes)
+            return partial(labels_of, predictor, volume)
         return lambda: predictor.predict_sliding_window_return_logits(volume)
 
     seconds: dict[str, list[float]] = {name: [] for name in predictors}
@@ -113,6 +112,15 @@ def measure(
                 predict(name)()
             rows[-1]["tmacs"] = counter.get_total_flops() / 2e12
     return rows
+
+
+@torch.inference_mode()
+def labels_of(predictor: NMSWPredictor, volume_CDHW: Tensor) -> Tensor:
+    """Labels of a preprocessed volume on its own grid."""
+    padded = Padded.of(volume_CDHW, predictor.nmsw_network.patch_size)
+    folds = [choose(fold, padded, predictor.spending) for fold in predictor.folds()]
+    axes = [linear_axis(n, n) for n in padded.inside]
+    return predict_labels(padded, folds, axes, Work(predictor.share, predictor.device))
 
 
 def timed(call: Callable[[], Tensor], device: torch.device) -> float:

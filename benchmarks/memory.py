@@ -68,9 +68,9 @@ def measure(size: int, classes: int, patch: int, num_patches: str) -> dict[str, 
     before = most_memory_of_process() / 2**30
     volume = torch.randn(1, *shape)
     started = time.perf_counter()
-    predictor.predict_segmentation(volume, properties)
+    predicted = predictor.predict_case({"data": volume, "data_properties": properties})
     seconds = time.perf_counter() - started
-    patches = len(predictor.chosen_windows[0].starts)
+    patches = len(predicted.windows[0].starts)
     return {"gib": most_memory_of_process() / 2**30, "gib_before": before, "seconds": seconds, "patches": patches}
 
 

@@ -39,7 +39,8 @@ from results import (
     train_fold,
 )
 
-from nnunet_nmsw.commands.predict import load_model, prepare_device
+from nnunet_nmsw.inference.device import prepare_device
+from nnunet_nmsw.inference.loading import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 

@@ -25,7 +25,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.model.architecture import convolutional_architecture
-from nnunet_nmsw.settings import NMSWConfig
+from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
 TRAINER = "nnUNetTrainerNMSW"
@@ -87,7 +87,7 @@ def write_model(folder: Path, shape: list[int], spacing: float, patch: int, feat
     plans = plans_of(shape, spacing, patch, features)
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
-    plans["configurations"]["3d_fullres"]["nmsw"] = NMSWConfig.from_configuration(configuration.configuration).to_dict()
+    plans["configurations"]["3d_fullres"]["nmsw"] = settings_of(configuration.configuration).to_dict()
     network = nnUNetTrainerNMSW.build_network_architecture(manager, configuration, 1, classes, False)
     (folder / "fold_0").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans, indent=1))

@@ -23,9 +23,10 @@ from measuring import in_new_process, tell, write_results
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_nmsw.inference.memory import most_memory_of_process
+from nnunet_nmsw.trainers.losses.fused import LowResolution, WindowPredictions, fused_loss
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.step import finest_scale
 from nnunet_nmsw.volume.precision import mixed_precision
-from nnunet_nmsw.trainers.losses.total import NMSWLoss, finest_scale
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW, training_volume
 
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerNMSW")
 
@@ -60,7 +61,7 @@ def main() -> None:
             f"{dataset}: stock {stock['step_s']:.3f} s a step, NMSW {nmsw['step_s']:.3f} s "
             f"(× {nmsw['step_s'] / stock['step_s']:.2f}); waiting for data {stock['waiting']:.0%} and "
             f"{nmsw['waiting']:.0%}; peak host memory {stock['host_gib']:.2f} and {nmsw['host_gib']:.2f} GiB; "
-            f"device {stock['device_gib']:.2f} and {nmsw['device_gib']:.2f} GiB; global, fused and benefit loss, label "
+            f"device {stock['device_gib']:.2f} and {nmsw['device_gib']:.2f} GiB; global and fused loss, label "
             f"counts: {nmsw['loss_s'] / nmsw['step_s']:.0%} of NMSW's step",
             flush=True,
         )
@@ -107,27 +108,24 @@ def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps
 
 
 def seconds_of_losses(trainer: nnUNetTrainerNMSW, steps: int) -> float:
-    """Seconds a step for the losses beside the local one, forward and back to the logits."""
-    loss = NMSWLoss(lambda logits, _: next(iter(logits)).sum() * 0, None, trainer.config, trainer.loss.encoding)
-    seconds = 0.0
+    """Seconds a step for the label counts, the coarse and the fused loss, forward and back to the logits."""
+    network, seconds = trainer.nmsw_network, 0.0
+    factor = trainer.settings.downsampling_factor
     for _ in range(steps):
-        volume = training_volume(next(trainer.dataloader_train), trainer.augmentation).to(trainer.device)
+        step = trainer.step_of(next(trainer.dataloader_train), trainer.augmentation).to(trainer.device)
         with torch.no_grad(), mixed_precision(trainer.device):
-            output = trainer.network(volume)
-        logits, local = (
-            tensor.detach().requires_grad_()
-            for tensor in (
-                output.coarse.logits_Cdhw,
-                finest_scale(output.local),
-            )
-        )
-        score_map = output.coarse.score_map_dhw.detach().requires_grad_()
-        output = output._replace(
-            coarse=output.coarse._replace(logits_Cdhw=logits, score_map_dhw=score_map), local=local
-        )
+            result = trainer.network(step)
+            patches_BCDHW, labels_B1DHW = step.volume.windows(result.starts_B3, network.patch_size)
+            logits_BCDHW = finest_scale(network.local(patches_BCDHW)).float()
+        leaves = [tensor.detach().requires_grad_() for tensor in (result.coarse.logits_Cdhw, logits_BCDHW)]
         synchronize(trainer.device)
         started = time.perf_counter()
-        loss(output, volume).backward()
+        counts_Ldhw = step.volume.label_counts(trainer.encoding.num_labels, factor)
+        low = LowResolution(leaves[0], counts_Ldhw, factor, trainer.encoding)
+        fused = fused_loss(
+            WindowPredictions(leaves[1], labels_B1DHW[:, 0], result.starts_B3), low, network.fusion_weights
+        )
+        (fused.loss + fused.coarse_loss).backward()
         synchronize(trainer.device)
         seconds += time.perf_counter() - started
     return seconds / steps

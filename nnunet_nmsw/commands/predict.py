@@ -19,10 +19,10 @@ from nnunet_nmsw.commands.predict_flags import check_flags, parser
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import remove_leftovers, written_whole
 from nnunet_nmsw.inference.device import prepare_device
+from nnunet_nmsw.inference.loading import load_model
 from nnunet_nmsw.inference.memory import check_least, parse_memory
 from nnunet_nmsw.inference.model_folder import (
     checked_folder,
-    load_model,
     read_configuration,
     read_document,
 )

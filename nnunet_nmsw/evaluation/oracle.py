@@ -54,18 +54,22 @@ class Oracle:
         return WindowChoice.fully_trusted(grid.starts_N3[indices_K], torch.tensor(gains[: budget.num_windows]))
 
     def _ask(self, coarse: CoarsePrediction, grid: WindowGrid) -> tuple[list[int], list[float]]:
-        for device in self.devices:
-
-            def patch_logits(window: int, device: torch.device = device) -> Tensor:
-                return self.patch_logits(grid.starts_N3[window].tolist()).to(device)
-
-            of_case = (coarse.logits_Cdhw.to(device), self.weights.to(device), self.reference_DHW.to(device))
+        *others, last = self.devices
+        for device in others:
             try:
-                return oracle_windows(patch_logits, *of_case, grid)
+                return self._ask_on(device, coarse, grid)
             except torch.OutOfMemoryError:
-                if device == self.devices[-1]:
-                    raise
-        raise ValueError("there is no device to ask on")
+                continue
+        return self._ask_on(last, coarse, grid)
+
+    def _ask_on(
+        self, device: torch.device, coarse: CoarsePrediction, grid: WindowGrid
+    ) -> tuple[list[int], list[float]]:
+        def patch_logits(window: int) -> Tensor:
+            return self.patch_logits(grid.starts_N3[window].tolist()).to(device)
+
+        of_case = (coarse.logits_Cdhw.to(device), self.weights.to(device), self.reference_DHW.to(device))
+        return oracle_windows(patch_logits, *of_case, grid)
 
 
 def oracle_windows(

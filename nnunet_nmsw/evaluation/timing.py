@@ -30,11 +30,12 @@ from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case as ValidationCase
 from nnunet_nmsw.evaluation.models import Model
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts
+from nnunet_nmsw.inference.case_model import Segmented, WithLogits
+from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.device import prepare_device
+from nnunet_nmsw.inference.loading import load_model
 from nnunet_nmsw.inference.memory import most_memory_of_process
-from nnunet_nmsw.inference.model_folder import load_model
-from nnunet_nmsw.inference.predictor import NMSWPredictor, Segmented, WithLogits
-from nnunet_nmsw.inference.preprocessing import Case
+from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 
 class TimedSlidingWindow(nnUNetPredictor):

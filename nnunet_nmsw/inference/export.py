@@ -37,6 +37,20 @@ def can_stream(configuration: ConfigurationManager) -> bool:
     return linear and is_known(configuration, "probabilities")
 
 
+def reason_for_logits(
+    configuration: ConfigurationManager, save_probabilities: bool, for_next_stage: bool
+) -> str | None:
+    """Why volumes of logits are needed; None where they are not."""
+    if save_probabilities:
+        return "probabilities are asked for"
+    if for_next_stage:
+        return "the cascade's next stage needs them"
+    if not can_stream(configuration):
+        function = configuration.configuration["resampling_fn_probabilities"]
+        return f"the plans resample probabilities with {function} and settings of their own"
+    return None
+
+
 def resampling_axes(
     plans: PlansManager, configuration: ConfigurationManager, properties: dict[str, Any], shape: Sequence[int]
 ) -> list[Axis]:

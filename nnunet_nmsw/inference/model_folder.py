@@ -13,7 +13,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.documents import DATASET, PLANS, read_json
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.imports import importing
 from nnunet_nmsw.model.architecture import global_architecture
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import check_finite, check_origin, configuration_of, loading, read_checkpoint
@@ -149,29 +148,3 @@ def initialize(
         raise UserError(f"cannot load {checkpoint} of folds {list(folds)} in {folder}: {reason(error)}") from error
     for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
         check_finite(weights, folder / f"fold_{fold}" / checkpoint)
-
-
-def load_model(
-    predictor: nnUNetPredictor, folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool = False
-) -> None:
-    """Load the folds' checkpoints into a predictor, nnU-Net's or one of this package.
-
-    Args:
-        predictor: to load into.
-        folder: of the model.
-        folds: to load.
-        checkpoint: file name of the checkpoints.
-        trust: see `check_model`.
-
-    Raises:
-        UserError: see `initialize`; or the predictor is NMSW's and the model is not.
-    """
-    from nnunet_nmsw.inference.predictor import NMSWPredictor  # which itself loads by `initialize`
-
-    with importing():  # nnU-Net imports trainers and networks when it needs them
-        if isinstance(predictor, NMSWPredictor):
-            predictor.trust_model = trust
-            predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
-            _ = predictor.nmsw_network  # raises for a model without one
-        else:
-            initialize(predictor.initialize_from_trained_model_folder, predictor, folder, folds, checkpoint, trust)

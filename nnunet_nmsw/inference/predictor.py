@@ -1,4 +1,4 @@
-"""nnU-Net's predictor with the sliding window replaced by chosen windows: a face of `inference.volume` for its users.
+"""nnU-Net's predictor with the sliding window replaced by chosen windows: a face of `CaseModel` for nnU-Net's users.
 
 Tensor suffixes: C channels or classes, D H W axes of the volume.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,65 +19,22 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.inference.export import (
-    can_stream,
-    in_image,
-    labels_from_logits,
-    resampling_axes,
-    write_labels,
-    write_logits,
-)
+from nnunet_nmsw.inference.case_model import CaseModel, OfModel, Segmented, WithLogits
+from nnunet_nmsw.inference.cases import Case, Cases
+from nnunet_nmsw.inference.export import labels_from_logits, reason_for_logits, write_labels, write_logits
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.memory import share_within
 from nnunet_nmsw.inference.model_folder import initialize, trained_folds
 from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
-from nnunet_nmsw.inference.preprocessing import Case, Cases, loaded, preprocessed_arrays, preprocessed_cases
-from nnunet_nmsw.inference.volume import (
-    Chosen,
-    ChosenWindows,
-    Networks,
-    Padded,
-    Share,
-    Spending,
-    Work,
-    choose,
-    predict_labels,
-    predict_logits,
-)
+from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
+from nnunet_nmsw.inference.volume import ChosenWindows, Networks, Share, Spending
 from nnunet_nmsw.inference.windows import write_windows
-from nnunet_nmsw.inference.writing import Done, done_one_after_the_other
+from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.budget import parse_num_patches
 from nnunet_nmsw.selection.calibration import DEFAULT_MAX_DROP, threshold_of_folds
 from nnunet_nmsw.selection.interface import Selector
-from nnunet_nmsw.volume.interpolation import Axis
 from nnunet_nmsw.volume.labels import LabelEncoding
-
-Result = TypeVar("Result")
-
-
-class WithLogits(NamedTuple):
-    """A predicted case.
-
-    Attributes:
-        logits_CDHW: float16, on the host.
-        windows: that were taken, one entry a fold.
-    """
-
-    logits_CDHW: Tensor
-    windows: list[ChosenWindows]
-
-
-class Segmented(NamedTuple):
-    """A predicted case.
-
-    Attributes:
-        segmentation: labels in the axis order and shape of nnU-Net's reader.
-        windows: that were taken, one entry a fold.
-    """
-
-    segmentation: np.ndarray
-    windows: list[ChosenWindows]
 
 
 class NMSWPredictor(FilesPredictor):
@@ -172,7 +129,7 @@ class NMSWPredictor(FilesPredictor):
             self.network = self.network._orig_mod
             self.network.compile_branches()
 
-    # A preprocessed volume.
+    # Preprocessed cases.
 
     @property
     def spending(self) -> Spending:
@@ -180,6 +137,11 @@ class NMSWPredictor(FilesPredictor):
         network = self.nmsw_network
         num_patches = network.settings.num_patches if self.num_patches is None else self.num_patches
         return Spending(self.selector or network.sampler.at_inference, num_patches, self.threshold)
+
+    @property
+    def of_model(self) -> OfModel:
+        """What exports want to know of the model."""
+        return OfModel(self.plans_manager, self.configuration_manager, self.dataset_json)
 
     def folds(self, parameters: Sequence[dict[str, Any]] | None = None) -> list[Fold]:
         """The networks of the ensemble, or of other weights."""
@@ -196,25 +158,19 @@ class NMSWPredictor(FilesPredictor):
         """The networks that predict a case, one entry a fold."""
         return self.folds()
 
-    @torch.inference_mode()
+    def case_model(self, networks_of: Callable[[Case], Sequence[Networks]] | None = None) -> CaseModel:
+        """The loaded model, or other networks in its place, with this predictor's arguments."""
+        device = self.device if self.perform_everything_on_device else torch.device("cpu")
+        of_case, patch_size = networks_of or self.networks_of, self.nmsw_network.patch_size
+        return CaseModel(of_case, patch_size, self.spending, self.share, device, self.of_model, self.allow_tqdm)
+
     def predict_case(self, case: Case) -> Segmented:
-        """Labels of a preprocessed case, without a volume of logits; see `inference.planes`.
+        """Labels of a preprocessed case, and the windows that were taken; see `CaseModel.labels`."""
+        return self.case_model().labels(case)
 
-        Args:
-            case: with `data`, shape C, D, H, W, and `data_properties`.
-        """
-        properties = case["data_properties"]
-        padded, folds = self._choose(case)
-        axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, padded.inside)
-        decided = self._where_it_fits(partial(self._labels, padded, folds, axes))
-        segmentation = in_image(decided, self.plans_manager, self.label_manager, properties)
-        return Segmented(segmentation, [fold.in_volume(padded) for fold in folds])
-
-    @torch.inference_mode()
     def predict_case_logits(self, case: Case) -> WithLogits:
-        """Logits of a preprocessed case; see `predict_case`."""
-        padded, folds = self._choose(case)
-        return WithLogits(self._logits(padded, folds).cpu(), [fold.in_volume(padded) for fold in folds])
+        """Logits of a preprocessed case, and the windows that were taken; see `CaseModel.logits`."""
+        return self.case_model().logits(case)
 
     def predict_segmentation(self, data: Tensor, properties: dict[str, Any]) -> np.ndarray:
         """Labels of an image in the axis order and shape of nnU-Net's reader.
@@ -225,40 +181,14 @@ class NMSWPredictor(FilesPredictor):
         """
         return self.predict_case({"data": data, "data_properties": properties}).segmentation
 
-    @torch.inference_mode()
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """Logits of a preprocessed volume, averaged over the folds of the ensemble: float16, shape C, D, H, W."""
-        return self._logits(*self._choose({"data": data}))
+        return self.predict_case_logits({"data": data}).logits_CDHW
 
-    @torch.inference_mode()
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Logits of a preprocessed volume by the weights that are in the network: float16, shape C, D, H, W."""
-        networks = self.folds([self.nmsw_network.state_dict()])
-        padded = Padded.of(input_image, self.nmsw_network.patch_size)
-        return self._logits(padded, [choose(fold, padded, self.spending) for fold in networks])
-
-    def _choose(self, case: Case) -> tuple[Padded, list[Chosen]]:
-        padded = Padded.of(loaded(case["data"]), self.nmsw_network.patch_size)
-        return padded, [choose(networks, padded, self.spending) for networks in self.networks_of(case)]
-
-    def _labels(self, padded: Padded, folds: list[Chosen], axes: list[Axis], device: torch.device) -> Tensor:
-        return predict_labels(padded, folds, axes, Work(self.share, device, self.allow_tqdm))
-
-    def _logits(self, padded: Padded, folds: list[Chosen]) -> Tensor:
-        def on(device: torch.device) -> Tensor:
-            return predict_logits(padded, folds, Work(self.share, device, self.allow_tqdm))
-
-        return self._where_it_fits(on)
-
-    def _where_it_fits(self, predict: Callable[[torch.device], Result]) -> Result:
-        """What is predicted with results on the device, or on the host if the device has too little memory."""
-        if self.perform_everything_on_device and self.device.type != "cpu":
-            try:
-                return predict(self.device)
-            except torch.OutOfMemoryError:
-                print("The results do not fit on the device; predicting again with results on the host")
-                empty_cache(self.device)
-        return predict(torch.device("cpu"))
+        weights = [self.nmsw_network.state_dict()]
+        return self.case_model(lambda _: self.folds(weights)).logits({"data": input_image}).logits_CDHW
 
     # Memory.
 
@@ -298,11 +228,10 @@ class NMSWPredictor(FilesPredictor):
         save_probabilities: bool = False,
         num_processes_segmentation_export: int = default_num_processes,
     ) -> list[Any]:
-        """See the parent. Shows a progress bar over cases and writes the windows where `save_patches` asks for it.
+        """See the parent. Writes the windows where `save_patches` asks for it.
 
         Labels are worked out without a volume of logits where neither probabilities nor the plans' way to resample need
-        one. A case's files are written by threads while the next cases are predicted, each whole, the labels last. A
-        case that fails is reported, and the others go on.
+        one. A case that fails is reported, and the others go on; see `done_one_after_the_other`.
 
         Returns:
             For each case None where it was written; else its labels, with probabilities a pair.
@@ -311,52 +240,44 @@ class NMSWPredictor(FilesPredictor):
             UserError: cases have failed; all others are there. Its attribute `results` is what would have been
                 returned, with None for what failed.
         """
-        reason_for_logits = self._reason_for_logits(save_probabilities)
-        if reason_for_logits is not None and self.max_memory is not None:
-            raise UserError(f"--max_memory cannot be kept with volumes of logits, and {reason_for_logits}")
-        if reason_for_logits is not None:
-            print(f"Logits of whole volumes are kept, which takes time and memory: {reason_for_logits}")
-        predict = self._by_labels if reason_for_logits is None else partial(self._by_logits, save_probabilities)
+        why = reason_for_logits(self.configuration_manager, save_probabilities, self.take_logits is not None)
+        if why is not None and self.max_memory is not None:
+            raise UserError(f"--max_memory cannot be kept with volumes of logits, and {why}")
+        if why is not None:
+            print(f"Logits of whole volumes are kept, which takes time and memory: {why}")
+        predict = self._by_labels if why is None else partial(self._by_logits, save_probabilities)
         num_writers = max(1, min(num_processes_segmentation_export, self.share.num_writers))
-        ending = self.dataset_json["file_ending"]
 
-        def predict_or_free(case: Case) -> Done:
-            try:
-                return predict(case)
-            except Exception:
-                empty_cache(self.device)  # for the next case
-                raise
-
+        free = partial(empty_cache, self.device)  # after a failure, for the next case
+        writing = Writing(self.dataset_json["file_ending"], num_writers, self.allow_tqdm)
         try:
-            return done_one_after_the_other(data_iterator, predict_or_free, ending, num_writers, self.allow_tqdm)
+            return done_one_after_the_other(data_iterator, predict, free, writing)
         finally:
             compute_gaussian.cache_clear()
-            empty_cache(self.device)
+            free()
 
     def _by_labels(self, case: Case) -> Done:
-        """Predict a case's labels."""
-        predicted, properties = self.predict_case(case), case["data_properties"]
+        segmentation, windows = self.predict_case(case)
 
         def write(folder: Path, name: str) -> None:
             file = folder / (name + self.dataset_json["file_ending"])
-            write_labels(predicted.segmentation, file, self.plans_manager, properties)
-            self._write_windows(folder, name, predicted.windows, properties)
+            write_labels(segmentation, file, self.plans_manager, case["data_properties"])
+            self._write_windows(folder, name, windows, case["data_properties"])
 
-        return Done(lambda: predicted.segmentation, write)
+        return Done(lambda: segmentation, write)
 
     def _by_logits(self, save_probabilities: bool, case: Case) -> Done:
-        """Predict a case's logits, from which nnU-Net makes labels."""
         logits_CDHW, windows = self.predict_case_logits(case)
+        logits_CDHW = logits_CDHW.cpu()
         if self.take_logits is not None:
             self.take_logits(case, logits_CDHW)
-        of_model = (self.plans_manager, self.configuration_manager, self.dataset_json)
         properties = case["data_properties"]
 
         def write(folder: Path, name: str) -> None:
-            write_logits(logits_CDHW.numpy(), folder, name, *of_model, properties, save_probabilities)
+            write_logits(logits_CDHW.numpy(), folder, name, *self.of_model, properties, save_probabilities)
             self._write_windows(folder, name, windows, properties)
 
-        labels = partial(labels_from_logits, logits_CDHW.numpy(), *of_model, properties, save_probabilities)
+        labels = partial(labels_from_logits, logits_CDHW.numpy(), *self.of_model, properties, save_probabilities)
         return Done(labels, write)
 
     def _write_windows(self, folder: Path, name: str, windows: list[ChosenWindows], properties: dict[str, Any]) -> None:
@@ -364,35 +285,16 @@ class NMSWPredictor(FilesPredictor):
             ending = self.dataset_json["file_ending"]
             write_windows(folder / "patches", name, windows, properties, self.plans_manager, ending)
 
-    def _reason_for_logits(self, save_probabilities: bool) -> str | None:
-        if save_probabilities:
-            return "probabilities are asked for"
-        if self.take_logits is not None:
-            return "the cascade's next stage needs them"
-        if not can_stream(self.configuration_manager):
-            function = self.configuration_manager.configuration["resampling_fn_probabilities"]
-            return f"the plans resample probabilities with {function} and settings of their own"
-        return None
-
-    def cases_from_files(
-        self, images: list[list[str]], previous_stage: list[str] | None, outputs: list[str] | None, num_processes: int
-    ) -> Cases:
+    def cases_from_files(self, images: Any, previous_stage: Any, outputs: Any, num_processes: int) -> Cases:
         """See the parent."""
         return self.preprocess(images, previous_stage, outputs, self.bound_memory(images, num_processes))
 
-    def preprocess(
-        self, images: list[list[str]], previous_stage: list[str] | None, outputs: list[str] | None, num_threads: int
-    ) -> Cases:
-        """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_cases`."""
+    def preprocess(self, images: Any, previous_stage: Any, outputs: Any, num_threads: int) -> Cases:
+        """Preprocessed cases for `predict_from_data_iterator`, of files; see `preprocessed_cases`."""
         return preprocessed_cases(self, images, previous_stage, outputs, num_threads)
 
     def preprocess_arrays(
-        self,
-        images: list[np.ndarray],
-        properties: list[dict[str, Any]],
-        previous_stage: list[np.ndarray | None],
-        outputs: list[str | None],
-        num_threads: int,
+        self, images: Any, properties: Any, previous_stage: Any, outputs: Any, num_threads: int
     ) -> Cases:
-        """Preprocessed cases for `predict_from_data_iterator`; see `preprocessed_arrays`."""
+        """Preprocessed cases for `predict_from_data_iterator`, of arrays; see `preprocessed_arrays`."""
         return preprocessed_arrays(self, images, properties, previous_stage, outputs, num_threads)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.cases import Case, Cases, loaded
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.preprocessing import Case, Cases, loaded, preprocessed_arrays, preprocessed_cases
+from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
 from nnunet_nmsw.inference.volume import Networks, Padded, spatial_shape
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.network import NMSWNetwork

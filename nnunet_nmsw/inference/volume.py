@@ -17,7 +17,8 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_nmsw.inference.planes import FusedModel, FusedPrediction, planes_for, segment
+from nnunet_nmsw.inference.open_windows import FusedModel
+from nnunet_nmsw.inference.planes import FusedPrediction, planes_for, segment
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.selection.budget import budget_of
 from nnunet_nmsw.selection.interface import CoarsePrediction, Selector, WindowChoice

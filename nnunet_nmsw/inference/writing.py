@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nnunet_nmsw.errors import Failures
 from nnunet_nmsw.files import written_whole
-from nnunet_nmsw.inference.preprocessing import Case
+from nnunet_nmsw.inference.cases import Case
 
 
 class Done(NamedTuple):
@@ -26,8 +26,22 @@ class Done(NamedTuple):
     write: Callable[[Path, str], None]
 
 
+class Writing(NamedTuple):
+    """How cases are written.
+
+    Attributes:
+        ending: of the file of labels.
+        num_writers: threads that write.
+        progress_bar: show one over cases.
+    """
+
+    ending: str
+    num_writers: int
+    progress_bar: bool
+
+
 def done_one_after_the_other(
-    cases: Iterable[Case], predict: Callable[[Case], Done], ending: str, num_writers: int, progress_bar: bool
+    cases: Iterable[Case], predict: Callable[[Case], Done], free: Callable[[], None], how: Writing
 ) -> list[Any]:
     """Predict cases, and write those that have an output file, each whole, the labels last.
 
@@ -36,9 +50,8 @@ def done_one_after_the_other(
     Args:
         cases: preprocessed.
         predict: predicts one.
-        ending: of the file of labels.
-        num_writers: threads that write.
-        progress_bar: show one.
+        free: frees memory of the device after a failure.
+        how: they are written.
 
     Returns:
         For each case None where it was written, else its result.
@@ -59,8 +72,8 @@ def done_one_after_the_other(
                     failures.add(what, error)
 
     total = len(cases) if isinstance(cases, Sized) else None
-    bar = tqdm(total=total, desc="cases", disable=not progress_bar, position=1, leave=False)
-    with bar, ThreadPoolExecutor(num_writers, "writing") as writers:
+    bar = tqdm(total=total, desc="cases", disable=not how.progress_bar, position=1, leave=False)
+    with bar, ThreadPoolExecutor(how.num_writers, "writing") as writers:
         for case in cases:
             results.append(None)
             if "error" in case:
@@ -74,11 +87,12 @@ def done_one_after_the_other(
                     results[-1] = done.result()
             except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
                 failures.add(f"cannot predict {file or 'an array'}", error)
+                free()
                 bar.update()
                 continue
             if file is not None:
-                collect(num_writers - 1)  # results must not pile up before a slow disk
-                writing[writers.submit(_write, file, ending, done.write)] = f"cannot write {file}{ending}"
+                collect(how.num_writers - 1)  # results must not pile up before a slow disk
+                writing[writers.submit(_write, file, how.ending, done.write)] = f"cannot write {file}{how.ending}"
             del done  # which holds the labels or the logits
             bar.update()
         collect(0)

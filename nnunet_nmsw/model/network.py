@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.model.architecture import ARCHITECTURE_KEYS, takes_deep_supervision
 from nnunet_nmsw.model.fusion import AFFINE, FusionForm, FusionWeights
-from nnunet_nmsw.model.plans import branch_architectures
+from nnunet_nmsw.model.plans import branch_architectures, settings_of
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import SAMPLERS, Sampler
 from nnunet_nmsw.settings import NMSWSettings
@@ -245,6 +246,26 @@ class NMSWNetwork(nn.Module):
         logits = self.local_branch(x)
         # bfloat16 has too few digits for nnU-Net's sums over mirrorings.
         return logits.float() if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16 else logits
+
+
+def build_network(
+    configuration: ConfigurationManager,
+    channels: tuple[int, int],
+    deep_supervision: bool,
+    method: Method | None = None,
+) -> NMSWNetwork:
+    """The network of a configuration of the plans.
+
+    Args:
+        configuration: with the settings under `nmsw`.
+        channels: of the input and of the logits.
+        deep_supervision: whether the local branch is asked for several scales.
+        method: what is made of the settings; ours where None.
+    """
+    d, h, w = configuration.patch_size
+    settings = settings_of(configuration.configuration)
+    architecture = configuration.configuration["architecture"]
+    return NMSWNetwork.from_architecture(architecture, (d, h, w), channels, deep_supervision, settings, method)
 
 
 def total_stride(network: nn.Module) -> list[int] | None:

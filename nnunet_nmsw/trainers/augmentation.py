@@ -22,6 +22,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 TRANSFORMS_OF_PREVIOUS = (
@@ -89,6 +90,24 @@ class Augmentation(NamedTuple):
         """Axes to flip."""
         axes: list[int] = [] if self.mirror is None else self.mirror.get_parameters()["axes"]
         return axes
+
+
+def augmentations_of(trainer: nnUNetTrainer) -> tuple[Augmentation, Augmentation]:
+    """A trainer's transforms for training and for validation, parted."""
+    rotation, do_dummy_2d, _, mirror_axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    of_cascade = {"is_cascaded": trainer.is_cascaded, "foreground_labels": trainer.label_manager.foreground_labels}
+    training = trainer.get_training_transforms(
+        # Only the size of what the spatial transform would cut: here it gives its matrix.
+        patch_size=(1, 1, 1),
+        rotation_for_DA=rotation,
+        deep_supervision_scales=None,
+        mirror_axes=mirror_axes,
+        do_dummy_2d_data_aug=do_dummy_2d,
+        use_mask_for_norm=trainer.configuration_manager.use_mask_for_norm,
+        **of_cascade,
+    )
+    validation = trainer.get_validation_transforms(deep_supervision_scales=None, **of_cascade)
+    return Augmentation.of(training), Augmentation.of(validation)
 
 
 class BlurOfViews(GaussianBlurTransform):

@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.dataloading.data_loader import DataLoader
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nnunet_nmsw.console import follow_parent
-from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.nnunet import load_case
 from nnunet_nmsw.trainers.augmentation import Augmentation
 from nnunet_nmsw.trainers.randomness import seed_everything
-from nnunet_nmsw.trainers.views import PreviousStage, TrainingVolume
 from nnunet_nmsw.volume.affine import OUTSIDE
 
 SLICES_OF_NOISE = 8
@@ -34,9 +28,6 @@ SLICES_OF_NOISE = 8
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
 """Largest number of half precision."""
-
-SECONDS_BETWEEN_LOOKS = 0.002
-"""Between looks whether a batch is ready."""
 
 MOST_DRAWS = 20
 """How often a foreground voxel is drawn until one lies inside of the rotated volume."""
@@ -206,72 +197,3 @@ def in_augmented_volume(voxel: np.ndarray, shape: np.ndarray, affine_33: np.ndar
     centre = (shape - 1) / 2
     moved: np.ndarray = np.linalg.solve(affine_33, voxel - centre) + centre
     return moved
-
-
-def batches(loader: WholeVolumeLoader, processes: int, pinned: bool) -> Any:
-    """An iterator over a loader's batches, made by processes beside this one. Those of a seeded loader come in order.
-
-    Args:
-        loader: of the volumes.
-        processes: that work; 0 for this one.
-        pinned: pin tensors, for copies to a GPU that do not block.
-    """
-    if processes == 0:
-        return SingleThreadedAugmenter(loader, None)
-    if loader.seed is not None:
-        # The batches of its workers come in turns, where the other augmenter takes what is ready first.
-        augmenter = MultiThreadedAugmenter(
-            loader, None, processes, 2, list(range(processes)), pinned, wait_time=SECONDS_BETWEEN_LOOKS
-        )
-    else:
-        augmenter = NonDetMultiThreadedAugmenter(
-            loader,
-            None,
-            num_processes=processes,
-            num_cached=max(2, processes // 2),
-            pin_memory=pinned,
-            wait_time=SECONDS_BETWEEN_LOOKS,
-        )
-    next(augmenter)  # a worker that cannot work fails here and not in the middle of an epoch
-    return augmenter
-
-
-def check_previous_stage(folder: Path, keys: Sequence[str], stage: str, trainer: str) -> None:
-    """See that the cascade's previous stage has predicted every case.
-
-    Args:
-        folder: of the predictions.
-        keys: of the cases.
-        stage: name of its configuration.
-        trainer: name of the trainer.
-
-    Raises:
-        UserError: it has not.
-    """
-    predicted = {file.name.split(".")[0] for file in folder.glob("*")}
-    missing = [key for key in keys if key not in predicted]
-    if missing:
-        raise UserError(
-            f"{folder} has no prediction of {missing[0]} and {len(missing) - 1} more cases: train all folds of "
-            f"{stage} first, with -tr {trainer} and the same plans (validation predicts the cases)"
-        )
-
-
-def training_volume(batch: dict[str, Any], augmentation: Augmentation, num_previous: int = 0) -> TrainingVolume:
-    """What `WholeVolumeLoader` delivers, as what a step takes.
-
-    Args:
-        batch: of the loader.
-        augmentation: what is done to views.
-        num_previous: number of foreground labels of the cascade's previous stage.
-    """
-    previous = batch["previous"]
-    return TrainingVolume(
-        batch["data"],
-        batch["target"],
-        batch["random_starts"],
-        batch["affine"],
-        augmentation.of_views,
-        batch["seed"],
-        None if previous is None else PreviousStage(previous, num_previous, augmentation.of_previous),
-    )

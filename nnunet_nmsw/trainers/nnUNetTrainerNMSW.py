@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_nmsw.files import remove_leftovers
-from nnunet_nmsw.model.network import Method, NMSWNetwork
+from nnunet_nmsw.model.network import NMSWNetwork, build_network
 from nnunet_nmsw.model.plans import branch_architectures, settings_of
 from nnunet_nmsw.model.safe_loading import read_checkpoint
 from nnunet_nmsw.nnunet import (
@@ -28,7 +28,15 @@ from nnunet_nmsw.nnunet import (
     pretrained_weights_of_command_line,
 )
 from nnunet_nmsw.settings import PLANS_KEY
-from nnunet_nmsw.trainers.augmentation import Augmentation
+from nnunet_nmsw.trainers.augmentation import Augmentation, augmentations_of
+from nnunet_nmsw.trainers.batches import (
+    Windows,
+    Working,
+    check_previous_stage,
+    training_batches,
+    training_volume,
+    validation_batches,
+)
 from nnunet_nmsw.trainers.checkpoints import check_unchanged, save_whole
 from nnunet_nmsw.trainers.distributed import (
     Processes,
@@ -38,7 +46,6 @@ from nnunet_nmsw.trainers.distributed import (
     mean_over_processes,
     over_own_windows_,
 )
-from nnunet_nmsw.trainers.loader import WholeVolumeLoader, batches, check_previous_stage, training_volume
 from nnunet_nmsw.trainers.losses.local import LocalLoss
 from nnunet_nmsw.trainers.pretrained import load_pretrained
 from nnunet_nmsw.trainers.progress import EPOCHS_BETWEEN_PICTURES, lines, plot_progress, plot_sampling, sampled_cases
@@ -108,9 +115,8 @@ class nnUNetTrainerNMSW(TrainerHooks):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Both branches, from the plans' architecture and their settings under `nmsw`."""
-        return build_network(
-            configuration_manager, (num_input_channels, num_output_channels), enable_deep_supervision, None
-        )
+        channels = (num_input_channels, num_output_channels)
+        return build_network(configuration_manager, channels, enable_deep_supervision)
 
     def initialize(self) -> None:
         """See the parent. Seeds everything first where the settings say so, and compiles where nnU-Net would."""
@@ -193,23 +199,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
                 self.configuration_manager.previous_stage_name,
                 type(self).__name__,
             )
-        rotation, do_dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        of_cascade = {"is_cascaded": self.is_cascaded, "foreground_labels": self.label_manager.foreground_labels}
-        self.augmentation = Augmentation.of(
-            self.get_training_transforms(
-                # Only the size of what the spatial transform would cut: here it gives its matrix.
-                patch_size=(1, 1, 1),
-                rotation_for_DA=rotation,
-                deep_supervision_scales=None,
-                mirror_axes=mirror_axes,
-                do_dummy_2d_data_aug=do_dummy_2d,
-                use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-                **of_cascade,
-            )
-        )
-        self.no_augmentation = Augmentation.of(
-            self.get_validation_transforms(deep_supervision_scales=None, **of_cascade)
-        )
+        self.augmentation, self.no_augmentation = augmentations_of(self)
         dataset_training, self.dataset_validation = self.get_tr_and_val_datasets()
         # Each validation case once an epoch, up to nnU-Net's number of validation steps; with more processes than cases
         # some twice, because nnU-Net needs a step of every process.
@@ -217,29 +207,15 @@ class nnUNetTrainerNMSW(TrainerHooks):
         own_steps = self.processes.own_share(cases[: self.num_val_iterations_per_epoch])
         self.num_val_iterations_per_epoch: int = max(1, len(own_steps))
 
-        random_windows = self.settings.random_windows
-        foreground_windows = random_windows - round(random_windows * (1 - self.oversample_foreground_percent))
-        workers = get_allowed_n_proc_DA()
+        number, patch_size = self.settings.random_windows, self.configuration_manager.patch_size
+        windows = Windows(patch_size, number, number - round(number * (1 - self.oversample_foreground_percent)))
         # A training that goes on draws other data than when it started, and every rank its own.
-        seeds = None if self.settings.seed is None else (self.settings.seed, self.local_rank, self.current_epoch)
-
-        def batches_of(dataset: Any, augmentation: Augmentation, training: bool) -> Any:
-            loader = WholeVolumeLoader(
-                dataset,
-                self.configuration_manager.patch_size,
-                random_windows,
-                foreground_windows,
-                augmentation,
-                training,
-                None if seeds is None or workers == 0 else (*seeds, int(training)),
-            )
-            if not training:
-                loader.indices = self.processes.own_share(cases) or cases
-            return batches(loader, workers if training else min(1, workers), self.device.type == "cuda")
-
+        seed = None if self.settings.seed is None else (self.settings.seed, self.local_rank, self.current_epoch)
+        working = Working(get_allowed_n_proc_DA(), seed, self.device.type == "cuda")
+        of_validation = (self.dataset_validation, windows, self.no_augmentation, working, self.processes)
         return (
-            batches_of(dataset_training, self.augmentation, True),
-            batches_of(self.dataset_validation, self.no_augmentation, False),
+            training_batches(dataset_training, windows, self.augmentation, working),
+            validation_batches(*of_validation),
         )
 
     def step_of(self, batch: dict[str, Any], augmentation: Augmentation) -> TrainingStep:
@@ -320,20 +296,3 @@ class nnUNetTrainerNMSW(TrainerHooks):
         self.set_deep_supervision_enabled(False)
         validate(self, self.nmsw_network, self.processes, save_probabilities)
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
-
-
-def build_network(
-    configuration: ConfigurationManager, channels: tuple[int, int], deep_supervision: bool, method: Method | None
-) -> NMSWNetwork:
-    """The network of a configuration of the plans.
-
-    Args:
-        configuration: with the settings under `nmsw`.
-        channels: of the input and of the logits.
-        deep_supervision: whether the local branch is asked for several scales.
-        method: what is made of the settings; ours where None.
-    """
-    d, h, w = configuration.patch_size
-    settings = settings_of(configuration.configuration)
-    architecture = configuration.configuration["architecture"]
-    return NMSWNetwork.from_architecture(architecture, (d, h, w), channels, deep_supervision, settings, method)

@@ -14,12 +14,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
-from nnunet_nmsw.model.network import Method
+from nnunet_nmsw.model.network import Method, build_network
 from nnunet_nmsw.selection.by_score import TopK, full_trust
 from nnunet_nmsw.selection.draw import Draw, PlackettLuce
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import ENTROPY_WEIGHT, BenefitMap, ScoreLoss
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW import build_network, nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 
 
 class PaperSampler:

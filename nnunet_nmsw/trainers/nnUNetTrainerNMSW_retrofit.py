@@ -9,8 +9,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.model.network import build_network
 from nnunet_nmsw.model.safe_loading import read_checkpoint
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW import build_network, nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch
 
 
@@ -33,7 +34,7 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
     ) -> nn.Module:
         """See the parent."""
         channels = (num_input_channels, num_output_channels)
-        network = build_network(configuration_manager, channels, enable_deep_supervision, None)
+        network = build_network(configuration_manager, channels, enable_deep_supervision)
         network.freeze_local_branch()
         return network
 

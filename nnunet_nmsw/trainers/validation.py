@@ -20,9 +20,9 @@ from torch import Tensor
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
+from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.networks import Ensemble, unbounded
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.preprocessing import Case
 from nnunet_nmsw.inference.volume import Chosen, Padded, Spending, Work, choose, predict_labels, spatial_shape
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.network import NMSWNetwork

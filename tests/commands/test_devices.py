@@ -10,7 +10,7 @@ from training import PATCH, loader, nnunet_augmentation, step_on
 from nnunet_nmsw.commands.predict_flags import parser
 from nnunet_nmsw.inference.device import prepare_device
 from nnunet_nmsw.selection.budget import Budget
-from nnunet_nmsw.trainers.loader import training_volume
+from nnunet_nmsw.trainers.batches import training_volume
 
 
 class Bfloat16Operations(TorchDispatchMode):

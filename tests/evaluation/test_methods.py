@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
 from nnunet_nmsw.evaluation.oracle import Oracle, oracle_windows
-from nnunet_nmsw.evaluation.predictions import PatchStore, count_macs
+from nnunet_nmsw.evaluation.shared import PatchStore, count_macs
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Entropy, Objects, Random
 from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
 from nnunet_nmsw.selection.budget import Budget

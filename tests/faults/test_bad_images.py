@@ -16,7 +16,7 @@ from untrained import write_image, write_model
 
 from nnunet_nmsw.commands.predict import main
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.inference.model_folder import load_model
+from nnunet_nmsw.inference.loading import load_model
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import check_names, preprocessed
 from nnunet_nmsw.inference.ray_engine import RayPredictor, Workers
@@ -207,15 +207,10 @@ class Failing(NMSWPredictor):
 
     error: Exception
 
-    def predict_segmentation(self, data, properties):
-        if data.shape[-1] == 17:
+    def networks_of(self, case):
+        if case["data"].shape[-1] == 17:
             raise self.error
-        return super().predict_segmentation(data, properties)
-
-    def predict_logits_from_preprocessed_data(self, data):
-        if data.shape[-1] == 17:
-            raise self.error
-        return super().predict_logits_from_preprocessed_data(data)
+        return super().networks_of(case)
 
 
 @pytest.mark.parametrize("save_probabilities", [False, True])

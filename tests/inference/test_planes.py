@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
 from nnunet_nmsw.inference import planes
-from nnunet_nmsw.inference.planes import FusedModel, FusedPrediction, segment
+from nnunet_nmsw.inference.open_windows import FusedModel
+from nnunet_nmsw.inference.planes import FusedPrediction, segment
 from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
 from nnunet_nmsw.volume.interpolation import linear_axis, nearest_axis, upsample_window
 from nnunet_nmsw.volume.labels import LabelEncoding

@@ -12,7 +12,7 @@ from tiny import build_network, initialized, make_plans
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
-from nnunet_nmsw.inference.export import write_labels
+from nnunet_nmsw.inference.export import reason_for_logits, write_labels
 from nnunet_nmsw.inference.networks import to_channels_last_
 from nnunet_nmsw.inference.volume import ChosenWindows
 from nnunet_nmsw.inference.windows import edges_in_image, index_to_world, write_windows
@@ -218,10 +218,11 @@ def test_labels_without_a_volume_of_logits_are_those_of_stock_export(tiny_networ
 
 def test_probabilities_and_unknown_resampling_take_the_stock_path(tiny_network):
     predictor = initialized(nmsw(), tiny_network)
-    assert predictor._reason_for_logits(False) is None
-    assert predictor._reason_for_logits(True) == "probabilities are asked for"
-    predictor.configuration_manager.configuration["resampling_fn_probabilities"] = "resample_torch_fornnunet"
-    assert "resample_torch_fornnunet" in predictor._reason_for_logits(False)
+    configuration = predictor.configuration_manager
+    assert reason_for_logits(configuration, False, False) is None
+    assert reason_for_logits(configuration, True, False) == "probabilities are asked for"
+    configuration.configuration["resampling_fn_probabilities"] = "resample_torch_fornnunet"
+    assert "resample_torch_fornnunet" in reason_for_logits(configuration, False, False)
 
 
 def test_batches_are_halved_until_they_fit(tiny_network):

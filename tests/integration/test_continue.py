@@ -125,7 +125,7 @@ def test_other_flags(results):
 
 @pytest.mark.compatibility("training flags", "--c and --val with changed settings: refused in one line")
 def test_changed_settings_are_refused(results):
-    set_configurations(plans_file(results), **{"3d_fullres": {"nmsw": {"seed": 3, "fusion": "class_weights"}}})
+    set_configurations(plans_file(results), **{"3d_fullres": {"nmsw": {"seed": 3, "random_windows": 1}}})
     refused = run_all(
         f"-nnUNet_results={results}/whole {TRAIN} --c",
         f"-nnUNet_results={results}/whole {TRAIN} --val",
@@ -134,6 +134,6 @@ def test_changed_settings_are_refused(results):
     set_configurations(plans_file(results), **{"3d_fullres": {"nmsw": {"seed": 3}}})
     errors = [line for line in refused.stderr.splitlines() if line.startswith("setting")]
     assert len(errors) == 2
-    assert "\"fusion\" under \"nmsw\" in the plans is 'class_weights', and was 'affine'" in errors[0]
+    assert '"random_windows" under "nmsw" in the plans is 1, and was 2' in errors[0]
     assert "Traceback" not in refused.stderr
     assert len(list(fold(results / "whole").glob("checkpoint_*"))) == 2

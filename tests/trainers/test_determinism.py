@@ -3,7 +3,7 @@ from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAu
 from tiny import build_network
 from training import PATCH, loader, nnunet_augmentation, step_on
 
-from nnunet_nmsw.trainers.loader import training_volume
+from nnunet_nmsw.trainers.batches import training_volume
 from nnunet_nmsw.trainers.randomness import seed_everything
 
 

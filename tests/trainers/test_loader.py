@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from training import NONE, PATCH, Cases, loader, nnunet_augmentation
 
 from nnunet_nmsw.trainers.augmentation import Augmentation
-from nnunet_nmsw.trainers.loader import training_volume
+from nnunet_nmsw.trainers.batches import training_volume
 
 
 def test_volumes_come_in_order_padded_to_the_patch():

@@ -1,11 +1,12 @@
 """Ablations: arms of settings × seeds on small datasets, with a table and a plot at the end.
 
-    python benchmarks/ablation.py -d 4 902 -arms stock contribution benefit -seeds 0 1 2 -o ablation -device cpu -jobs 2
+    python experiments/ablation.py -d 4 902 -arms stock default paper -seeds 0 1 2 -o ablation -device cpu
 
 Each run trains one arm with one seed for a fixed number of steps and measures every way of choosing windows
 (`ablation_run.py`). What is there is kept: an interrupted grid goes on. Needs nnU-Net's folders and the preprocessed
-datasets of `DATASETS`. Arms are settings of NMSW on top of the defaults; one can be given on the spot as
-NAME='{"setting": value}'. `--document` puts the results into docs/ablations.md and docs/ablations/.
+datasets of `DATASETS`. Arms are settings of NMSW on top of the defaults, or trainers of `arms.py`. Settings can be
+given on the spot as NAME='{"setting": value}'. `--document` puts the results into docs/ablations.md and the folder
+docs/ablations. Arms that only version 0.1.0 can run keep their rows there.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from typing import Any
 
 import numpy as np
 from ablation_run import NUM_PATCHES
+from arms import METHODS
 from matplotlib.figure import Figure
-from results import replace_between_markers
 
 from nnunet_nmsw.demo.small_plans import write_small_plans
 from nnunet_nmsw.trainers.progress import COLOURS
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "benchmarks"))
+from results import replace_between_markers  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,73 +50,54 @@ DATASETS = {
     902: Dataset("Dataset902_KiTSPhantom6mm", [16, 16, 16], [8, 16, 32]),
 }
 
-STOCK = "stock"
-PAPER = {
-    "gradient_path": "input",
-    "benefit_loss_weight": 0.0,
-    "fusion": "class_weights",
-    "fuse_random_windows": False,
-    "score_map": "free",
-    "selection": "top_k",
-    "trust": "full",
-}
-"""What every arm starts from: the paper's method but for its loss, which needs no canvas, and its window candidates.
-All arms trust windows fully; the default's trust was measured with the default's networks."""
 
-BENEFIT = {**PAPER, "gradient_path": "none", "benefit_loss_weight": 0.1, "selection": "greedy_benefit"}
-FUSED = {**BENEFIT, "fuse_random_windows": True, "fusion": "affine"}
-DEFAULT = {**FUSED, "score_map": "gated"}
-PATH = {**DEFAULT, "benefit_loss_weight": 0.0}
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is trained.
+
+    Attributes:
+        trainer: its name without the length.
+        settings: under `nmsw` in the plans.
+    """
+
+    trainer: str = "nnUNetTrainerNMSW"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+STOCK = "stock"
 BATCH_NORM = {"arch_kwargs": {"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d"}}
-ARMS: dict[str, dict[str, Any]] = {
-    STOCK: {},
+ARMS = {
+    STOCK: Arm("nnUNetTrainer"),
     # how scores are trained
-    "input": PAPER,
-    "contribution_logits": {**PAPER, "gradient_path": "contribution_logits"},
-    "contribution": {**PAPER, "gradient_path": "contribution"},
-    "contribution_baseline": {**PAPER, "gradient_path": "contribution", "gradient_baseline": True},
-    "benefit": BENEFIT,
-    "benefit_contribution": {**BENEFIT, "gradient_path": "contribution"},
-    # how patches are fused, and which windows a step looks at
-    "benefit_fused": FUSED,
-    "benefit_fused_class_weights": {**FUSED, "fusion": "class_weights"},
-    "benefit_fused_1_3": {**FUSED, "sampled_windows": 1, "random_windows": 3},
-    "benefit_fused_gated": DEFAULT,
-    "benefit_fused_plus_entropy": {**FUSED, "score_map": "plus_entropy"},
-    "benefit_fused_times_entropy": {**FUSED, "score_map": "times_entropy"},
-    "benefit_fused_dice": {**FUSED, "benefit": "dice"},
-    "benefit_fused_times_entropy_dice": {**FUSED, "score_map": "times_entropy", "benefit": "dice"},
-    # branches that help each other, and which loss trains the local one
-    "benefit_fused_distillation": {**FUSED, "distillation_weight": 0.3},
-    "benefit_fused_local_3": {**FUSED, "local_loss_weight": 3.0},
-    # the default with one thing changed: how scores are trained,
-    "path_input": {**PATH, "gradient_path": "input"},
-    "path_logits": {**PATH, "gradient_path": "contribution_logits"},
-    "path_contribution": {**PATH, "gradient_path": "contribution"},
-    "path_contribution_baseline": {**PATH, "gradient_path": "contribution", "gradient_baseline": True},
-    "path_contribution_no_bonus": {**PATH, "gradient_path": "contribution", "entropy_weight": 0.0},
-    "path_input_temperature_2": {**PATH, "gradient_path": "input", "temperature": 2.0},
-    # the temperature of the draw: scores are divided by their spread and multiplied with this
-    "default_score_scale_1": {**DEFAULT, "score_scale": 1.0},
-    "default_score_scale_9": {**DEFAULT, "score_scale": 9.0},
-    # what the score map learns,
-    "default_dice": {**DEFAULT, "benefit": "dice"},
+    "default": Arm(),
+    "path_contribution": Arm(settings={"score_training": "contribution"}),
+    "paper": Arm("nnUNetTrainerNMSW_paper"),
+    "paper_2_2": Arm("nnUNetTrainerNMSW_paper", {"sampled_windows": 2, "random_windows": 2}),
+    # the default with one thing changed: trainers of arms.py,
+    **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in METHODS},
     # which windows a step looks at,
-    "default_1_3": {**DEFAULT, "sampled_windows": 1, "random_windows": 3},
-    "default_3_1": {**DEFAULT, "sampled_windows": 3, "random_windows": 1},
-    "default_no_candidates": {**DEFAULT, "candidate_threshold": 0.0},
-    # fusion and distillation,
-    "default_class_weights": {**DEFAULT, "fusion": "class_weights"},
-    "default_sampled_fused": {**DEFAULT, "fuse_random_windows": False},
-    "default_distillation": {**DEFAULT, "distillation_weight": 0.3},
-    # and the global branch: width 1.0 makes the factor 4 on the phantom, so that the branch costs no more
-    "default_width_050": {**DEFAULT, "global_width": 0.5},
-    "default_width_100": {**DEFAULT, "global_width": 1.0},
-    "default_factor_2": {**DEFAULT, "downsampling_factor": [2, 2, 2]},
-    "default_factor_4": {**DEFAULT, "downsampling_factor": [4, 4, 4]},
-    "default_batch_norm": {**DEFAULT, "global_architecture": BATCH_NORM},
+    "windows_1_3": Arm(settings={"sampled_windows": 1, "random_windows": 3}),
+    "windows_3_1": Arm(settings={"sampled_windows": 3, "random_windows": 1}),
+    # and the global branch
+    "width_050": Arm(settings={"global_width": 0.5}),
+    "width_100": Arm(settings={"global_width": 1.0}),
+    "factor_2": Arm(settings={"downsampling_factor": [2, 2, 2]}),
+    "factor_4": Arm(settings={"downsampling_factor": [4, 4, 4]}),
+    "batch_norm": Arm(settings={"global_architecture": BATCH_NORM}),
 }
-SELECTION_ARMS = ("benefit_fused_gated",)
+OF_VERSION_0_1 = (
+    *("input", "contribution_logits", "contribution", "contribution_baseline", "benefit", "benefit_contribution"),
+    *("benefit_fused", "benefit_fused_class_weights", "benefit_fused_1_3", "benefit_fused_gated"),
+    *("benefit_fused_plus_entropy", "benefit_fused_times_entropy", "benefit_fused_dice"),
+    *("benefit_fused_times_entropy_dice", "benefit_fused_distillation", "benefit_fused_local_3"),
+    *("path_input", "path_logits"),
+)
+"""Arms of the tables that this version cannot run, in their order; others follow by name."""
+
+PICKED_BY_TOP_K = ("input", "contribution", "contribution_logits", "contribution_baseline", "paper", "paper_2_2")
+"""Arms whose windows are picked by top-k."""
+
+SELECTION_ARMS = ("benefit_fused_gated", "default")
 """Arms with whose networks all ways of picking windows are compared."""
 
 
@@ -123,7 +107,8 @@ def main() -> None:
     parser.add_argument("-d", type=int, nargs="+", default=list(DATASETS), choices=DATASETS, help="dataset ids")
     parser.add_argument("-arms", nargs="+", default=[STOCK, "benefit"], help=f"of {', '.join(ARMS)}, or NAME=JSON")
     parser.add_argument("-seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("-epochs", type=int, default=10, help="of 250 steps: 1, 5, 10, 20, 50, 100 or 250")
+    parser.add_argument("-epochs", type=int, default=10, help="of a training")
+    parser.add_argument("-steps", type=int, default=250, help="of an epoch")
     parser.add_argument("-jobs", type=int, default=1, help="runs at the same time, sharing the processor's cores")
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-o", type=Path, required=True, help="folder of the results")
@@ -155,39 +140,37 @@ def document(folder: Path, dataset_ids: list[int]) -> None:
     replace_between_markers(docs / "ablations.md", "results", table(folder, dataset_ids))
 
 
-def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of an arm."""
+def parse_arm(text: str) -> tuple[str, Arm]:
+    """Name of an arm, and the arm."""
     name, _, settings = text.partition("=")
-    return name, json.loads(settings) if settings else ARMS[name]
+    return name, Arm(settings=json.loads(settings)) if settings else ARMS[name]
 
 
-def train_and_evaluate(
-    dataset_id: int, arm: str, seed: int, settings: dict[str, Any], args: argparse.Namespace
-) -> None:
+def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: argparse.Namespace) -> None:
     """One run, in a process of its own with a log, unless its results are there."""
     dataset = DATASETS[dataset_id]
     folder = args.o / dataset.name / f"{args.epochs}_epochs"
     folder.mkdir(parents=True, exist_ok=True)
-    results = folder / f"{arm}__seed_{seed}.json"
+    results = folder / f"{name}__seed_{seed}.json"
     if results.is_file() != args.evaluate:
         return
-    plans = f"nnUNetPlans_{arm}_{seed}"
-    nmsw = {} if arm == STOCK else {**settings, "seed": seed}
+    plans = f"nnUNetPlans_{name}_{seed}"
+    nmsw = {} if name == STOCK else {**arm.settings, "seed": seed}
     write_small_plans(dataset_id, dataset.patch_size, dataset.features, plans, nmsw)
-    trainer = "nnUNetTrainer" if arm == STOCK else "nnUNetTrainerNMSW"
-    length = "1epoch" if args.epochs == 1 else f"{args.epochs}epochs"
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     environment = {
         **os.environ,
         "nnUNet_results": str((args.o / "models").resolve()),
         "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"),
         "OMP_NUM_THREADS": str(threads),
+        "nnUNet_extTrainer": str(HERE),
     }
     command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset_id), "-p", plans]
     command += ["--evaluate"] if args.evaluate else []
-    command += [] if arm in SELECTION_ARMS else ["--own_selection"]
-    command += ["-tr", f"{trainer}_{length}", "-seed", str(seed), "-device", args.device, "-o", str(results)]
-    print(f"{dataset.name} {arm} seed {seed}", flush=True)
+    command += [] if name in SELECTION_ARMS else ["--own_selection"]
+    command += ["-tr", arm.trainer, "-epochs", str(args.epochs), "-steps", str(args.steps), "-seed", str(seed)]
+    command += ["-device", args.device, "-o", str(results)]
+    print(f"{dataset.name} {name} seed {seed}", flush=True)
     with open(results.with_suffix(".log"), "w") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -202,19 +185,12 @@ SELECTION_NAMES = {
     "random": "random, with predicted foreground",
     "oracle": "oracle",
 }
-FUSION_NAMES = {
-    "fusion by patch alone": "the patch's logits",
-    "fusion by mean of logits": "mean of both logits",
-    "fusion by confidence": "probabilities weighted with the confidence of each",
-    "fusion by window": "affine, trust in a window its predicted benefit over the largest",
-    "fusion by root": "affine, trust in a window the root of that (default)",
-}
 Runs = dict[str, list[dict[str, Any]]]
 
 
 def own_selection(arm: str) -> str:
     """How an arm picks windows at inference."""
-    return str(ARMS.get(arm, {}).get("selection", "greedy_benefit"))
+    return "top_k" if arm in PICKED_BY_TOP_K else "greedy_benefit"
 
 
 def load_runs(folder: Path) -> Runs:
@@ -222,7 +198,7 @@ def load_runs(folder: Path) -> Runs:
     runs: Runs = {}
     for file in sorted(folder.glob("*__seed_*.json")):
         runs.setdefault(file.stem.split("__seed_")[0], []).append(json.loads(file.read_text()))
-    order = list(ARMS)
+    order = list(dict.fromkeys([STOCK, *OF_VERSION_0_1, *ARMS]))
     return dict(sorted(runs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
@@ -268,8 +244,6 @@ def table(folder: Path, dataset_ids: list[int]) -> str:
             for arm in SELECTION_ARMS:
                 if arm in runs:
                     lines += [f"\nWays to pick windows with the networks of `{arm}`:\n", *selections_table(runs[arm])]
-                    if any("fusion by window" in run["dice"] for run in runs[arm]):
-                        lines += [f"\nWays to fuse the patches of `{arm}`:\n", *fusions_table(runs[arm], arm)]
                     lines += [
                         f"\nAs many windows as have a predicted benefit above a threshold, greedily, `{arm}`:\n",
                         *automatic_table(runs[arm]),
@@ -308,16 +282,6 @@ def selections_table(of_arm: list[dict[str, Any]]) -> list[str]:
     for selection, name in SELECTION_NAMES.items():
         shares = cell(share_of_oracles_gain(of_arm, selection, "10"))
         lines += [row(name, *(cell(dice(of_arm, selection, k)) for k in KS), shares)]
-    return lines
-
-
-def fusions_table(of_arm: list[dict[str, Any]], arm: str) -> list[str]:
-    """Ways to fuse the same patches of the same networks."""
-    ks = ("10", "10%", "all")
-    trained = [cell(dice(of_arm, *("all windows", k) if k == "all" else (own_selection(arm), k))) for k in ks]
-    lines = [*head("fused by", "K = 10", "K = 10%", "all windows"), row("affine weights by class, trained", *trained)]
-    for fusion, name in FUSION_NAMES.items():
-        lines += [row(name, *(cell(dice(of_arm, fusion, k)) for k in ks))]
     return lines
 
 

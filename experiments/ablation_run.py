@@ -1,0 +1,190 @@
+"""One run of the ablations: train one arm with one seed, measure every way of choosing windows, write JSON.
+
+`ablation.py` calls this. On a CPU everything runs in bfloat16, as in `benchmarks/bfloat16.py`.
+
+Tensor suffixes: C channels or classes, D H W axes of the volume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+
+from nnunet_nmsw.evaluation.oracle import Oracle
+from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold
+from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Nothing
+from nnunet_nmsw.inference.networks import Ensemble, unbounded
+from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels, spatial_shape
+from nnunet_nmsw.selection.by_score import TopK, full_trust, placement_grid
+from nnunet_nmsw.selection.calibration import THRESHOLDS
+from nnunet_nmsw.trainers.cases import read_cases
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.randomness import seed_everything
+from nnunet_nmsw.volume.interpolation import linear_axis
+from nnunet_nmsw.volume.labels import LabelEncoding
+
+NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
+MOST_CASES = 12
+LOGGED = ("foreground_share", "entropy", "benefit", "loss_local", "loss_global", "loss_fused", "benefit_loss")
+SLIDING_WINDOW, ALONE, ALL = "sliding window", "global branch", "all windows"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, help="dataset")
+    parser.add_argument("-p", required=True, help="plans")
+    parser.add_argument("-tr", required=True, help="trainer")
+    parser.add_argument("-f", type=int, default=0, help="fold")
+    parser.add_argument("-steps", type=int, default=250, help="of an epoch")
+    parser.add_argument("-epochs", type=int, required=True)
+    parser.add_argument("-seed", type=int, required=True)
+    parser.add_argument("-device", default="cpu")
+    parser.add_argument("-o", type=Path, required=True, help="JSON file")
+    parser.add_argument("--evaluate", action="store_true", help="only measure again what was trained")
+    parser.add_argument("--own_selection", action="store_true", help="leave out the ways to pick windows of other arms")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    # The cache of cast weights lives until autocast ends, which here is after the last optimiser step.
+    precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if device.type == "cpu" else nullcontext()
+    with precision:
+        trainer = get_trainer_from_args(args.d, "3d_fullres", args.f, args.tr, args.p, device=device)
+        trainer.num_epochs, trainer.num_iterations_per_epoch = args.epochs, args.steps
+        seed_everything(args.seed)
+        trainer.initialize()
+        if device.type == "cpu":
+            keep_gradients_finite(trainer.network)
+        if args.evaluate:
+            trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
+        else:
+            started = time.perf_counter()
+            trainer.run_training()
+            seconds = time.perf_counter() - started
+        results = evaluate(trainer, args.own_selection)
+    if args.evaluate:
+        results = {**json.loads(args.o.read_text()), **results}
+    else:
+        logging = trainer.logger.local_logger.my_fantastic_logging
+        results["training"] = {name: logging[f"nmsw_{name}"] for name in LOGGED if f"nmsw_{name}" in logging}
+        results["seconds_of_training"] = seconds
+    unfinished = args.o.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results, indent=1))
+    unfinished.rename(args.o)
+
+
+def keep_gradients_finite(network: torch.nn.Module) -> None:
+    """Replace what is not finite in the gradients by 0.
+
+    oneDNN's bfloat16 weight gradient of some small convolutions reads memory that nobody wrote (seen with 24 features
+    on 2×7×7 voxels): usually noise of 0.1%, now and then NaN. In float32 it does not happen.
+    """
+    for parameter in network.parameters():
+        parameter.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
+
+
+@torch.inference_mode()
+def evaluate(trainer: nnUNetTrainer, own_selection: bool) -> dict[str, Any]:
+    """Dice of every method on the first validation cases, at the spacing of training.
+
+    Args:
+        trainer: trained.
+        own_selection: pick windows as the settings say, and by the oracle.
+
+    Returns:
+        `dice`: by method and K, a list of Dice by class, means over the cases that have a value; `windows`: mean number
+        of windows of a case; `automatic_windows`: mean number taken by threshold.
+    """
+    trainer.set_deep_supervision_enabled(False)
+    encoding = LabelEncoding.of(trainer.label_manager)
+    dice: dict[str, dict[str, list[np.ndarray]]] = {}
+    taken: dict[str, list[int]] = {}
+    sizes: list[int] = []
+    _, dataset = trainer.get_tr_and_val_datasets()
+    for case in read_cases(dataset, dataset.identifiers[:MOST_CASES], encoding):
+        reference_DHW = torch.from_numpy(np.asarray(case.segmentation[0], dtype=np.int64)).clamp_min(0)
+        predictions: Iterator[tuple[str, str, Tensor, int]] = iter([(SLIDING_WINDOW, "all", slid(trainer, case), 0)])
+        if isinstance(trainer, nnUNetTrainerNMSW):
+            predictions = predicted(trainer, case, reference_DHW, own_selection)
+        for method, k, labels_DHW, windows in predictions:
+            scores = encoding.dice(reference_DHW, labels_DHW).numpy()
+            dice.setdefault(method, {}).setdefault(k, []).append(scores)
+            if method == "automatic":
+                taken.setdefault(k, []).append(windows)
+            if method == ALL:
+                sizes.append(windows)
+    means = {
+        method: {k: np.nanmean(np.stack(values), 0).tolist() for k, values in by_k.items()}
+        for method, by_k in dice.items()
+    }
+    automatic = {threshold: float(np.mean(windows)) for threshold, windows in taken.items()}
+    cases = len(next(iter(next(iter(dice.values())).values())))
+    windows = float(np.mean(sizes)) if sizes else 0.0
+    return {"dice": means, "windows": windows, "automatic_windows": automatic, "cases": cases}
+
+
+def slid(trainer: nnUNetTrainer, case: Any) -> Tensor:
+    """Labels of nnU-Net's sliding window."""
+    predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, allow_tqdm=False)
+    predictor.manual_initialization(
+        trainer.network.eval(),
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        [trainer.network.state_dict()],
+        trainer.dataset_json,
+        type(trainer).__name__,
+        None,
+    )
+    logits_CDHW = predictor.predict_logits_from_preprocessed_data(case.volume_CDHW).cpu()
+    encoding = LabelEncoding.of(trainer.label_manager)
+    return encoding.labels_of(encoding.decided(logits_CDHW))
+
+
+def predicted(
+    trainer: nnUNetTrainerNMSW, case: Any, reference_DHW: Tensor, own_selection: bool
+) -> Iterator[tuple[str, str, Tensor, int]]:
+    """Method, K, labels and number of windows of each method at each K, of all methods or of a few."""
+    network, device, encoding = trainer.nmsw_network, trainer.device, trainer.encoding
+    padded = Padded.of(case.volume_CDHW, network.patch_size)
+    grid = network.grid(spatial_shape(padded.volume_CDHW))
+    positions = torch.cat([grid.starts_N3, placement_grid(grid).starts_N3]).tolist()
+    ensemble = Ensemble(network, [network.state_dict()], encoding, device)
+    fold = SharedFold(ensemble.folds()[0], False, PatchStore(map(tuple, positions)), Costs())
+    reference = Padded.of(reference_DHW[None], network.patch_size).volume_CDHW[0]
+    make = partial(Oracle, partial(fold.patch, padded), fold.weights, reference, (device,))
+    facts = CaseFacts(network.sampler.trust, sum(map(ord, case.key)), make)
+    own = network.sampler.at_inference
+    axes, work = [linear_axis(n, n) for n in padded.inside], Work(unbounded(grid.patch_size, device), device)
+
+    def labels(spending: Spending) -> tuple[Tensor, int]:
+        chosen = choose(fold, padded, spending)
+        decided = predict_labels(padded, [chosen], axes, work)
+        return encoding.labels_of(decided), len(chosen.windows.starts_K3)
+
+    yield SLIDING_WINDOW, "all", slid(trainer, case), 0
+    yield ALONE, "0", *labels(Spending(Nothing(), 1))
+    yield ALL, "all", *labels(Spending(TopK(full_trust), "all"))
+    names = (own.name, Oracle.name) if own_selection else [name for name, way in WAYS.items() if way.takes_k]
+    for name in names:
+        for k in NUM_PATCHES:
+            yield name, str(k), *labels(Spending(WAYS[name].selector(facts), k))
+    if not own_selection:
+        for threshold in THRESHOLDS:
+            yield "automatic", str(threshold), *labels(Spending(own, "auto", threshold))
+    fold.store.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Arms of the ablations that are no settings: subclasses of what the package is made of.
+
+nnU-Net finds these trainers where the variable `nnUNet_extTrainer` names this folder, as `ablation.py` does for its
+runs. Each changes one thing; a trainer of your own is made in the same way.
+"""
+
+from __future__ import annotations
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+
+from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
+from nnunet_nmsw.model.network import Method, build_network
+from nnunet_nmsw.selection.by_score import full_trust
+from nnunet_nmsw.selection.sampler import BenefitSampler
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+
+
+class FreeMap(BenefitSampler):
+    """The score map is the network's output, without the gate of the coarse prediction's entropy."""
+
+    def score_map(self, output_dhw: Tensor, entropy_dhw: Tensor) -> Tensor:
+        """The output as it is."""
+        return output_dhw
+
+
+class FullTrust(BenefitSampler):
+    """All of what a patch changes is kept at inference."""
+
+    trust = staticmethod(full_trust)
+
+
+class SampledFused(BenefitSampler):
+    """The random windows of a step train the local branch alone."""
+
+    fuses_random_windows = False
+
+
+METHODS = {
+    "free_map": Method(FreeMap()),
+    "full_trust": Method(FullTrust()),
+    "sampled_fused": Method(SampledFused()),
+    "class_weights": Method(BenefitSampler(), CLASS_WEIGHTS),
+}
+"""By name of the arm."""
+
+
+def trainer_of(name: str, method: Method) -> type[nnUNetTrainerNMSW]:
+    """The trainer of an arm."""
+
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        channels = (num_input_channels, num_output_channels)
+        return build_network(configuration_manager, channels, enable_deep_supervision, method)
+
+    attributes = {"__module__": __name__, "build_network_architecture": staticmethod(build_network_architecture)}
+    return type(f"nnUNetTrainerNMSW_{name}", (nnUNetTrainerNMSW,), attributes)
+
+
+globals().update({(trainer := trainer_of(name, method)).__name__: trainer for name, method in METHODS.items()})

@@ -1,0 +1,130 @@
+"""Batches of a training: loaders of whole volumes, the processes that run them, and what a step makes of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.trainers.augmentation import Augmentation
+from nnunet_nmsw.trainers.distributed import Processes
+from nnunet_nmsw.trainers.loader import WholeVolumeLoader
+from nnunet_nmsw.trainers.views import PreviousStage, TrainingVolume
+
+SECONDS_BETWEEN_LOOKS = 0.002
+"""Between looks whether a batch is ready."""
+
+
+class Windows(NamedTuple):
+    """Windows that a loader draws at random.
+
+    Attributes:
+        patch_size: voxels by axis.
+        number: of them.
+        with_foreground: how many are centred on foreground.
+    """
+
+    patch_size: Sequence[int]
+    number: int
+    with_foreground: int
+
+
+class Working(NamedTuple):
+    """How batches are made.
+
+    Attributes:
+        workers: processes that make them; 0 for the training's own.
+        seed: of what is drawn, several numbers; None for random draws.
+        pinned: pin tensors, for copies to a GPU that do not block.
+    """
+
+    workers: int
+    seed: tuple[int, ...] | None
+    pinned: bool
+
+
+def training_batches(dataset: nnUNetBaseDataset, windows: Windows, augmentation: Augmentation, working: Working) -> Any:
+    """Batches of cases at random."""
+    seed = None if working.seed is None or working.workers == 0 else (*working.seed, 1)
+    return batches(WholeVolumeLoader(dataset, *windows, augmentation, True, seed), working)
+
+
+def validation_batches(
+    dataset: nnUNetBaseDataset, windows: Windows, augmentation: Augmentation, working: Working, processes: Processes
+) -> Any:
+    """Batches of the process's share of the cases, in order."""
+    seed = None if working.seed is None or working.workers == 0 else (*working.seed, 0)
+    loader = WholeVolumeLoader(dataset, *windows, augmentation, False, seed)
+    cases = list(dataset.identifiers)
+    loader.indices = processes.own_share(cases) or cases
+    return batches(loader, working._replace(workers=min(1, working.workers)))
+
+
+def batches(loader: WholeVolumeLoader, working: Working) -> Any:
+    """An iterator over a loader's batches. Those of a seeded loader come in order."""
+    if working.workers == 0:
+        return SingleThreadedAugmenter(loader, None)
+    if loader.seed is not None:
+        # The batches of its workers come in turns, where the other augmenter takes what is ready first.
+        seeds = list(range(working.workers))
+        augmenter = MultiThreadedAugmenter(
+            loader, None, working.workers, 2, seeds, working.pinned, wait_time=SECONDS_BETWEEN_LOOKS
+        )
+    else:
+        augmenter = NonDetMultiThreadedAugmenter(
+            loader,
+            None,
+            num_processes=working.workers,
+            num_cached=max(2, working.workers // 2),
+            pin_memory=working.pinned,
+            wait_time=SECONDS_BETWEEN_LOOKS,
+        )
+    next(augmenter)  # a worker that cannot work fails here and not in the middle of an epoch
+    return augmenter
+
+
+def check_previous_stage(folder: Path, keys: Sequence[str], stage: str, trainer: str) -> None:
+    """See that the cascade's previous stage has predicted every case.
+
+    Args:
+        folder: of the predictions.
+        keys: of the cases.
+        stage: name of its configuration.
+        trainer: name of the trainer.
+
+    Raises:
+        UserError: it has not.
+    """
+    predicted = {file.name.split(".")[0] for file in folder.glob("*")}
+    missing = [key for key in keys if key not in predicted]
+    if missing:
+        raise UserError(
+            f"{folder} has no prediction of {missing[0]} and {len(missing) - 1} more cases: train all folds of "
+            f"{stage} first, with -tr {trainer} and the same plans (validation predicts the cases)"
+        )
+
+
+def training_volume(batch: dict[str, Any], augmentation: Augmentation, num_previous: int = 0) -> TrainingVolume:
+    """What `WholeVolumeLoader` delivers, as what a step takes.
+
+    Args:
+        batch: of the loader.
+        augmentation: what is done to views.
+        num_previous: number of foreground labels of the cascade's previous stage.
+    """
+    previous = batch["previous"]
+    return TrainingVolume(
+        batch["data"],
+        batch["target"],
+        batch["random_starts"],
+        batch["affine"],
+        augmentation.of_views,
+        batch["seed"],
+        None if previous is None else PreviousStage(previous, num_previous, augmentation.of_previous),
+    )

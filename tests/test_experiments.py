@@ -1,0 +1,16 @@
+"""The experiments run on the present code."""
+
+import arms
+import pytest
+import torch
+from tiny import build_network
+from training import training_step
+
+
+@pytest.mark.parametrize("name", arms.METHODS)
+def test_arms_that_are_no_settings(name):
+    network = build_network(trainer=getattr(arms, f"nnUNetTrainerNMSW_{name}"))
+    result = training_step(network, (16, 20, 24))
+    result.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+    assert (len(network.fusion_parameters) == 1) is (name == "class_weights")
