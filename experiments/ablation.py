@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from ablation_run import NUM_PATCHES
-from arms import METHODS
+from arms import PARTS
 from matplotlib.figure import Figure
 
 from nnunet_nmsw.demo.small_plans import write_small_plans
@@ -74,7 +74,7 @@ ARMS = {
     "paper": Arm("nnUNetTrainerNMSW_paper"),
     "paper_2_2": Arm("nnUNetTrainerNMSW_paper", {"sampled_windows": 2, "random_windows": 2}),
     # the default with one thing changed: trainers of arms.py,
-    **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in METHODS},
+    **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in PARTS},
     # which windows a step looks at,
     "windows_1_3": Arm(settings={"sampled_windows": 1, "random_windows": 3}),
     "windows_3_1": Arm(settings={"sampled_windows": 3, "random_windows": 1}),

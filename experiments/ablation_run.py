@@ -155,7 +155,7 @@ def slid(trainer: nnUNetTrainer, case: Any) -> Tensor:
 def predicted(
     trainer: nnUNetTrainerNMSW, case: Any, reference_DHW: Tensor, own_selection: bool
 ) -> Iterator[tuple[str, str, Tensor, int]]:
-    """Method, K, labels and number of windows of each method at each K, of all methods or of a few."""
+    """Parts, K, labels and number of windows of each method at each K, of all methods or of a few."""
     network, device, encoding = trainer.nmsw_network, trainer.device, trainer.encoding
     padded = Padded.of(case.volume_CDHW, network.patch_size)
     grid = network.grid(spatial_shape(padded.volume_CDHW))

@@ -10,7 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
-from nnunet_nmsw.model.network import Method, build_network
+from nnunet_nmsw.model.network import Parts, build_network
 from nnunet_nmsw.selection.by_score import full_trust
 from nnunet_nmsw.selection.sampler import BenefitSampler
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
@@ -36,16 +36,16 @@ class SampledFused(BenefitSampler):
     fuses_random_windows = False
 
 
-METHODS = {
-    "free_map": Method(FreeMap()),
-    "full_trust": Method(FullTrust()),
-    "sampled_fused": Method(SampledFused()),
-    "class_weights": Method(BenefitSampler(), CLASS_WEIGHTS),
+PARTS = {
+    "free_map": Parts(FreeMap()),
+    "full_trust": Parts(FullTrust()),
+    "sampled_fused": Parts(SampledFused()),
+    "class_weights": Parts(BenefitSampler(), CLASS_WEIGHTS),
 }
 """By name of the arm."""
 
 
-def trainer_of(name: str, method: Method) -> type[nnUNetTrainerNMSW]:
+def trainer_of(name: str, parts: Parts) -> type[nnUNetTrainerNMSW]:
     """The trainer of an arm."""
 
     def build_network_architecture(
@@ -56,10 +56,10 @@ def trainer_of(name: str, method: Method) -> type[nnUNetTrainerNMSW]:
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         channels = (num_input_channels, num_output_channels)
-        return build_network(configuration_manager, channels, enable_deep_supervision, method)
+        return build_network(configuration_manager, channels, enable_deep_supervision, parts)
 
     attributes = {"__module__": __name__, "build_network_architecture": staticmethod(build_network_architecture)}
     return type(f"nnUNetTrainerNMSW_{name}", (nnUNetTrainerNMSW,), attributes)
 
 
-globals().update({(trainer := trainer_of(name, method)).__name__: trainer for name, method in METHODS.items()})
+globals().update({(trainer := trainer_of(name, parts)).__name__: trainer for name, parts in PARTS.items()})

@@ -7,7 +7,7 @@ from tiny import build_network
 from training import training_step
 
 
-@pytest.mark.parametrize("name", arms.METHODS)
+@pytest.mark.parametrize("name", arms.PARTS)
 def test_arms_that_are_no_settings(name):
     network = build_network(trainer=getattr(arms, f"nnUNetTrainerNMSW_{name}"))
     result = training_step(network, (16, 20, 24))

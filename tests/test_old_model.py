@@ -16,7 +16,7 @@ from training import PATCH, loader, nnunet_augmentation, step_on
 
 from nnunet_nmsw.commands.predict import main
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
-from nnunet_nmsw.model.network import Method, build_network
+from nnunet_nmsw.model.network import Parts, build_network
 from nnunet_nmsw.trainers.batches import training_volume
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_paper import PaperSampler
 from nnunet_nmsw.trainers.randomness import seed_everything
@@ -76,8 +76,8 @@ def test_a_seeded_training_draws_the_same_windows_and_reaches_the_same_weights(n
     torch.manual_seed(0)
     training = {"score_training": "contribution"} if name == "contribution" else {}
     plans = PlansManager(make_plans(PATCH, downsampling_factor=[2, 2, 2], **training))
-    method = Method(RelaxedOnInput(), CLASS_WEIGHTS) if name == "paper" else None
-    network = build_network(plans.get_configuration("3d_fullres"), (1, 3), False, method)
+    parts = Parts(RelaxedOnInput(), CLASS_WEIGHTS) if name == "paper" else None
+    network = build_network(plans.get_configuration("3d_fullres"), (1, 3), False, parts)
     optimizer, augmentation = torch.optim.SGD(network.parameters(), 0.01), nnunet_augmentation()
     losses, starts = [], []
     for batch, _ in zip(loader(augmentation, True, 2, 1), range(6), strict=False):

@@ -39,7 +39,7 @@ Step = Callable[["NMSWNetwork"], Any]
 """What is to be done with the network in a training step. It knows the data, the network does not."""
 
 
-class Method(NamedTuple):
+class Parts(NamedTuple):
     """What a trainer makes of the settings.
 
     Attributes:
@@ -51,7 +51,7 @@ class Method(NamedTuple):
     fusion: FusionForm = AFFINE
 
     @classmethod
-    def of(cls, settings: NMSWSettings) -> Method:
+    def of(cls, settings: NMSWSettings) -> Parts:
         """Ours, as the settings say."""
         return cls(SAMPLERS[settings.score_training]())
 
@@ -68,7 +68,7 @@ class NMSWNetwork(nn.Module):
         num_classes: channels of the logits.
         patch_size: voxels by axis.
         settings: the settings.
-        method: what is made of them.
+        parts: what is made of them.
     """
 
     def __init__(
@@ -78,13 +78,12 @@ class NMSWNetwork(nn.Module):
         num_classes: int,
         patch_size: Shape,
         settings: NMSWSettings,
-        method: Method | None = None,
+        parts: Parts | None = None,
     ) -> None:
         super().__init__()
         self.global_branch = global_branch
         self.local_branch = local_branch
-        method = method or Method.of(settings)
-        self.sampler, self.fusion = method
+        self.sampler, self.fusion = parts or Parts.of(settings)
         # As differences from where they start.
         self.fusion_parameters = nn.Parameter(torch.zeros(self.fusion.rows, num_classes))
         self.patch_size = patch_size
@@ -101,7 +100,7 @@ class NMSWNetwork(nn.Module):
         channels: tuple[int, int],
         deep_supervision: bool,
         settings: NMSWSettings,
-        method: Method | None = None,
+        parts: Parts | None = None,
     ) -> NMSWNetwork:
         """Build both branches from the `architecture` of a plans' configuration.
 
@@ -111,7 +110,7 @@ class NMSWNetwork(nn.Module):
             channels: of the input and of the logits.
             deep_supervision: whether the local branch is asked for several scales.
             settings: the settings.
-            method: what is made of them; ours where None.
+            parts: what is made of them; ours where None.
 
         Raises:
             UserError: an architecture names what there is not, or is not for patches of this size.
@@ -137,7 +136,7 @@ class NMSWNetwork(nn.Module):
                 f'"patch_size" in the plans is {list(patch_size)}, and {architecture["network_class_name"]} with its '
                 f'"arch_kwargs" takes multiples of {stride}: change one of them'
             )
-        return cls(global_branch, local_branch, num_classes, patch_size, settings, method)
+        return cls(global_branch, local_branch, num_classes, patch_size, settings, parts)
 
     @property
     def decoder(self) -> nn.Module:
@@ -252,7 +251,7 @@ def build_network(
     configuration: ConfigurationManager,
     channels: tuple[int, int],
     deep_supervision: bool,
-    method: Method | None = None,
+    parts: Parts | None = None,
 ) -> NMSWNetwork:
     """The network of a configuration of the plans.
 
@@ -260,12 +259,12 @@ def build_network(
         configuration: with the settings under `nmsw`.
         channels: of the input and of the logits.
         deep_supervision: whether the local branch is asked for several scales.
-        method: what is made of the settings; ours where None.
+        parts: what is made of the settings; ours where None.
     """
     d, h, w = configuration.patch_size
     settings = settings_of(configuration.configuration)
     architecture = configuration.configuration["architecture"]
-    return NMSWNetwork.from_architecture(architecture, (d, h, w), channels, deep_supervision, settings, method)
+    return NMSWNetwork.from_architecture(architecture, (d, h, w), channels, deep_supervision, settings, parts)
 
 
 def total_stride(network: nn.Module) -> list[int] | None:

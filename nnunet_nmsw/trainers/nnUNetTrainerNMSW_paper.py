@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
-from nnunet_nmsw.model.network import Method, build_network
+from nnunet_nmsw.model.network import Parts, build_network
 from nnunet_nmsw.selection.by_score import TopK, full_trust
 from nnunet_nmsw.selection.draw import Draw, PlackettLuce
 from nnunet_nmsw.selection.interface import CoarsePrediction
@@ -60,7 +60,8 @@ class PaperSampler:
 class nnUNetTrainerNMSW_paper(nnUNetTrainerNMSW):
     """Trains the paper's method: 4 drawn windows and a random one a step, fused by class weights.
 
-    The optimiser is nnU-Net's, and the loss of the fused prediction is ours, which needs no canvas.
+    The optimiser is nnU-Net's, and the loss of the fused prediction is ours, which needs no canvas. The setting
+    `score_training` has no say here.
     """
 
     defaults: ClassVar[dict[str, Any]] = {"sampled_windows": 4, "random_windows": 1}
@@ -74,6 +75,6 @@ class nnUNetTrainerNMSW_paper(nnUNetTrainerNMSW):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """See the parent."""
-        method = Method(PaperSampler(), CLASS_WEIGHTS)
+        parts = Parts(PaperSampler(), CLASS_WEIGHTS)
         channels = (num_input_channels, num_output_channels)
-        return build_network(configuration_manager, channels, enable_deep_supervision, method)
+        return build_network(configuration_manager, channels, enable_deep_supervision, parts)

@@ -81,3 +81,27 @@ def test_a_network_of_two_stages(workspace: Path, tmp_path: Path, monkeypatch: p
     losses = trainer.train_step(next(trainer.dataloader_train))
     assert all(np.isfinite(losses[name]).all() for name in ("loss", "loss_local", "loss_global", "loss_fused"))
     assert all(weights.isfinite().all() for weights in trainer.network.parameters())
+
+
+@pytest.mark.compatibility("variants", "nnUNetTrainerNMSW_paper: nnUNetv2_train, nmsw_predict, nmsw_compare")
+def test_the_papers_method(workspace: Path, tmp_path: Path):
+    trainer = "nnUNetTrainerNMSW_paper_tiny"
+    model = tmp_path / DATASET / f"{trainer}__nnUNetPlans_small__3d_fullres"
+    images = workspace / "nnUNet_raw" / DATASET / "imagesTs"
+    flags = "-device cpu --disable_tta"
+    run_all(
+        f"nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr {trainer} -device cpu",
+        f"nmsw_predict -i {images} -o {tmp_path}/out -m {model} -k 3 --save_patches {flags} -npp 0",
+        f"nmsw_compare -d 998 -f 0 -p nnUNetPlans_small -tr {trainer} -o {tmp_path}/report -k 3 -timed_cases 0 {flags}",
+        workspace=workspace,
+        nnUNet_results=str(tmp_path),
+    )
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert len(checkpoint["network_weights"]["fusion_parameters"]) == 1  # a weight by class
+    settings = json.loads((model / "plans.json").read_text())["configurations"]["3d_fullres"]["nmsw"]
+    assert (settings["sampled_windows"], settings["random_windows"]) == (4, 1)
+    windows = json.loads((tmp_path / "out" / "patches" / "case_005.json").read_text())["windows"]
+    scores = [window["score"] for window in windows]
+    assert scores == sorted(scores, reverse=True)  # the best scores, and nothing taken off for overlap
+    answer = json.loads((tmp_path / "report" / "results.json").read_text())["answer"]
+    assert answer[0].startswith("NMSW, top-k, K = 3")  # what the model itself does
