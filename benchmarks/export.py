@@ -161,8 +161,7 @@ def fused_volume(
     covered_DHW = (weight_DHW > 0).float()
     for label, patch_DHW in enumerate(sums_CDHW):
         coarse_1DHW = upsample_window(coarse_Cdhw[label, None], (0, 0, 0), grid.volume_shape, (3, 3, 3))
-        of_class = FusionWeights(*(part[label, None] for part in weights))
-        patch_DHW.copy_(fuse(patch_DHW[None], coarse_1DHW, of_class, covered_DHW)[0])
+        patch_DHW.copy_(fuse(patch_DHW[None], coarse_1DHW, weights.of_class(label), covered_DHW)[0])
     return sums_CDHW.half()
 
 

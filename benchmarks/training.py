@@ -23,6 +23,7 @@ from measuring import in_new_process, tell, write_results
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_nmsw.inference.memory import most_memory_of_process
+from nnunet_nmsw.trainers.losses.benefit import benefit_map
 from nnunet_nmsw.trainers.losses.fused import LowResolution, WindowPredictions, fused_loss
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.step import finest_scale
@@ -108,7 +109,7 @@ def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps
 
 
 def seconds_of_losses(trainer: nnUNetTrainerNMSW, steps: int) -> float:
-    """Seconds a step for the label counts, the coarse and the fused loss, forward and back to the logits."""
+    """Seconds a step for the label counts, the losses beside the local one, and benefits, back to the logits."""
     network, seconds = trainer.nmsw_network, 0.0
     factor = trainer.settings.downsampling_factor
     for _ in range(steps):
@@ -125,6 +126,7 @@ def seconds_of_losses(trainer: nnUNetTrainerNMSW, steps: int) -> float:
         fused = fused_loss(
             WindowPredictions(leaves[1], labels_B1DHW[:, 0], result.starts_B3), low, network.fusion_weights
         )
+        benefit_map(fused.changes, fused.slope_S, counts_Ldhw.shape[1:], network.patch_size, factor)
         (fused.loss + fused.coarse_loss).backward()
         synchronize(trainer.device)
         seconds += time.perf_counter() - started

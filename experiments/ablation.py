@@ -105,7 +105,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", type=int, nargs="+", default=list(DATASETS), choices=DATASETS, help="dataset ids")
-    parser.add_argument("-arms", nargs="+", default=[STOCK, "benefit"], help=f"of {', '.join(ARMS)}, or NAME=JSON")
+    parser.add_argument("-arms", nargs="+", default=[STOCK, "default"], help=f"of {', '.join(ARMS)}, or NAME=JSON")
     parser.add_argument("-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("-epochs", type=int, default=10, help="of a training")
     parser.add_argument("-steps", type=int, default=250, help="of an epoch")
@@ -181,7 +181,6 @@ SELECTION_NAMES = {
     "top_k": "predicted benefit, top-k",
     "greedy_coverage": "predicted benefit, greedy coverage",
     "entropy": "entropy of the coarse prediction",
-    "entropy greedy": "entropy of the coarse prediction, greedy",
     "random": "random, with predicted foreground",
     "oracle": "oracle",
 }
@@ -294,15 +293,15 @@ def automatic_table(of_arm: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-DEFAULT_ARM = SELECTION_ARMS[0]
 CURVES = (
-    ("default, oracle", DEFAULT_ARM, "oracle"),
-    ("default", DEFAULT_ARM, "greedy_benefit"),
-    ("default, entropy (top-k)", DEFAULT_ARM, "entropy"),
-    ("default, random", DEFAULT_ARM, "random"),
-    ("benefit_fused", "benefit_fused", "greedy_benefit"),
-    ("contribution", "contribution", "top_k"),
-    ("input (the paper's)", "input", "top_k"),
+    ("default, oracle", "default", "oracle"),
+    ("default", "default", "greedy_benefit"),
+    ("default, entropy (top-k)", "default", "entropy"),
+    ("default, random", "default", "random"),
+    ("contribution", "path_contribution", "greedy_benefit"),
+    ("the paper's", "paper", "top_k"),
+    ("default of 0.1.0", "benefit_fused_gated", "greedy_benefit"),
+    ("the paper's path of 0.1.0", "input", "top_k"),
 )
 """Label, arm and way to pick windows of the lines in the plot."""
 

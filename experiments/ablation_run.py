@@ -101,7 +101,7 @@ def evaluate(trainer: nnUNetTrainer, own_selection: bool) -> dict[str, Any]:
 
     Args:
         trainer: trained.
-        own_selection: pick windows as the settings say, and by the oracle.
+        own_selection: pick windows as the model itself does, and by the oracle.
 
     Returns:
         `dice`: by method and K, a list of Dice by class, means over the cases that have a value; `windows`: mean number
@@ -155,7 +155,7 @@ def slid(trainer: nnUNetTrainer, case: Any) -> Tensor:
 def predicted(
     trainer: nnUNetTrainerNMSW, case: Any, reference_DHW: Tensor, own_selection: bool
 ) -> Iterator[tuple[str, str, Tensor, int]]:
-    """Parts, K, labels and number of windows of each method at each K, of all methods or of a few."""
+    """Method, K, labels and number of windows of each method at each K, of all methods or of a few."""
     network, device, encoding = trainer.nmsw_network, trainer.device, trainer.encoding
     padded = Padded.of(case.volume_CDHW, network.patch_size)
     grid = network.grid(spatial_shape(padded.volume_CDHW))

@@ -6,14 +6,14 @@ runs. Each changes one thing; a trainer of your own is made in the same way.
 
 from __future__ import annotations
 
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
-from nnunet_nmsw.model.network import Parts, build_network
+from nnunet_nmsw.model.network import Parts
 from nnunet_nmsw.selection.by_score import full_trust
 from nnunet_nmsw.selection.sampler import BenefitSampler
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.builder import network_builder
 
 
 class FreeMap(BenefitSampler):
@@ -48,17 +48,7 @@ PARTS = {
 def trainer_of(name: str, parts: Parts) -> type[nnUNetTrainerNMSW]:
     """The trainer of an arm."""
 
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        channels = (num_input_channels, num_output_channels)
-        return build_network(configuration_manager, channels, enable_deep_supervision, parts)
-
-    attributes = {"__module__": __name__, "build_network_architecture": staticmethod(build_network_architecture)}
+    attributes = {"__module__": __name__, "build_network_architecture": network_builder(parts)}
     return type(f"nnUNetTrainerNMSW_{name}", (nnUNetTrainerNMSW,), attributes)
 
 

@@ -7,7 +7,7 @@ constant where it is used, with its reason; docs/ablations.md has the numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import BeforeValidator, Field, StrictInt
@@ -53,7 +53,8 @@ RETIRED: dict[str, Any] = {
 FACTS_OF_EARLIER_VERSIONS = ("regions", "freeze_local_branch")
 """What earlier versions wrote beside the settings, and what dataset and trainer say by themselves."""
 
-SCORE_TRAININGS = ("benefit", "contribution")
+ScoreTraining = Literal["benefit", "contribution"]
+SCORE_TRAININGS: tuple[str, ...] = get_args(ScoreTraining)
 
 
 def _allowed(text: str) -> dict[str, Any]:
@@ -143,7 +144,7 @@ class NMSWSettings(pydantic.BaseModel):
         "nnU-Net.",
         json_schema_extra=_allowed("an integer of at least 0, or null"),
     )
-    score_training: Literal["benefit", "contribution"] = Field(
+    score_training: ScoreTraining = Field(
         default="benefit",
         description='How the scores of windows are trained: "benefit" regresses the score map on the measured benefit '
         'of the windows, "contribution" follows the gradient through the draw of windows.',
@@ -174,7 +175,8 @@ def without_retired(given: Any) -> dict[str, Any]:
         if name in RETIRED and (value != RETIRED[name] or isinstance(value, bool) != isinstance(RETIRED[name], bool)):
             raise UserError(
                 f'setting "{name}" under "{PLANS_KEY}" in the plans is {value!r}: version {LAST_VERSION_WITH_ALL} of '
-                f"nnunet_nmsw was the last that had it. Remove it for {RETIRED[name]!r}, or install that version"
+                "nnunet_nmsw is the last that has it. Install that version for a model that was trained so; for a new "
+                "training, remove the setting"
             )
     return {name: value for name, value in given.items() if name not in {*RETIRED, *FACTS_OF_EARLIER_VERSIONS}}
 

@@ -1,5 +1,6 @@
 """The experiments run on the present code."""
 
+import ablation
 import arms
 import pytest
 import torch
@@ -14,3 +15,9 @@ def test_arms_that_are_no_settings(name):
     result.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
     assert (len(network.fusion_parameters) == 1) is (name == "class_weights")
+
+
+def test_default_arms_are_there():
+    names = [ablation.STOCK, *ablation.ARMS]
+    assert [ablation.parse_arm(name)[0] for name in names] == names
+    assert ablation.parse_arm('mine={"num_patches": 3}')[1].settings == {"num_patches": 3}

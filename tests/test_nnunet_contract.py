@@ -1,6 +1,6 @@
-"""What this package leans on of nnU-Net's and batchgenerators' private parts, tested without this package.
+"""What this package leans on of nnU-Net's and batchgenerators' private parts.
 
-A failure says what a new version has changed; `nnunet_nmsw/nnunet.py` is where it is to be mended. Against the newest
+A failure says what a new version has changed; `nnunet_nmsw/nnunet/` is where it is to be mended. Against the newest
 nnU-Net alone: `pip install -U nnunetv2 batchgenerators batchgeneratorsv2 && pytest -m contract`.
 """
 
@@ -187,7 +187,7 @@ def test_mirrorings_are_averaged_in_our_order(tiny_network):
 
 def test_pretrained_weights_are_loaded_through_the_networks_state(tmp_path, monkeypatch):
     """nnU-Net's own loading finds nothing to do in a network with an empty state."""
-    from nnunet_nmsw.nnunet import AlreadyLoaded, pretrained_weights_of_command_line
+    from nnunet_nmsw.nnunet.trainer import AlreadyLoaded, pretrained_weights_of_command_line
 
     file = tmp_path / "checkpoint.pth"
     torch.save({"network_weights": {"weight": torch.zeros(3)}}, file)

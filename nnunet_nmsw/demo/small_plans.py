@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--patch_size", type=int, nargs=3, required=True)
     parser.add_argument("--features", type=int, nargs="+", required=True, help="of the stages, from the finest")
     parser.add_argument("--name", default=PLANS_NAME)
-    parser.add_argument("--nmsw", type=json.loads, default={}, help='e.g. \'{"gradient_path": "input"}\'')
+    parser.add_argument("--nmsw", type=json.loads, default={}, help='e.g. \'{"num_patches": "5%%"}\'')
     args = parser.parse_args()
     print(write_small_plans(args.d, args.patch_size, args.features, args.name, args.nmsw))
 

@@ -19,25 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.oracle import Oracle
 from nnunet_nmsw.evaluation.shared import Costs, PatchStore, Position, SharedFold, SharedSlidingWindow
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts
-from nnunet_nmsw.inference.export import can_stream, in_image, resampling_axes
+from nnunet_nmsw.inference.export import can_stream
 from nnunet_nmsw.inference.loading import load_model
-from nnunet_nmsw.inference.networks import Ensemble, unbounded
+from nnunet_nmsw.inference.networks import Ensemble
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import is_stock, read_images, read_labels
 from nnunet_nmsw.inference.volume import (
-    Chosen,
     ChosenWindows,
+    FoldOfCase,
     Padded,
     Spending,
-    Work,
     choose,
-    predict_labels,
-    predict_logits,
     spatial_shape,
 )
 from nnunet_nmsw.selection.by_score import placement_grid
@@ -69,13 +67,13 @@ class Prediction:
     patches: int
     macs: int
     covered_foreground: float = 1.0
-    chosen: Chosen | None = None
+    chosen: FoldOfCase | None = None
     windows: ChosenWindows | None = None
     offset: Shape = (0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class PreprocessedCase:
+class ComparedCase:
     """A case as a model sees it.
 
     Attributes:
@@ -133,7 +131,12 @@ class FoldPredictor:
     def own_selection(self) -> str:
         """The way in which the model itself chooses windows, a key of `WAYS`."""
         assert self.nmsw is not None
-        return self.nmsw.nmsw_network.sampler.at_inference.name
+        name = self.nmsw.nmsw_network.sampler.at_inference.name
+        if name not in WAYS:
+            raise UserError(
+                f'the model chooses windows by "{name}", which is no row of WAYS in evaluation/yardsticks.py'
+            )
+        return name
 
     @torch.inference_mode()
     def predict(self, case: Case, methods: Sequence[Method]) -> Iterator[Prediction]:
@@ -166,7 +169,7 @@ class FoldPredictor:
         ensemble = Ensemble(self.nmsw.nmsw_network, self.nmsw.list_of_parameters, encoding, self.device, axes)
         return SharedFold(ensemble.folds()[0], mirrored, store, self.costs)
 
-    def _facts(self, case: PreprocessedCase, fold: SharedFold | None) -> CaseFacts:
+    def _facts(self, case: ComparedCase, fold: SharedFold | None) -> CaseFacts:
         if fold is None or self.nmsw is None:
             return CaseFacts()
         devices = (self.device, torch.device("cpu"))
@@ -181,7 +184,7 @@ class FoldPredictor:
         positions = torch.cat([grid.starts_N3, placement_grid(grid).starts_N3])
         return list(map(tuple, positions.tolist()))
 
-    def _preprocess(self, case: Case) -> PreprocessedCase:
+    def _preprocess(self, case: Case) -> ComparedCase:
         patch_size = self.configuration_manager.patch_size
         data, _, properties = self._run_preprocessor(case, None)
         padded = Padded.of(torch.from_numpy(np.asarray(data)), patch_size)
@@ -192,7 +195,7 @@ class FoldPredictor:
             # nnU-Net marks voxels outside of its crop with -1.
             reference_1DHW = torch.from_numpy(np.asarray(labels)[:1]).clamp_min(0)
             reference_DHW = Padded.of(reference_1DHW, patch_size).volume_CDHW[0]
-        return PreprocessedCase(padded, properties, reference_DHW, zlib.crc32(case.name.encode()))
+        return ComparedCase(padded, properties, reference_DHW, zlib.crc32(case.name.encode()))
 
     def _run_preprocessor(self, case: Case, reference: str | None) -> tuple[Any, Any, dict[str, Any]]:
         preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
@@ -206,7 +209,7 @@ class FoldPredictor:
             preprocessed = preprocessor.run_case(list(case.images), reference, *of_model)
         return preprocessed
 
-    def _slide(self, method: Method, case: PreprocessedCase) -> Prediction:
+    def _slide(self, method: Method, case: ComparedCase) -> Prediction:
         a, b, c = (slice(o, o + n) for o, n in zip(case.padded.offset, case.padded.inside, strict=True))
         self.sliding_window.tile_step_size = method.tile_step_size
         logits = self.sliding_window.predict_logits_from_preprocessed_data(case.padded.volume_CDHW[:, a, b, c])
@@ -214,23 +217,20 @@ class FoldPredictor:
         macs = patches * self.costs.per_patch[method.mirrored]
         return Prediction(method, logits.cpu(), None, case.properties, patches, macs)
 
-    def _select(self, method: Method, case: PreprocessedCase, fold: SharedFold, facts: CaseFacts) -> Prediction:
+    def _select(self, method: Method, case: ComparedCase, fold: SharedFold, facts: CaseFacts) -> Prediction:
         assert method.selection is not None
+        assert self.nmsw is not None
         selector = WAYS[method.selection].selector(facts)
         # A way that decides itself may take as many as there are.
         spending = Spending(selector, method.num_patches or "all", self.threshold)
+        model = dataclasses.replace(self.nmsw.case_model(), spending=spending)
         chosen = choose(fold, case.padded, spending)
         starts, patch_size = chosen.windows.starts_K3.tolist(), chosen.grid.patch_size
-        work = Work(unbounded(patch_size, self.device), torch.device("cpu"))
         logits_CDHW = segmentation = None
         if can_stream(self.configuration_manager):
-            of_model = (self.plans_manager, self.configuration_manager)
-            axes = resampling_axes(*of_model, case.properties, case.padded.inside)
-            decided = predict_labels(case.padded, [chosen], axes, work)
-            manager = self.plans_manager.get_label_manager(self.dataset_json)
-            segmentation = in_image(decided, self.plans_manager, manager, case.properties)
+            segmentation = model.labels_of(case.padded, [chosen], case.properties)
         else:
-            logits_CDHW = predict_logits(case.padded, [chosen], work)
+            logits_CDHW = model.logits_of(case.padded, [chosen])
         foreground_DHW = case.reference_DHW > 0
         covered_DHW = torch.zeros_like(foreground_DHW)
         for start in starts:

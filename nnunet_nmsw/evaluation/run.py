@@ -101,7 +101,7 @@ def _run_case(
         bar: over predictions.
     """
     pool, processes = exporting
-    # Exports lag behind predictions by as many logits volumes as there are processes, so that memory is bounded.
+    # Exports lag behind predictions by as many results as there are processes, so that memory is bounded.
     record: dict[str, Any] = {"case": case.name, "fold": case.fold, "methods": {}}
     pending: set[Future[dict[str, Any]]] = set()
 

@@ -17,7 +17,7 @@ from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.tensor_file import TensorFile
 from nnunet_nmsw.inference.volume import Padded
 from nnunet_nmsw.model.fusion import FusionWeights
-from nnunet_nmsw.nnunet import PatchHooks
+from nnunet_nmsw.nnunet.predictor import PatchHooks
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.volume.windows import Shape, WindowGrid
 
@@ -45,7 +45,7 @@ class PatchStore:
         positions: what to keep; other patches are for one method alone.
     """
 
-    def __init__(self, positions: Iterable[Position] = ()) -> None:
+    def __init__(self, positions: Iterable[Position]) -> None:
         self.positions = frozenset(positions)
         self._file = TensorFile()
         self._offsets: dict[Position, int] = {}
@@ -89,15 +89,16 @@ class SharedSlidingWindow(PatchHooks):
 
     def __init__(self, costs: Costs, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.store = PatchStore()
+        self.store: PatchStore | None = None
         self.costs = costs
 
     def patch_logits(self, patch_1CDHW: Tensor, start: Position, predict: Callable[[Tensor], Tensor]) -> Tensor:
         """See the parent."""
-        if start in self.store:
+        if self.store is not None and start in self.store:
             return self.store.get(start).to(self.device)[None]
         logits_1CDHW = self.costs.counted(self.use_mirroring, partial(predict, patch_1CDHW))
-        self.store.put(start, logits_1CDHW[0])
+        if self.store is not None:
+            self.store.put(start, logits_1CDHW[0])
         return logits_1CDHW
 
 

@@ -75,7 +75,10 @@ class Comparison:
     def primary(self) -> Method:
         """The method that the report is about."""
         # Records of earlier versions say nothing of the selection, because there was one.
-        own = next((read_json(file, RECORD).get("own_selection") for file in self._record_files()), None)
+        own = next(
+            (read_json(file, RECORD, f"delete it, and {AGAIN}").get("own_selection") for file in self._record_files()),
+            None,
+        )
         return self.primary_of(own or GreedyBenefit.name)
 
     def primary_of(self, own_selection: str) -> Method:

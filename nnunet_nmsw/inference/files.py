@@ -12,7 +12,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
-from nnunet_nmsw.nnunet import PredictorHooks
+from nnunet_nmsw.nnunet.predictor import PredictorHooks
 
 
 class FilesPredictor(PredictorHooks):

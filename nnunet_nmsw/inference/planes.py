@@ -1,9 +1,9 @@
-"""The labels of a fused prediction on the image's grid, some planes at a time: nothing of classes × voxels is built.
+"""A fused prediction, some planes at a time: its labels on the image's grid, or its logits.
 
 Tensor suffixes: C channels of the logits, D H W axes of the padded volume, d h w axes of the low-resolution view,
 Z Y X axes of the cropped image, K windows, P points, 3 one coordinate per axis.
 
-Each part of the volume is worked out in as few places as the result allows:
+For labels, nothing of classes × voxels is built: each part is worked out in as few places as the result allows.
 
 - Where no window is, the labels are the coarse prediction's. Logits are interpolated only in cells of the
   low-resolution grid whose corners have different labels.

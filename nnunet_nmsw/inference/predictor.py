@@ -27,7 +27,7 @@ from nnunet_nmsw.inference.memory import share_within
 from nnunet_nmsw.inference.model_folder import initialize, trained_folds
 from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
-from nnunet_nmsw.inference.volume import ChosenWindows, Networks, Share, Spending
+from nnunet_nmsw.inference.volume import ChosenWindows, Networks, Share, Spending, Work
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
 from nnunet_nmsw.model.network import NMSWNetwork
@@ -52,8 +52,8 @@ class NMSWPredictor(FilesPredictor):
         trust_model: let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.model.safe_loading`.
         selector: chooses windows; the model's own where None.
         threshold: with "auto", in the place of what `max_drop` and the calibration say.
-        take_logits: is given each case and its logits C, D, H, W, which are then built for that.
-        **kwargs: those of `nnUNetPredictor`. The step of the windows is the model's.
+        take_logits: is given each case that is written, and its logits C, D, H, W, which are built for that.
+        **kwargs: those of `nnUNetPredictor`. Windows are half a patch apart, whatever `tile_step_size` says.
     """
 
     network: Any
@@ -116,7 +116,8 @@ class NMSWPredictor(FilesPredictor):
         initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         self._compile_branches()
         if self.num_patches == "auto" and self.threshold is None:
-            self.threshold = threshold_of_folds(folder, use_folds, self.max_drop)
+            asked = [use_folds] if isinstance(use_folds, str) else use_folds
+            self.threshold = threshold_of_folds(folder, asked, self.max_drop)
 
     def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
         """See the parent."""
@@ -161,8 +162,9 @@ class NMSWPredictor(FilesPredictor):
     def case_model(self, networks_of: Callable[[Case], Sequence[Networks]] | None = None) -> CaseModel:
         """The loaded model, or other networks in its place, with this predictor's arguments."""
         device = self.device if self.perform_everything_on_device else torch.device("cpu")
-        of_case, patch_size = networks_of or self.networks_of, self.nmsw_network.patch_size
-        return CaseModel(of_case, patch_size, self.spending, self.share, device, self.of_model, self.allow_tqdm)
+        work = Work(self.share, device, self.allow_tqdm)
+        patch_size = self.nmsw_network.patch_size
+        return CaseModel(networks_of or self.networks_of, patch_size, self.spending, work, self.of_model)
 
     def predict_case(self, case: Case) -> Segmented:
         """Labels of a preprocessed case, and the windows that were taken; see `CaseModel.labels`."""
@@ -268,9 +270,6 @@ class NMSWPredictor(FilesPredictor):
 
     def _by_logits(self, save_probabilities: bool, case: Case) -> Done:
         logits_CDHW, windows = self.predict_case_logits(case)
-        logits_CDHW = logits_CDHW.cpu()
-        if self.take_logits is not None:
-            self.take_logits(case, logits_CDHW)
         properties = case["data_properties"]
 
         def write(folder: Path, name: str) -> None:
@@ -278,7 +277,8 @@ class NMSWPredictor(FilesPredictor):
             self._write_windows(folder, name, windows, properties)
 
         labels = partial(labels_from_logits, logits_CDHW.numpy(), *self.of_model, properties, save_probabilities)
-        return Done(labels, write)
+        then = None if self.take_logits is None else partial(self.take_logits, case, logits_CDHW)
+        return Done(labels, write, then)
 
     def _write_windows(self, folder: Path, name: str, windows: list[ChosenWindows], properties: dict[str, Any]) -> None:
         if self.save_patches:

@@ -86,6 +86,10 @@ class TwoModelPredictor(NMSWPredictor):
         factor, encoding = self.nmsw_network.settings.downsampling_factor, LabelEncoding.of(self.label_manager)
         return [GivenCoarse(fold, logits_Cdhw, factor, encoding) for fold in self.folds()]
 
+    def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
+        """Raises what `networks_of` raises: the coarse model needs the image."""
+        return self.predict_case_logits({"data": input_image}).logits_CDHW
+
     def preprocess(self, *args: Any) -> Cases:
         """See the parent."""
         return _with_coarse(super().preprocess(*args), preprocessed_cases(self.global_model, *args))

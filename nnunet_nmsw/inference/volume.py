@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +25,8 @@ from nnunet_nmsw.selection.budget import budget_of
 from nnunet_nmsw.selection.interface import CoarsePrediction, Selector, WindowChoice
 from nnunet_nmsw.volume.interpolation import Axis
 from nnunet_nmsw.volume.windows import Shape, WindowGrid
+
+Result = TypeVar("Result")
 
 
 class Padded(NamedTuple):
@@ -105,7 +108,7 @@ class ChosenWindows:
     num_windows: int
 
 
-class Chosen(NamedTuple):
+class FoldOfCase(NamedTuple):
     """What a fold has made of a volume before its patches are predicted.
 
     Attributes:
@@ -161,14 +164,25 @@ class Work(NamedTuple):
     progress_bar: bool = False
 
 
-def choose(networks: Networks, padded: Padded, spending: Spending) -> Chosen:
+def where_it_fits(predict: Callable[[Work], Result], work: Work) -> Result:
+    """What is predicted with results on the device of the work, or on the host if the device has too little memory."""
+    if work.device.type != "cpu":
+        try:
+            return predict(work)
+        except torch.OutOfMemoryError:
+            print("The results do not fit on the device; predicting again with results on the host")
+            empty_cache(work.device)
+    return predict(work._replace(device=torch.device("cpu")))
+
+
+def choose(networks: Networks, padded: Padded, spending: Spending) -> FoldOfCase:
     """Predict a volume coarsely and choose windows."""
     grid = networks.grid(spatial_shape(padded.volume_CDHW))
     coarse = networks.coarse(padded)
-    return Chosen(networks, coarse, grid, spending.choose(coarse, grid), networks.weights)
+    return FoldOfCase(networks, coarse, grid, spending.choose(coarse, grid), networks.weights)
 
 
-def predict_labels(padded: Padded, folds: Sequence[Chosen], axes: Sequence[Axis], work: Work) -> Tensor:
+def predict_labels(padded: Padded, folds: Sequence[FoldOfCase], axes: Sequence[Axis], work: Work) -> Tensor:
     """Labels of a volume on another grid, without a volume of logits.
 
     Args:
@@ -188,7 +202,7 @@ def predict_labels(padded: Padded, folds: Sequence[Chosen], axes: Sequence[Axis]
         return segment(prediction, axes, padded.offset, padded.inside, planes)
 
 
-def predict_logits(padded: Padded, folds: Sequence[Chosen], work: Work) -> Tensor:
+def predict_logits(padded: Padded, folds: Sequence[FoldOfCase], work: Work) -> Tensor:
     """Logits of a volume.
 
     Args:
@@ -219,15 +233,15 @@ def spatial_shape(volume_CDHW: Tensor) -> Shape:
     return d, h, w
 
 
-def _bar(folds: Sequence[Chosen], work: Work) -> tqdm:
+def _bar(folds: Sequence[FoldOfCase], work: Work) -> tqdm:
     total = sum(len(fold.windows.starts_K3) for fold in folds)
     return tqdm(total=total, desc="patches", disable=not work.progress_bar, leave=False)
 
 
-def _fused(padded: Padded, folds: Sequence[Chosen], work: Work, bar: tqdm) -> FusedPrediction:
+def _fused(padded: Padded, folds: Sequence[FoldOfCase], work: Work, bar: tqdm) -> FusedPrediction:
     device, share, grid = work.device, work.share, folds[0].grid
 
-    def model(fold: Chosen) -> FusedModel:
+    def model(fold: FoldOfCase) -> FusedModel:
         def windows(starts_K3: Tensor) -> Tensor:
             logits_KCDHW = fold.networks.patches(padded, starts_K3)
             bar.update(len(starts_K3))

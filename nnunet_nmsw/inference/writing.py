@@ -20,10 +20,12 @@ class Done(NamedTuple):
     Attributes:
         result: gives what a caller from Python gets.
         write: writes the case's files into a folder, under a name without ending.
+        then: what else is done with a case that is written.
     """
 
     result: Callable[[], Any]
     write: Callable[[Path, str], None]
+    then: Callable[[], None] | None = None
 
 
 class Writing(NamedTuple):
@@ -93,6 +95,11 @@ def done_one_after_the_other(
             if file is not None:
                 collect(how.num_writers - 1)  # results must not pile up before a slow disk
                 writing[writers.submit(_write, file, how.ending, done.write)] = f"cannot write {file}{how.ending}"
+                if done.then is not None:
+                    try:
+                        done.then()
+                    except Exception as error:  # noqa: BLE001 - see above
+                        failures.add(f"cannot hand on {file}", error)
             del done  # which holds the labels or the logits
             bar.update()
         collect(0)

@@ -13,7 +13,7 @@ class Budget(NamedTuple):
 
     Attributes:
         num_windows: how many windows, at most.
-        threshold: take no window whose mean of the score map is not above this; None to take them whatever it is.
+        threshold: take only windows whose mean of the score map is above this. None: take all.
     """
 
     num_windows: int

@@ -36,7 +36,7 @@ class WindowSample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Draw(WindowChoice):
-    """Windows drawn for a training step.
+    """Windows drawn for a training step. Their scores stay on the device.
 
     Attributes:
         sample: how they were drawn.
@@ -69,7 +69,7 @@ class PlackettLuce:
             spread = scores_N[candidates_N].std(correction=0).clamp_min(1e-6)
             scores_N = SCORE_SCALE * (scores_N / spread).detach()
         sample = sample_windows(scores_N, k, candidates_N, TEMPERATURE)
-        scores_K = scores_N[sample.indices_K].detach().cpu()
+        scores_K = scores_N[sample.indices_K].detach()
         starts_K3 = grid.starts_N3[sample.indices_K.cpu()]
         return Draw(starts_K3, scores_K, torch.ones(k), sample, window_entropy(scores_N, candidates_N))
 

@@ -41,7 +41,7 @@ class CoarsePrediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WindowChoice:
-    """Chosen windows.
+    """FoldOfCase windows.
 
     Attributes:
         starts_K3: their first voxels in the order of choice, int64 on the host.

@@ -9,21 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
 from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
     RemoveRandomConnectedComponentFromOneHotEncodingTransform,
 )
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import Tensor
+
+from nnunet_nmsw.nnunet.blur import with_blur_of_views
 
 TRANSFORMS_OF_PREVIOUS = (
     MoveSegAsOneHotToDataTransform,
@@ -108,34 +106,3 @@ def augmentations_of(trainer: nnUNetTrainer) -> tuple[Augmentation, Augmentation
     )
     validation = trainer.get_validation_transforms(deep_supervision_scales=None, **of_cascade)
     return Augmentation.of(training), Augmentation.of(validation)
-
-
-class BlurOfViews(GaussianBlurTransform):
-    """nnU-Net's blur with its parameters, on the device of the image and for axes of any length.
-
-    The original builds its kernel on the host, reflects more voxels than a thin view has, and times two implementations
-    for every new shape, which here is every volume.
-    """
-
-    def _benchmark_wrapper(self, img: Tensor, sigma: float, dim_to_blur: int) -> Tensor:
-        half = max(1, round(3 * sigma))
-        offsets = torch.arange(-half, half + 1, device=img.device, dtype=img.dtype)
-        kernel = (-0.5 * (offsets / sigma).square()).softmax(0)
-        lines = img.movedim(dim_to_blur + 1, -1)
-        padded = F.pad(lines.reshape(-1, 1, lines.shape[-1]), (half, half), mode="replicate")
-        return F.conv1d(padded, kernel[None, None]).view(lines.shape).movedim(-1, dim_to_blur + 1)
-
-
-def with_blur_of_views(transform: BasicTransform) -> BasicTransform:
-    """The transform, or `BlurOfViews` in the place of a blur."""
-    if isinstance(transform, RandomTransform):
-        transform.transform = with_blur_of_views(transform.transform)
-    elif isinstance(transform, GaussianBlurTransform):
-        return BlurOfViews(
-            transform.blur_sigma,
-            transform.synchronize_channels,
-            transform.synchronize_axes,
-            transform.p_per_channel,
-            benchmark=True,
-        )
-    return transform

@@ -21,8 +21,8 @@ SECONDS_BETWEEN_LOOKS = 0.002
 """Between looks whether a batch is ready."""
 
 
-class Windows(NamedTuple):
-    """Windows that a loader draws at random.
+class RandomWindows(NamedTuple):
+    """RandomWindows that a loader draws at random.
 
     Attributes:
         patch_size: voxels by axis.
@@ -35,54 +35,60 @@ class Windows(NamedTuple):
     with_foreground: int
 
 
-class Working(NamedTuple):
+class LoaderProcesses(NamedTuple):
     """How batches are made.
 
     Attributes:
-        workers: processes that make them; 0 for the training's own.
+        number: of processes that make them; 0 for the training's own.
         seed: of what is drawn, several numbers; None for random draws.
         pinned: pin tensors, for copies to a GPU that do not block.
     """
 
-    workers: int
+    number: int
     seed: tuple[int, ...] | None
     pinned: bool
 
 
-def training_batches(dataset: nnUNetBaseDataset, windows: Windows, augmentation: Augmentation, working: Working) -> Any:
+def training_batches(
+    dataset: nnUNetBaseDataset, windows: RandomWindows, augmentation: Augmentation, workers: LoaderProcesses
+) -> Any:
     """Batches of cases at random."""
-    seed = None if working.seed is None or working.workers == 0 else (*working.seed, 1)
-    return batches(WholeVolumeLoader(dataset, *windows, augmentation, True, seed), working)
+    seed = None if workers.seed is None or workers.number == 0 else (*workers.seed, 1)
+    return batches(WholeVolumeLoader(dataset, *windows, augmentation, True, seed), workers)
 
 
 def validation_batches(
-    dataset: nnUNetBaseDataset, windows: Windows, augmentation: Augmentation, working: Working, processes: Processes
+    dataset: nnUNetBaseDataset,
+    windows: RandomWindows,
+    augmentation: Augmentation,
+    workers: LoaderProcesses,
+    processes: Processes,
 ) -> Any:
     """Batches of the process's share of the cases, in order."""
-    seed = None if working.seed is None or working.workers == 0 else (*working.seed, 0)
+    seed = None if workers.seed is None or workers.number == 0 else (*workers.seed, 0)
     loader = WholeVolumeLoader(dataset, *windows, augmentation, False, seed)
     cases = list(dataset.identifiers)
     loader.indices = processes.own_share(cases) or cases
-    return batches(loader, working._replace(workers=min(1, working.workers)))
+    return batches(loader, workers._replace(number=min(1, workers.number)))
 
 
-def batches(loader: WholeVolumeLoader, working: Working) -> Any:
+def batches(loader: WholeVolumeLoader, workers: LoaderProcesses) -> Any:
     """An iterator over a loader's batches. Those of a seeded loader come in order."""
-    if working.workers == 0:
+    if workers.number == 0:
         return SingleThreadedAugmenter(loader, None)
     if loader.seed is not None:
         # The batches of its workers come in turns, where the other augmenter takes what is ready first.
-        seeds = list(range(working.workers))
+        seeds = list(range(workers.number))
         augmenter = MultiThreadedAugmenter(
-            loader, None, working.workers, 2, seeds, working.pinned, wait_time=SECONDS_BETWEEN_LOOKS
+            loader, None, workers.number, 2, seeds, workers.pinned, wait_time=SECONDS_BETWEEN_LOOKS
         )
     else:
         augmenter = NonDetMultiThreadedAugmenter(
             loader,
             None,
-            num_processes=working.workers,
-            num_cached=max(2, working.workers // 2),
-            pin_memory=working.pinned,
+            num_processes=workers.number,
+            num_cached=max(2, workers.number // 2),
+            pin_memory=workers.pinned,
             wait_time=SECONDS_BETWEEN_LOOKS,
         )
     next(augmenter)  # a worker that cannot work fails here and not in the middle of an epoch

@@ -1,4 +1,4 @@
-"""What a training starts from and what it leaves: checkpoints, and weights of other models."""
+"""Checkpoints of a training: written whole, and continued under the settings that it started with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
-from nnunet_nmsw.settings import PLANS_KEY, NMSWSettings
+from nnunet_nmsw.settings import PLANS_KEY, NMSWSettings, without_retired
 
 
 def save_whole(save: Callable[[str], None], file: Path) -> None:
@@ -37,7 +37,8 @@ def check_unchanged(
         # Mapped and not read: only the settings are looked at here.
         checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
         assert isinstance(checkpoint, dict)
-    before = checkpoint["init_args"]["plans"]["configurations"][configuration][PLANS_KEY]
+    # An earlier version may have trained with settings that are gone.
+    before = without_retired(checkpoint["init_args"]["plans"]["configurations"][configuration][PLANS_KEY])
     for name, value in settings.to_dict().items():
         if before.get(name, value) != value:
             raise UserError(

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nnunet_nmsw.console import follow_parent
-from nnunet_nmsw.nnunet import load_case
+from nnunet_nmsw.nnunet.trainer import load_case
 from nnunet_nmsw.trainers.augmentation import Augmentation
 from nnunet_nmsw.trainers.randomness import seed_everything
 from nnunet_nmsw.volume.affine import OUTSIDE

@@ -12,31 +12,32 @@ import numpy as np
 import torch
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_nmsw.files import remove_leftovers
-from nnunet_nmsw.model.network import NMSWNetwork, build_network
+from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.plans import branch_architectures, settings_of
 from nnunet_nmsw.model.safe_loading import read_checkpoint
-from nnunet_nmsw.nnunet import (
+from nnunet_nmsw.nnunet.trainer import (
     AlreadyLoaded,
     TrainerHooks,
     as_one_process,
-    log_more,
+    log_under,
     pretrained_weights_of_command_line,
 )
 from nnunet_nmsw.settings import PLANS_KEY
 from nnunet_nmsw.trainers.augmentation import Augmentation, augmentations_of
 from nnunet_nmsw.trainers.batches import (
-    Windows,
-    Working,
+    LoaderProcesses,
+    RandomWindows,
     check_previous_stage,
     training_batches,
     training_volume,
     validation_batches,
 )
+from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.checkpoints import check_unchanged, save_whole
 from nnunet_nmsw.trainers.distributed import (
     Processes,
@@ -54,6 +55,9 @@ from nnunet_nmsw.trainers.step import REPORTED, LossOfStep, TrainingStep
 from nnunet_nmsw.trainers.validation import check_losses, check_weights, predicted_in_training, validate
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.precision import mixed_precision
+
+LOGGED_UNDER = "nmsw_"
+"""Before the names of a step's report, in nnU-Net's log."""
 
 
 class nnUNetTrainerNMSW(TrainerHooks):
@@ -94,7 +98,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         if self.training_length is not None:
             self.num_epochs = self.training_length
         self.encoding = LabelEncoding.of(self.label_manager)
-        log_more(self, [f"nmsw_{name}" for name in REPORTED])
+        log_under(self, LOGGED_UNDER, REPORTED)
 
     @property
     def nmsw_network(self) -> NMSWNetwork:
@@ -106,17 +110,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
 
     # What is trained, and what from.
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Both branches, from the plans' architecture and their settings under `nmsw`."""
-        channels = (num_input_channels, num_output_channels)
-        return build_network(configuration_manager, channels, enable_deep_supervision)
+    build_network_architecture = network_builder()
 
     def initialize(self) -> None:
         """See the parent. Seeds everything first where the settings say so, and compiles where nnU-Net would."""
@@ -183,6 +177,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
             self.initialize()
         self._unwrap_pretrained()
         super().load_checkpoint(filename_or_checkpoint)
+        log_under(self, LOGGED_UNDER, REPORTED)
 
     def _unwrap_pretrained(self) -> None:
         if isinstance(self.network, AlreadyLoaded):
@@ -208,13 +203,13 @@ class nnUNetTrainerNMSW(TrainerHooks):
         self.num_val_iterations_per_epoch: int = max(1, len(own_steps))
 
         number, patch_size = self.settings.random_windows, self.configuration_manager.patch_size
-        windows = Windows(patch_size, number, number - round(number * (1 - self.oversample_foreground_percent)))
+        windows = RandomWindows(patch_size, number, number - round(number * (1 - self.oversample_foreground_percent)))
         # A training that goes on draws other data than when it started, and every rank its own.
         seed = None if self.settings.seed is None else (self.settings.seed, self.local_rank, self.current_epoch)
-        working = Working(get_allowed_n_proc_DA(), seed, self.device.type == "cuda")
-        of_validation = (self.dataset_validation, windows, self.no_augmentation, working, self.processes)
+        workers = LoaderProcesses(get_allowed_n_proc_DA(), seed, self.device.type == "cuda")
+        of_validation = (self.dataset_validation, windows, self.no_augmentation, workers, self.processes)
         return (
-            training_batches(dataset_training, windows, self.augmentation, working),
+            training_batches(dataset_training, windows, self.augmentation, workers),
             validation_batches(*of_validation),
         )
 
@@ -261,7 +256,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         outputs = collate_outputs([{k: np.atleast_2d(v) for k, v in output.items()} for output in train_outputs])
         means = mean_over_processes({name: np.concatenate(outputs[name]).mean(0) for name in REPORTED})
         for name, mean in means.items():
-            self.logger.log(f"nmsw_{name}", mean.tolist() if len(mean) > 1 else float(mean[0]), self.current_epoch)
+            self.logger.log(LOGGED_UNDER + name, mean.tolist() if len(mean) > 1 else float(mean[0]), self.current_epoch)
 
     def validation_step(self, batch: dict) -> dict:
         """Loss and pseudo Dice of the fused prediction of one volume, with the windows that inference would take."""
@@ -275,7 +270,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
 
     def on_epoch_end(self) -> None:
         """Print the epoch's means, after which nnU-Net prints its own, and draw pictures."""
-        logged = {name: self.logger.get_value(f"nmsw_{name}", step=None) for name in REPORTED}
+        logged = {name: self.logger.get_value(LOGGED_UNDER + name, step=None) for name in REPORTED}
         for line in lines(logged):
             self.print_to_log_file(line)
         if self.local_rank == 0:

@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
-from nnunet_nmsw.model.network import Parts, build_network
+from nnunet_nmsw.model.network import Parts
 from nnunet_nmsw.selection.by_score import TopK, full_trust
 from nnunet_nmsw.selection.draw import Draw, PlackettLuce
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import ENTROPY_WEIGHT, BenefitMap, ScoreLoss
+from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 
 
@@ -66,15 +66,4 @@ class nnUNetTrainerNMSW_paper(nnUNetTrainerNMSW):
 
     defaults: ClassVar[dict[str, Any]] = {"sampled_windows": 4, "random_windows": 1}
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """See the parent."""
-        parts = Parts(PaperSampler(), CLASS_WEIGHTS)
-        channels = (num_input_channels, num_output_channels)
-        return build_network(configuration_manager, channels, enable_deep_supervision, parts)
+    build_network_architecture = network_builder(Parts(PaperSampler(), CLASS_WEIGHTS))

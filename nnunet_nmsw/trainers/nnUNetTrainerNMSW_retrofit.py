@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
-
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.model.network import build_network
 from nnunet_nmsw.model.safe_loading import read_checkpoint
+from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch
 
@@ -24,19 +21,7 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
 
     has_local_branch = False
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """See the parent."""
-        channels = (num_input_channels, num_output_channels)
-        network = build_network(configuration_manager, channels, enable_deep_supervision)
-        network.freeze_local_branch()
-        return network
+    build_network_architecture = network_builder(freeze_local_branch=True)
 
     def initialize(self) -> None:
         """See the parent. There is nothing to supervise in the local branch."""

@@ -23,7 +23,16 @@ from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.networks import Ensemble, unbounded
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.volume import Chosen, Padded, Spending, Work, choose, predict_labels, spatial_shape
+from nnunet_nmsw.inference.volume import (
+    FoldOfCase,
+    Padded,
+    Spending,
+    Work,
+    choose,
+    predict_labels,
+    spatial_shape,
+    where_it_fits,
+)
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.calibration import FILE, THRESHOLDS, Measured, write_calibration
@@ -117,10 +126,11 @@ def predicted_in_training(network: NMSWNetwork, step: TrainingStep, device: torc
     return _labels(padded, fold, device).to(device)
 
 
-def _labels(padded: Padded, fold: Chosen, device: torch.device) -> Tensor:
+def _labels(padded: Padded, fold: FoldOfCase, device: torch.device) -> Tensor:
     """Labels of a volume on its own grid, int16 on the host."""
     axes = [linear_axis(n, n) for n in padded.inside]
-    decided = predict_labels(padded, [fold], axes, Work(unbounded(fold.grid.patch_size, device), device))
+    work = Work(unbounded(fold.grid.patch_size, device), device)
+    decided = where_it_fits(lambda work: predict_labels(padded, [fold], axes, work), work)
     return fold.coarse.encoding.labels_of(decided)
 
 
@@ -196,7 +206,7 @@ def calibrate(
         coarse = fold.coarse(padded)
         for threshold in THRESHOLDS:
             windows = Spending(network.sampler.at_inference, "auto", threshold).choose(coarse, grid)
-            labels_DHW = _labels(padded, Chosen(fold, coarse, grid, windows, fold.weights), device)
+            labels_DHW = _labels(padded, FoldOfCase(fold, coarse, grid, windows, fold.weights), device)
             measured[threshold].append((len(windows.starts_K3), encoding.dice(reference_DHW, labels_DHW).numpy()))
     return measured
 

@@ -1,4 +1,4 @@
-"""What labels mean to the losses: plain labels or overlapping regions, with or without an ignore label.
+"""What labels mean: plain labels or overlapping regions, with or without an ignore label.
 
 Tensor suffixes: L labels (the ignore label included), C channels of the logits, V voxels, any shape, X as C where
 channels are regions and one where they are labels.

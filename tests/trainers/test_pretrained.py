@@ -12,7 +12,7 @@ from torch import nn
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.model.safe_loading import read_checkpoint
-from nnunet_nmsw.nnunet import AlreadyLoaded, pretrained_weights_of_command_line
+from nnunet_nmsw.nnunet.trainer import AlreadyLoaded, pretrained_weights_of_command_line
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW_retrofit
 from nnunet_nmsw.trainers.pretrained import load_local_branch, load_pretrained
 
