@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.model.safe_loading import TRUST_FLAG
+from nnunet_nmsw.flags import TRUST_FLAG
 from nnunet_nmsw.selection.budget import parse_num_patches
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+from nnunet_nmsw.commands.predict_flags import read_flags
 from nnunet_nmsw.console import end_in_one_line
 from nnunet_nmsw.imports import importing
 
@@ -11,6 +12,7 @@ from nnunet_nmsw.imports import importing
 def predict() -> None:
     """The command `nmsw_predict`."""
     end_in_one_line(": predictions that are there are whole, --continue_prediction makes the others")
+    read_flags()  # what is wrong with them is said before seconds of imports
     with importing():
         from nnunet_nmsw.commands.predict import main
     try:

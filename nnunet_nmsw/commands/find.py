@@ -12,10 +12,9 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.flags import DEFAULT_CONFIGURATION, DEFAULT_PLANS, DEFAULT_TRAINER
 from nnunet_nmsw.inference.model_folder import checked_folder, read_document, trained_folds
 from nnunet_nmsw.settings import PLANS_KEY
-
-DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
 
 
 def find_model(args: argparse.Namespace) -> Path:

@@ -15,12 +15,13 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.commands.find import find_cases, find_folds, find_model
-from nnunet_nmsw.commands.predict_flags import check_flags, parser
+from nnunet_nmsw.commands.predict_flags import read_flags
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import remove_leftovers, written_whole
+from nnunet_nmsw.flags import parse_memory
 from nnunet_nmsw.inference.device import prepare_device
 from nnunet_nmsw.inference.loading import load_model
-from nnunet_nmsw.inference.memory import check_least, parse_memory
+from nnunet_nmsw.inference.memory import check_least
 from nnunet_nmsw.inference.model_folder import (
     checked_folder,
     read_configuration,
@@ -31,14 +32,11 @@ from nnunet_nmsw.inference.ray_engine import RayPredictor, Workers
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import configuration_of, read_checkpoint
-from nnunet_nmsw.selection.budget import parse_num_patches
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Predict a folder of images from the command line."""
-    args = parser().parse_args(arguments)
-    num_patches = None if args.k is None else parse_num_patches(args.k, "-k", auto=True)
-    check_flags(args)
+    args = read_flags(arguments)
     if args.engine != "ray":  # whose workers have devices of their own
         prepare_device(args.device)
     folder = find_model(args).resolve()
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check_output(args.o)
     if args.max_memory is not None:
         _check_memory(args, cases, folder, folds[0])
-    make = partial(make_predictor, args, num_patches, folder, folds)
+    make = partial(make_predictor, args, folder, folds)
     predictor = make("cpu" if args.engine == "ray" else args.device)
     _check_previous_stage(cases, predictor, args.prev_stage_predictions)
     engine: nnUNetPredictor = predictor
@@ -92,9 +90,7 @@ def for_ray(predictor: NMSWPredictor, args: argparse.Namespace, make: Callable[[
     return by_ray
 
 
-def make_predictor(
-    args: argparse.Namespace, num_patches: int | str | None, folder: Path, folds: list[int | str], device: str
-) -> NMSWPredictor:
+def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str], device: str) -> NMSWPredictor:
     """A predictor as the flags ask for, with its model."""
     of_stock: dict[str, Any] = {
         "use_mirroring": not args.disable_tta,
@@ -104,7 +100,7 @@ def make_predictor(
         "verbose_preprocessing": args.verbose,
         "allow_tqdm": not args.disable_progress_bar,
     }
-    of_nmsw: dict[str, Any] = {"num_patches": num_patches, "save_patches": args.save_patches, **of_stock}
+    of_nmsw: dict[str, Any] = {"num_patches": args.k, "save_patches": args.save_patches, **of_stock}
     of_nmsw |= {"max_drop": args.max_drop, "max_memory": args.max_memory and parse_memory(args.max_memory)}
     of_nmsw |= {"bfloat16": args.bfloat16, "trust_model": args.trust_model}
     if args.global_model is None:

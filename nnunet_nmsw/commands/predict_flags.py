@@ -5,14 +5,35 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_nmsw.commands.find import DEFAULT_CONFIGURATION, DEFAULT_PLANS, DEFAULT_TRAINER
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.inference.memory import parse_memory
-from nnunet_nmsw.model.safe_loading import TRUST_FLAG
-from nnunet_nmsw.selection.calibration import DEFAULT_MAX_DROP
+from nnunet_nmsw.flags import (
+    DEFAULT_CONFIGURATION,
+    DEFAULT_MAX_DROP,
+    DEFAULT_PLANS,
+    DEFAULT_TRAINER,
+    TRUST_FLAG,
+    parse_memory,
+)
+from nnunet_nmsw.selection.budget import parse_num_patches
+
+
+def read_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, checked.
+
+    Args:
+        arguments: of the command; this process's where None.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    args = parser().parse_args(arguments)
+    args.k = None if args.k is None else parse_num_patches(args.k, "-k", auto=True)
+    check_flags(args)
+    return args
 
 
 def check_flags(args: argparse.Namespace) -> None:

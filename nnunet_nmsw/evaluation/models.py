@@ -15,8 +15,9 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_nmsw.documents import SPLITS, SUMMARY, read_json
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.flags import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.model_folder import checked_folder, read_configuration, read_document
-from nnunet_nmsw.selection.calibration import DEFAULT_MAX_DROP, calibration_files, threshold_of_folds
+from nnunet_nmsw.selection.calibration import calibration_files, threshold_of_folds
 from nnunet_nmsw.settings import PLANS_KEY
 
 DEFAULT_BASELINE = "nnUNetTrainer"

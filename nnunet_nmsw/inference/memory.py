@@ -6,7 +6,6 @@ All numbers are bytes but where they say otherwise.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,13 +21,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_nmsw.console import printable
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.flags import in_words
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.planes import FEWEST_PLANES, bytes_of_plane
 from nnunet_nmsw.inference.preprocessing import HEADERS
 from nnunet_nmsw.inference.resampling import is_known
 from nnunet_nmsw.inference.volume import Share
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 OF_READING, OF_RESAMPLING = 16, 8
 """Most bytes at a time by channel and voxel of the image as read, and of the resampled volume, while a case is
@@ -77,27 +75,6 @@ class Needs(NamedTuple):
     writing: int
     plane: int
     window: int
-
-
-def parse_memory(text: str, source: str = "--max_memory") -> int:
-    """Bytes of an amount such as 8G, 500M or 1.5 GiB; units are powers of 1024.
-
-    Args:
-        text: what the user gave.
-        source: the flag it was given by, for the message.
-
-    Raises:
-        UserError: it is no such amount.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise UserError(f'{source} is "{text}": give an amount of memory such as 8G or 500M')
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def in_words(amount: float) -> str:
-    """Bytes as people write them."""
-    return f"{amount / UNITS['G']:.1f}G"
 
 
 def size_of(files: Sequence[str], plans: PlansManager, configuration: ConfigurationManager) -> Size | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.flags import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.case_model import CaseModel, OfModel, Segmented, WithLogits
 from nnunet_nmsw.inference.cases import Case, Cases
 from nnunet_nmsw.inference.export import labels_from_logits, reason_for_logits, write_labels, write_logits
@@ -32,7 +33,7 @@ from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.budget import parse_num_patches
-from nnunet_nmsw.selection.calibration import DEFAULT_MAX_DROP, threshold_of_folds
+from nnunet_nmsw.selection.calibration import threshold_of_folds
 from nnunet_nmsw.selection.interface import Selector
 from nnunet_nmsw.volume.labels import LabelEncoding
 

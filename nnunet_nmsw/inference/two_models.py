@@ -123,12 +123,13 @@ class GivenCoarse:
 
     def coarse(self, padded: Padded) -> CoarsePrediction:
         """The other model's logits on the low-resolution grid of the padded volume, and their entropy."""
-        axes = []
+        matrices: list[Tensor | None] = []
         for axis, low in enumerate(low_shape(spatial_shape(padded.volume_CDHW), self.factor)):
             centres = (torch.arange(low, dtype=torch.float64) + 0.5) * self.factor[axis] - padded.offset[axis]
             size = self.logits_Cdhw.shape[axis + 1]
-            axes.append(axis_between(centres / padded.inside[axis] * size - 0.5, size).to(self.logits_Cdhw.device))
-        logits_Cdhw = interpolated(self.logits_Cdhw, axes)
+            axis_of_view = axis_between(centres / padded.inside[axis] * size - 0.5, size)
+            matrices.append(axis_of_view.matrix(size).to(self.logits_Cdhw.device))
+        logits_Cdhw = interpolated(self.logits_Cdhw, matrices)
         return CoarsePrediction(logits_Cdhw, self.encoding.entropy(logits_Cdhw), self.encoding)
 
     def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:

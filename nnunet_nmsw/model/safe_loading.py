@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.flags import TRUST_FLAG
 from nnunet_nmsw.model.architecture import ARCHITECTURE_KEYS
-
-TRUST_FLAG = "--trust_model"
 
 SAFE_MODULES = ("torch.nn", "dynamic_network_architectures", "monai.networks", "nnunet_nmsw")
 """What plans may name networks and layers from, with the modules within."""

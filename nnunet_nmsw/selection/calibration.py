@@ -23,9 +23,6 @@ THRESHOLDS = (0.025, 0.05, 0.1, 0.2, 0.4)
 """What the mean of the score map over a window has to exceed. Its unit is the root mean square of the benefits that
 training measured. Files call it `stop_at`."""
 
-DEFAULT_MAX_DROP = 0.005
-"""Dice, of 1, that may be lost for fewer patches."""
-
 
 Measured = dict[float, list[tuple[int, np.ndarray]]]
 """By threshold, for each case: windows taken, and the Dice of each foreground label or region, NaN where neither

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -149,28 +150,34 @@ def upsample_window(low_Cdhw: Tensor, start: Sequence[int], size: Sequence[int],
         float32, the same leading axes and `size`.
     """
     values, origin = surroundings(low_Cdhw.float(), start, size, factor)
-    axes: list[Axis | None] = []
+    matrices: list[Tensor | None] = []
     for axis, f, a, o, n in zip((-3, -2, -1), factor, map(int, start), origin, size, strict=True):
         if f == 1:
             values = values.narrow(axis, a - o, n)
-        axes.append(None if f == 1 else upsampling_axis(values.shape[axis], f, a - o, n, values.device))
-    return interpolated(values, axes)
+        matrices.append(None if f == 1 else _upsampling_matrix(values.shape[axis], f, a - o, n, values.device))
+    return interpolated(values, matrices)
 
 
-def interpolated(values_DHW: Tensor, axes: Sequence[Axis | None]) -> Tensor:
+@lru_cache(maxsize=256)
+def _upsampling_matrix(low_size: int, factor: int, start: int, size: int, device: torch.device) -> Tensor:
+    """Windows and tiles lie in few ways on the low-resolution grid: what is made once for each way is small."""
+    with torch.inference_mode(False):  # a training may take what a prediction has made
+        return upsampling_axis(low_size, factor, start, size, device).matrix(low_size)
+
+
+def interpolated(values_DHW: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """A map on another grid, float32 of shape Z, Y, X behind any leading axes; differentiable.
 
     Args:
         values_DHW: finite; any leading axes.
-        axes: to the grid; None where voxels stay.
+        matrices: of each axis, see `Axis.matrix`; None where voxels stay.
     """
     values = values_DHW.float()
     with full_precision(values.device):
         for dimension in (-1, -2, -3):
-            axis = axes[dimension]
-            if axis is None:
+            matrix = matrices[dimension]
+            if matrix is None:
                 continue
-            matrix = axis.matrix(values.shape[dimension])
             if dimension == -1:
                 values = values @ matrix.T
             elif dimension == -2:

@@ -8,6 +8,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny import make_plans
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.flags import parse_memory
 from nnunet_nmsw.inference.memory import (
     SLACK,
     Needs,
@@ -16,7 +17,6 @@ from nnunet_nmsw.inference.memory import (
     memory_of_process,
     most_memory_of_process,
     needs_of,
-    parse_memory,
     share_out,
     size_of,
 )

@@ -42,9 +42,9 @@ def test_voxels_of_the_volume_lie_where_they_do_in_the_low_resolution_view(low, 
 
 def test_a_map_is_interpolated_along_all_axes():
     values = torch.rand(2, 3, 4, 5)
-    axes = [linear_axis(3, 7), None, linear_axis(5, 2)]
+    matrices = [linear_axis(3, 7).matrix(3), None, linear_axis(5, 2).matrix(5)]
     expected = F.interpolate(values[None], size=(7, 4, 2), mode="trilinear", align_corners=False)[0]
-    torch.testing.assert_close(interpolated(values, axes), expected)
+    torch.testing.assert_close(interpolated(values, matrices), expected)
 
 
 @pytest.mark.parametrize("make_axis", [linear_axis, nearest_axis])

@@ -1,0 +1,37 @@
+"""What flags of several commands mean. It imports nothing heavy: a command that is called wrongly says so at once."""
+
+from __future__ import annotations
+
+import re
+
+from nnunet_nmsw.errors import UserError
+
+TRUST_FLAG = "--trust_model"
+
+DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
+
+DEFAULT_MAX_DROP = 0.005
+"""Dice, of 1, that may be lost for fewer patches."""
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_memory(text: str, source: str = "--max_memory") -> int:
+    """Bytes of an amount such as 8G, 500M or 1.5 GiB; units are powers of 1024.
+
+    Args:
+        text: what the user gave.
+        source: the flag it was given by, for the message.
+
+    Raises:
+        UserError: it is no such amount.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f'{source} is "{text}": give an amount of memory such as 8G or 500M')
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def in_words(amount: float) -> str:
+    """Bytes as people write them."""
+    return f"{amount / UNITS['G']:.1f}G"
