@@ -117,8 +117,7 @@ class NMSWPredictor(FilesPredictor):
         initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         self._compile_branches()
         if self.num_patches == "auto" and self.threshold is None:
-            asked = [use_folds] if isinstance(use_folds, str) else use_folds
-            self.threshold = threshold_of_folds(folder, asked, self.max_drop)
+            self.threshold = threshold_of_folds(folder, folds if use_folds else None, self.max_drop)
 
     def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
         """See the parent."""
