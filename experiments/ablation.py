@@ -72,6 +72,7 @@ ARMS = {
     "default": Arm(),
     "path_contribution": Arm(settings={"score_training": "contribution"}),
     "paper": Arm("nnUNetTrainerNMSW_paper"),
+    "paper_adamw": Arm("nnUNetTrainerNMSW_paper_adamw"),
     "paper_2_2": Arm("nnUNetTrainerNMSW_paper", {"sampled_windows": 2, "random_windows": 2}),
     # the default with one thing changed: trainers of arms.py,
     **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in PARTS},
@@ -94,7 +95,15 @@ OF_VERSION_0_1 = (
 )
 """Arms of the tables that this version cannot run, in their order; others follow by name."""
 
-PICKED_BY_TOP_K = ("input", "contribution", "contribution_logits", "contribution_baseline", "paper", "paper_2_2")
+PICKED_BY_TOP_K = (
+    "input",
+    "contribution",
+    "contribution_logits",
+    "contribution_baseline",
+    "paper",
+    "paper_adamw",
+    "paper_2_2",
+)
 """Arms whose windows are picked by top-k."""
 
 SELECTION_ARMS = ("benefit_fused_gated", "default")

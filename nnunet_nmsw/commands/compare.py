@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.flags import TRUST_FLAG
 from nnunet_nmsw.selection.budget import parse_num_patches
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ NEEDED = ("monai", "statsmodels", "jinja2", "pandas", "matplotlib")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
     args = _parser().parse_args(arguments)
+    _check(args)
+    num_patches = list(dict.fromkeys(parse_num_patches(k, "-k", auto=True) for k in args.k))
     require_extra()
     # These import what the line above asks for.
     from nnunet_nmsw.evaluation.methods import build_methods
@@ -31,8 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_nmsw.evaluation.store import Comparison
     from nnunet_nmsw.inference.device import prepare_device
 
-    _check(args)
-    num_patches = list(dict.fromkeys(parse_num_patches(k, "-k", auto=True) for k in args.k))
     prepare_device(args.device)
     dataset = dataset_name(args.d)
     models = find_models(args, dataset)
@@ -87,16 +86,7 @@ def require_extra() -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not 0 <= args.part_id < args.num_parts:
-        raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
-    for name, value, minimum in (
-        ("-nps", args.nps, 1),
-        ("-timed_cases", args.timed_cases, 0),
-        ("-rounds", args.rounds, 1),
-        ("-cases_shown", args.cases_shown, 0),
-    ):
-        if value < minimum:
-            raise UserError(f"{name} is {value}: give a number of at least {minimum}")
+    check_least(args, nps=1, timed_cases=0, rounds=1, cases_shown=0)
     if not (args.tolerance > 0 and math.isfinite(args.tolerance)):
         raise UserError(f"-tolerance is {args.tolerance}: give a distance in mm above 0")
     if not (args.margin >= 0 and math.isfinite(args.margin)):
@@ -152,22 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-timed_cases", type=int, default=3, help="cases of the first fold to time; 0: no timing. Default: 3")
     add("-rounds", type=int, default=3, help="how often each of them is timed. Default: 3")
     add("-cases_shown", type=int, default=3, help="cases to look at in the report. Default: 3")
-    add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="export processes. Default: 3")
-    add("-num_parts", type=int, default=1, help="number of calls that share the cases. Default: 1")
-    add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
-    add(
-        "-device",
-        choices=("cuda", "cpu", "mps"),
-        default="cuda",
-        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
-    )
-    add(
-        TRUST_FLAG,
-        action="store_true",
-        help="load models as nnU-Net does, with whatever code their checkpoints and plans hold: for models of your own "
-        "whose networks are your own, too",
-    )
-    add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
+    add_shared_flags(parser)
     return parser
 
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import (
     DEFAULT_CONFIGURATION,
     DEFAULT_MAX_DROP,
     DEFAULT_PLANS,
     DEFAULT_TRAINER,
-    TRUST_FLAG,
     parse_memory,
 )
 from nnunet_nmsw.selection.budget import parse_num_patches
@@ -42,11 +42,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError: they do not.
     """
-    for name, value, least in (("-npp", args.npp, 0), ("-nps", args.nps, 0), ("-num_parts", args.num_parts, 1)):
-        if value < least:
-            raise UserError(f"{name} is {value}: give a number of at least {least}")
-    if not 0 <= args.part_id < args.num_parts:
-        raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+    check_least(args, npp=0, nps=0)
     ignored = [flag for flag in ("d", "tr", "p", "c") if getattr(args, flag) is not None]
     if args.m is not None and ignored:
         raise UserError(f"-{ignored[0]} beside -m: -m names the model's folder, leave out one of them")
@@ -139,19 +135,10 @@ def parser() -> argparse.ArgumentParser:
         default=int(os.environ.get("nnUNet_npp") or 3),
         help="cases that are preprocessed while others are predicted. Default: 3",
     )
-    add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="files written at a time. Default: 3")
     add(
         "--max_memory",
         metavar="AMOUNT",
         help="memory of the host to keep within, such as 8G: fewer things go on at a time. Default: no bound",
-    )
-    add("-num_parts", type=int, default=1, help="number of nmsw_predict calls that share the folder. Default: 1")
-    add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
-    add(
-        "-device",
-        choices=("cuda", "cpu", "mps"),
-        default="cuda",
-        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
     )
     add(
         "--bfloat16",
@@ -171,13 +158,7 @@ def parser() -> argparse.ArgumentParser:
         help="of a running Ray cluster. Default: RAY_ADDRESS, else the one that runs here, else one is started here",
     )
     add("--cores_per_worker", type=int, help="with Ray on a CPU: cores of a worker. Default: those of a machine")
-    add(
-        TRUST_FLAG,
-        action="store_true",
-        help="load the model as nnU-Net does, with whatever code its checkpoints and plans hold: for a model of your "
-        "own whose network is your own, too",
-    )
     add("--verbose", action="store_true", help="tell what is being done")
-    add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
     add("--not_on_device", action="store_true", help="keep results on the host: for volumes too large for the device")
+    add_shared_flags(flags)
     return flags

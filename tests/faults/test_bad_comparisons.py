@@ -70,7 +70,7 @@ FLAGS = {
     "-rounds 0": "-rounds is 0",
     "-timed_cases -1": "-timed_cases is -1",
     "-cases_shown -1": "-cases_shown is -1",
-    "-num_parts 0": "-part_id is 0",
+    "-num_parts 0": "-num_parts is 0: give a number of at least 1",
     "-num_parts 2 -part_id 2": "-part_id is 2",
     "-tta maybe": "invalid choice",
     "-device tpu": "invalid choice",

@@ -1,0 +1,48 @@
+"""The flags that mean the same in `nmsw_predict` and `nmsw_compare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.flags import TRUST_FLAG
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Add them to what reads a command's flags."""
+    add: Any = parser.add_argument
+    add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="cases written at a time. Default: 3")
+    add("-num_parts", type=int, default=1, help="number of calls that share the cases. Default: 1")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
+    add(
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        default="cuda",
+        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
+    )
+    add(
+        TRUST_FLAG,
+        action="store_true",
+        help="load models as nnU-Net does, with whatever code their checkpoints and plans hold: for models of your own "
+        "whose networks are your own, too",
+    )
+    add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """See that numbers are large enough, and that the call is one of its parts.
+
+    Args:
+        args: the flags.
+        **least: by name of a flag without its dash.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, minimum in {**least, "num_parts": 1}.items():
+        if getattr(args, name) < minimum:
+            raise UserError(f"-{name} is {getattr(args, name)}: give a number of at least {minimum}")
+    if not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
