@@ -11,4 +11,6 @@ python -m pip install --quiet -e '.[test]'
 ruff check .
 ruff format --check .
 mypy
-pytest "$@"
+# Files of tests are shared out to two processes. Threads of these that wait by spinning would starve the other.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,6 +1,6 @@
 """`docs/compatibility.md`, written by the tests themselves:
 
-    pytest -m compatibility --compatibility=docs/compatibility.md
+    pytest -m compatibility -n 2 --dist loadfile --compatibility=docs/compatibility.md
 
 A test that shows that a feature of nnU-Net works says so with a marker, once for every feature it shows:
 
@@ -13,7 +13,6 @@ result of the test: passed, failed or skipped with the reason. A feature that no
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,50 +36,58 @@ FEATURES = (
 )
 """In the order of the document."""
 
-RESULTS = pytest.StashKey[dict[str, str]]()
+PROPERTY = "compatibility"
+"""Under which the sentences of a test travel with its report, from another process, too."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = {}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """See that every marker speaks for a feature, before anything runs."""
-    for test in items:
+def check_markers(tests: list[pytest.Item]) -> None:
+    """See that every marker speaks for a feature, before anything runs; and give reports the sentences."""
+    for test in tests:
         for marker in test.iter_markers("compatibility"):
             if len(marker.args) != 2 or marker.args[0] not in FEATURES:
                 raise pytest.UsageError(f"{test.nodeid}: compatibility{marker.args}; features: {', '.join(FEATURES)}")
+            test.user_properties.append((PROPERTY, list(marker.args)))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Keep the worst of a test's three phases."""
-    report = yield
-    results = item.config.stash[RESULTS]
-    if report.skipped:
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        results[item.nodeid] = reason.replace("Skipped: ", "skipped: ")
-    elif report.failed:
-        results[item.nodeid] = "**failed**" if report.when == "call" else f"**failed** in {report.when}"
-    elif report.when == "call":
-        results[item.nodeid] = "passed"
-    return report
+class Document:
+    """Gathers results and writes them at the end.
+
+    Args:
+        file: to write.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.results: dict[str, str] = {}
+        self.sentences: dict[str, list[list[str]]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the worst of a test's three phases."""
+        self.sentences[report.nodeid] = [value for name, value in report.user_properties if name == PROPERTY]
+        if report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.results[report.nodeid] = reason.replace("Skipped: ", "skipped: ")
+        elif report.failed:
+            self.results[report.nodeid] = "**failed**" if report.when == "call" else f"**failed** in {report.when}"
+        elif report.when == "call":
+            self.results[report.nodeid] = "passed"
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the document."""
+        self.file.write_text(document(self.sentences, self.results))
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    file = session.config.getoption("--compatibility")
-    if file is not None:
-        Path(file).write_text(document(session.items, session.config.stash[RESULTS]))
+def document(sentences: dict[str, list[list[str]]], results: dict[str, str]) -> str:
+    """The Markdown document.
 
-
-def document(tests: list[pytest.Item], results: dict[str, str]) -> str:
-    """The Markdown document."""
+    Args:
+        sentences: by test, pairs of a feature and what was run.
+        results: by test.
+    """
     rows: dict[str, list[str]] = {feature: [] for feature in FEATURES}
-    for test in tests:
-        for marker in test.iter_markers("compatibility"):
-            feature, sentence = marker.args
-            result = results.get(test.nodeid, "**not run**")
-            cells = (feature, sentence, f"`{test.nodeid.removeprefix('tests/')}`", result)
+    for test in sorted(sentences):
+        for feature, sentence in sentences[test]:
+            cells = (feature, sentence, f"`{test.removeprefix('tests/')}`", results[test])
             rows[feature].append(
                 "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
             )
@@ -89,7 +96,7 @@ def document(tests: list[pytest.Item], results: dict[str, str]) -> str:
         "",
         "nnU-Net asks of every trainer to support all of its features or to raise `NotImplementedError`. Each line is",
         "a test that runs the commands on a tiny generated dataset. This file is written by",
-        "`pytest -m compatibility --compatibility=docs/compatibility.md`.",
+        "`pytest -m compatibility -n 2 --dist loadfile --compatibility=docs/compatibility.md`.",
         "",
         f"nnunet_nmsw {version('nnunet_nmsw')}, nnunetv2 {version('nnunetv2')}, torch {version('torch')}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}.",

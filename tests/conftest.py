@@ -4,12 +4,7 @@ from pathlib import Path
 
 import pytest
 from commands import DATASET, TRAINER, run_executable, write_tiny_plans
-from compatibility import (  # noqa: F401
-    pytest_collection_modifyitems,
-    pytest_configure,
-    pytest_runtest_makereport,
-    pytest_sessionfinish,
-)
+from compatibility import Document, check_markers
 from tiny import build_network
 
 from nnunet_nmsw.demo.phantom import write_dataset
@@ -19,6 +14,18 @@ from nnunet_nmsw.model.network import NMSWNetwork
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compatibility", metavar="FILE", help="write what the tests marked `compatibility` showed")
     parser.addoption("--kills", type=int, default=1, help="how often the tests marked `faults` kill each command")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--compatibility")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Document(Path(file)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    check_markers(items)
+    if hasattr(config, "workerinput"):  # one of several processes: what takes long begins first
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real_data", "integration")])
 
 
 @pytest.fixture

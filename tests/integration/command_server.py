@@ -1,7 +1,8 @@
 """Runs console commands, each in a process of its own that starts with nnU-Net imported.
 
 What runs is the function of the installed command with its arguments, environment and working folder: the same as the
-command, without the six seconds of computation that importing PyTorch and nnU-Net takes.
+command, without the six seconds of computation that importing PyTorch and nnU-Net takes. Planning and preprocessing are
+nnU-Net's alone: their pools are threads here, which need not import all of it again.
 
 Reads one request a line on standard input, an object in JSON: `arguments` (the name of the command first), `variables`
 (the whole environment), `folder`, and the files `stdout` and `stderr`. Writes one line when the command has started,
@@ -10,15 +11,19 @@ its number as a process and a process group, and one when it has ended, its exit
 
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 
 def main() -> None:
     from importlib.metadata import entry_points
 
     import nnunetv2.inference.predict_from_raw_data
-    import nnunetv2.run.run_training  # noqa: F401
+    import nnunetv2.run.run_training
+    import nnunetv2.training.nnUNetTrainer.primus.primus_trainers  # noqa: F401  # found on the way to any trainer
 
     import nnunet_nmsw.commands.predict
     import nnunet_nmsw.trainers  # noqa: F401
@@ -39,6 +44,8 @@ def main() -> None:
 
             register()  # as at the start of every interpreter
             sys.argv = request["arguments"]
+            if sys.argv[0] in ("nnUNetv2_plan_and_preprocess", "nnUNetv2_preprocess"):
+                multiprocessing.get_context = lambda method=None: SimpleNamespace(Pool=ThreadPool)
             sys.exit(scripts[sys.argv[0]].load()())
         with contextlib.suppress(PermissionError):  # the child is further, and has done it itself
             os.setpgid(child, child)
