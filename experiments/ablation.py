@@ -145,8 +145,9 @@ def document(folder: Path, dataset_ids: list[int]) -> None:
             copy = docs / "ablations" / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-    plot(folder, dataset_ids, docs / "ablations" / "dice_by_patches.svg")
-    replace_between_markers(docs / "ablations.md", "results", table(folder, dataset_ids))
+    # With what is there from before, the arms of version 0.1.0.
+    plot(docs / "ablations", dataset_ids, docs / "ablations" / "dice_by_patches.svg")
+    replace_between_markers(docs / "ablations.md", "results", table(docs / "ablations", dataset_ids))
 
 
 def parse_arm(text: str) -> tuple[str, Arm]:

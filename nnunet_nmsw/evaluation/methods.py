@@ -49,7 +49,7 @@ class Method:
         if self.selection is None:
             name = "sliding window" + (" of the local branch" if self.model == "nmsw" else "")
         else:
-            name = WAYS[self.selection].title + (", automatic K" if self.num_patches == "auto" else "")
+            name = WAYS[self.selection].title + (", K = auto" if self.num_patches == "auto" else "")
         if self.show_mirroring:
             name += ", mirrored" if self.mirrored else ", not mirrored"
         return name

@@ -13,7 +13,7 @@ def calibrate(model: Model, fold: int, dice_by_threshold: dict[float, float]) ->
     write_calibration(folder / FILE, [{threshold: [(1, [dice])] for threshold, dice in dice_by_threshold.items()}])
 
 
-def test_the_threshold_of_the_automatic_number_comes_from_other_folds(tmp_path):
+def test_the_threshold_of_auto_comes_from_other_folds(tmp_path):
     model = Model("nmsw", tmp_path, "nnUNetTrainerNMSW", "checkpoint_final.pth")
     with pytest.raises(UserError, match="fold_2"):
         model.threshold(2)

@@ -117,7 +117,7 @@ def test_predictions_are_those_of_the_commands(folds, report):
     shutil.copy(folds / "nnUNet_raw" / DATASET / "imagesTr" / f"{name}_0000.nii.gz", images)
     flags = f"-i {images} -f 0 -device cpu --disable_tta -npp 1 -nps 1"
     common = f"{flags} -d 998 -c 3d_fullres -p {PLANS}"
-    # The threshold of the automatic number is that of the fold that did not see the case in its validation.
+    # The threshold of auto is that of the fold that did not see the case in its validation.
     calibrated = folds / "calibrated"
     shutil.copytree(folds / "nnUNet_results" / DATASET / f"{TRAINER}__{PLANS}__3d_fullres", calibrated)
     shutil.copy(calibrated / "fold_1" / "validation" / FILE, calibrated / "fold_0" / "validation" / FILE)

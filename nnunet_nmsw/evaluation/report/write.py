@@ -126,7 +126,7 @@ def sentences(results: Results, margin: float) -> list[str]:
     if comparison.has_auto:
         own = [str(fold) for fold in folds if comparison.nmsw.calibrating_folds(fold) == [fold]]
         answer.append(
-            "The threshold of the automatic number of patches was set on "
+            "The threshold of K = auto was set on "
             + (
                 f"the very cases that are measured, in fold {', '.join(own)}, where no other fold is validated."
                 if own
