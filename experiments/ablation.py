@@ -27,6 +27,7 @@ from ablation_run import NUM_PATCHES
 from arms import PARTS
 from matplotlib.figure import Figure
 
+import nnunet_nmsw
 from nnunet_nmsw.demo.small_plans import write_small_plans
 from nnunet_nmsw.trainers.progress import COLOURS
 
@@ -72,7 +73,6 @@ ARMS = {
     "default": Arm(),
     "path_contribution": Arm(settings={"score_training": "contribution"}),
     "paper": Arm("nnUNetTrainerNMSW_paper"),
-    "paper_adamw": Arm("nnUNetTrainerNMSW_paper_adamw"),
     "paper_2_2": Arm("nnUNetTrainerNMSW_paper", {"sampled_windows": 2, "random_windows": 2}),
     # the default with one thing changed: trainers of arms.py,
     **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in PARTS},
@@ -86,27 +86,10 @@ ARMS = {
     "factor_4": Arm(settings={"downsampling_factor": [4, 4, 4]}),
     "batch_norm": Arm(settings={"global_architecture": BATCH_NORM}),
 }
-OF_VERSION_0_1 = (
-    *("input", "contribution_logits", "contribution", "contribution_baseline", "benefit", "benefit_contribution"),
-    *("benefit_fused", "benefit_fused_class_weights", "benefit_fused_1_3", "benefit_fused_gated"),
-    *("benefit_fused_plus_entropy", "benefit_fused_times_entropy", "benefit_fused_dice"),
-    *("benefit_fused_times_entropy_dice", "benefit_fused_distillation", "benefit_fused_local_3"),
-    *("path_input", "path_logits"),
-)
-"""Arms of the tables that this version cannot run, in their order; others follow by name."""
-
-PICKED_BY_TOP_K = (
-    "input",
-    "contribution",
-    "contribution_logits",
-    "contribution_baseline",
-    "paper",
-    "paper_adamw",
-    "paper_2_2",
-)
+PICKED_BY_TOP_K = ("paper", "paper_adamw", "paper_2_2")
 """Arms whose windows are picked by top-k."""
 
-SELECTION_ARMS = ("benefit_fused_gated", "default")
+SELECTION_ARMS = ("default",)
 """Arms with whose networks all ways of picking windows are compared."""
 
 
@@ -138,16 +121,19 @@ def main() -> None:
 
 
 def document(folder: Path, dataset_ids: list[int]) -> None:
-    """Put the tables between the markers of docs/ablations.md, and plot and JSON files into docs/ablations/."""
-    docs = HERE.parent / "docs"
+    """Put the tables between the markers of docs/ablations.md, and plot and JSON files into docs/ablations/.
+
+    All under the number of this version: what an arm's name means, and what it learns, changes with versions.
+    """
+    docs, version = HERE.parent / "docs", nnunet_nmsw.__version__
+    of_version = docs / "ablations" / version
     for dataset_id in dataset_ids:
         for file in sorted(folder.glob(f"{DATASETS[dataset_id].name}/*_epochs/*.json")):
-            copy = docs / "ablations" / file.relative_to(folder)
+            copy = of_version / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-    # With what is there from before, the arms of version 0.1.0.
-    plot(docs / "ablations", dataset_ids, docs / "ablations" / "dice_by_patches.svg")
-    replace_between_markers(docs / "ablations.md", "results", table(docs / "ablations", dataset_ids))
+    plot(of_version, dataset_ids, of_version / "dice_by_patches.svg")
+    replace_between_markers(docs / "ablations.md", f"results of {version}", table(of_version, dataset_ids))
 
 
 def parse_arm(text: str) -> tuple[str, Arm]:
@@ -207,7 +193,7 @@ def load_runs(folder: Path) -> Runs:
     runs: Runs = {}
     for file in sorted(folder.glob("*__seed_*.json")):
         runs.setdefault(file.stem.split("__seed_")[0], []).append(json.loads(file.read_text()))
-    order = list(dict.fromkeys([STOCK, *OF_VERSION_0_1, *ARMS]))
+    order = list(ARMS)
     return dict(sorted(runs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
@@ -310,8 +296,6 @@ CURVES = (
     ("default, random", "default", "random"),
     ("contribution", "path_contribution", "greedy_benefit"),
     ("the paper's", "paper", "top_k"),
-    ("default of 0.1.0", "benefit_fused_gated", "greedy_benefit"),
-    ("the paper's path of 0.1.0", "input", "top_k"),
 )
 """Label, arm and way to pick windows of the lines in the plot."""
 

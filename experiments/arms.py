@@ -6,11 +6,7 @@ runs. Each changes one thing; a trainer of your own is made in the same way.
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
 from nnunet_nmsw.model.network import Parts
@@ -18,7 +14,6 @@ from nnunet_nmsw.selection.by_score import full_trust
 from nnunet_nmsw.selection.sampler import BenefitSampler
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.builder import network_builder
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW_paper import nnUNetTrainerNMSW_paper
 
 
 class FreeMap(BenefitSampler):
@@ -58,19 +53,3 @@ def trainer_of(name: str, parts: Parts) -> type[nnUNetTrainerNMSW]:
 
 
 globals().update({(trainer := trainer_of(name, parts)).__name__: trainer for name, parts in PARTS.items()})
-
-
-class nnUNetTrainerNMSW_paper_adamw(nnUNetTrainerNMSW_paper):
-    """The paper's method with the optimiser of its public code: AdamW, warmed up, then annealed as a cosine."""
-
-    def configure_optimizers(self) -> tuple[AdamW, LambdaLR]:
-        """The optimiser and its learning rate by epoch."""
-        optimizer = AdamW(self.network.parameters(), lr=3e-4, weight_decay=1e-5)
-        warm_up = max(1, round(0.1 * self.num_epochs))
-
-        def factor(epoch: int) -> float:
-            if epoch < warm_up:
-                return (epoch + 1) / warm_up
-            return (1 + math.cos(math.pi * (epoch - warm_up) / max(1, self.num_epochs - warm_up))) / 2
-
-        return optimizer, LambdaLR(optimizer, factor)

@@ -1,6 +1,7 @@
 """The method of the paper: "No More Sliding Window" (Jeon et al., 2025), built from the same parts as ours.
 
-It is what people will compare with. What differs from ours is here; docs/ablations.md compares the two.
+It is what people will compare with. What differs from ours is here; docs/ablations.md compares the two. The optimiser
+is nnU-Net's: with AdamW, as in the paper's public code, the prediction is worse.
 
 Tensor suffixes: K drawn windows, d h w axes of the low-resolution view.
 """
