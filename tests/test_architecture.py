@@ -11,7 +11,7 @@ import nnunet_nmsw
 PACKAGE = Path(nnunet_nmsw.__file__).parent
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "plugin" not in file.parts)
 FLOORS = (
-    ("errors", "console", "files", "documents", "flags", "imports", "_register", "backbones"),
+    ("errors", "console", "files", "documents", "flags", "imports", "transfer", "_register", "backbones"),
     ("nnunet",),
     ("volume",),
     ("selection",),

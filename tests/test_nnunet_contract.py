@@ -116,38 +116,6 @@ def test_the_logger_takes_more_names():
 
 
 @pytest.mark.usefixtures("folders")
-def test_a_step_takes_whatever_can_be_moved_and_gives_its_loss():
-    """It moves data and target, calls the network with the data, and the loss with the output and the target."""
-    trainer = stock_trainer()
-    trainer.initialize()
-    calls = []
-
-    class Batch:
-        def to(self, device, non_blocking=False):
-            calls.append("moved")
-            return self
-
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, batch):
-            assert isinstance(batch, Batch)
-            return batch, self.weight * 2
-
-    class Loss(torch.nn.Module):
-        def forward(self, output, target):
-            assert output[0] is target
-            return output[1]
-
-    trainer.network, trainer.loss, batch = Network(), Loss(), Batch()
-    trainer.optimizer = torch.optim.SGD(trainer.network.parameters(), 0.1)
-    assert trainer.train_step({"data": batch, "target": batch})["loss"] == 2
-    assert calls
-    assert trainer.network.weight < 1
-
-
 def test_the_loader_keeps_its_dataset():
     dataset = object()
     loader = DataLoader(dataset, 1, 1, None, True, False, True, None)

@@ -82,13 +82,18 @@ def build_network(
     num_classes: int = 3,
     deep_supervision: bool = False,
     trainer: type[nnUNetTrainerNMSW] = nnUNetTrainerNMSW,
+    num_input_channels: int = 1,
     **nmsw: Any,
 ) -> NMSWNetwork:
     """The network that the trainer builds from `make_plans`."""
     torch.manual_seed(0)
     plans_manager = PlansManager(make_plans(patch_size, **nmsw))
     network = trainer.build_network_architecture(
-        plans_manager, plans_manager.get_configuration("3d_fullres"), 1, num_classes, deep_supervision
+        plans_manager,
+        plans_manager.get_configuration("3d_fullres"),
+        num_input_channels,
+        num_classes,
+        deep_supervision,
     )
     assert isinstance(network, NMSWNetwork)
     return network

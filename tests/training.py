@@ -38,7 +38,9 @@ class Cases:
         return image, labels, None, {"class_locations": locations}
 
 
-def nnunet_augmentation(flat: bool = False, mirror_axes: tuple[int, ...] = (0, 1, 2)) -> Augmentation:
+def nnunet_augmentation(
+    flat: bool = False, mirror_axes: tuple[int, ...] = (0, 1, 2), cascade: bool = False
+) -> Augmentation:
     """nnU-Net's of a training."""
     return Augmentation.of(
         nnUNetTrainer.get_training_transforms(
@@ -47,6 +49,8 @@ def nnunet_augmentation(flat: bool = False, mirror_axes: tuple[int, ...] = (0, 1
             deep_supervision_scales=None,
             mirror_axes=mirror_axes,
             do_dummy_2d_data_aug=flat,
+            is_cascaded=cascade,
+            foreground_labels=[1, 2] if cascade else None,
         )
     )
 
@@ -75,10 +79,15 @@ def step_on(volume: TrainingVolume, num_classes: int = 3, of_patches: Any = cros
     return TrainingStep(volume, LocalLoss(of_patches, None, LabelEncoding(num_classes)))
 
 
-def training_step(network: NMSWNetwork, shape: tuple[int, int, int], num_classes: int = 3) -> StepResult:
+def a_step(shape: tuple[int, int, int], num_classes: int = 3, patch_size: tuple[int, ...] = (8, 8, 8)) -> TrainingStep:
     """A step on a volume of noise, with two random windows."""
     volume = torch.randn(1, 1, *shape)
     target = torch.randint(0, num_classes, (1, 1, *shape), dtype=torch.int16)
-    starts = torch.tensor([[0, 0, 0], [n - p for n, p in zip(shape, network.patch_size, strict=True)]])
-    result: StepResult = network(step_on(TrainingVolume(volume, target, starts), num_classes))
+    starts = torch.tensor([[0, 0, 0], [n - p for n, p in zip(shape, patch_size, strict=True)]])
+    return step_on(TrainingVolume(volume, target, starts), num_classes)
+
+
+def training_step(network: NMSWNetwork, shape: tuple[int, int, int], num_classes: int = 3) -> StepResult:
+    """The result of `a_step`."""
+    result: StepResult = network(a_step(shape, num_classes, network.patch_size))
     return result

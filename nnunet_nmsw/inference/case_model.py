@@ -108,7 +108,7 @@ class CaseModel:
     @torch.inference_mode()
     def choose(self, case: Case) -> tuple[Padded, list[FoldOfCase]]:
         """The padded volume of a case, predicted coarsely, and its windows, for each fold."""
-        padded = Padded.of(loaded(case["data"]), self.patch_size)
+        padded = Padded.of(loaded(case["data"]), self.patch_size).on(self.work.device)
         return padded, [choose(networks, padded, self.spending) for networks in self.networks_of(case)]
 
     @torch.inference_mode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,3 +26,45 @@ def prepare_device(name: str) -> torch.device:
     elif name == "cpu":
         torch.set_num_threads(multiprocessing.cpu_count())
     return torch.device(name)
+
+
+MESSAGES_OF_FULL_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "DEVICE_ALLOCATION_FAILED",
+    "Unable to find a valid cuDNN algorithm",
+    "unable to find an engine to execute this computation",
+)
+"""Of libraries that raise a RuntimeError where PyTorch would raise an OutOfMemoryError."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a device has too little memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(message.lower() in str(error).lower() for message in MESSAGES_OF_FULL_MEMORY)
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Compute on the host with all of its processors, where a prediction on a GPU leaves it one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, multiprocessing.cpu_count()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def without_trials() -> Iterator[None]:
+    """Let cuDNN not try its algorithms for each new shape: each volume has another one."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -16,6 +16,7 @@ import torch
 from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor, nn
 
+from nnunet_nmsw.inference.device import is_out_of_memory, without_trials
 from nnunet_nmsw.inference.planes import mean
 from nnunet_nmsw.inference.volume import Padded, Share
 from nnunet_nmsw.model.fusion import FusionWeights
@@ -62,6 +63,9 @@ class Ensemble:
             to_channels_last_(network.local_branch)
         self._parameters = parameters
         self._fold: int | None = None
+        self._on_device: dict[int, list[Tensor]] = {}
+        self.batch = 1
+        """The largest batch so far."""
 
     def folds(self) -> list[Fold]:
         """The folds."""
@@ -70,9 +74,26 @@ class Ensemble:
     def with_weights_of(self, fold: int) -> NMSWNetwork:
         """The network with a fold's weights."""
         if self._fold != fold:
-            self.network.load_state_dict(self._parameters[fold])
+            if self.device.type == "cpu" or len(self._parameters) == 1:
+                self.network.load_state_dict(self._parameters[fold])
+            else:
+                self._put(fold)
             self._fold = fold
         return self.network
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _put(self, fold: int) -> None:
+        """Put a fold's weights into the network, which are copied to the device once for a case."""
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        if fold in self._on_device:
+            for tensor, weights in zip(tensors, self._on_device[fold], strict=True):
+                tensor.data = weights
+            return
+        for tensor in tensors:  # what is there belongs to another fold, or to who gave the network
+            tensor.data = torch.empty_like(tensor.data)
+        self.network.load_state_dict(self._parameters[fold])
+        self._on_device[fold] = [tensor.data for tensor in tensors]
 
     def mirrored(self, predict: Callable[[Tensor], Tensor], input_BCDHW: Tensor) -> Tensor:
         """The mean of predictions over mirrorings, in nnU-Net's order. Axes before the last three are left alone."""
@@ -115,14 +136,25 @@ class Fold:
     def coarse(self, padded: Padded) -> CoarsePrediction:
         """Coarse prediction of a padded volume, averaged over mirrorings where these are on."""
         network, encoding = self.network, self.ensemble.encoding
+        device = self.ensemble.device
         volume_1CDHW = padded.volume_CDHW[None].float()
-        low_1Cdhw = downsample(volume_1CDHW, network.settings.downsampling_factor).to(self.ensemble.device)
+        low_1Cdhw = downsample(volume_1CDHW, network.settings.downsampling_factor).to(device)
 
         def predict(low_1Cdhw: Tensor) -> Tensor:
             coarse = network.coarse(low_1Cdhw, encoding)
             return torch.cat([coarse.logits_Cdhw, coarse.score_map_dhw[None]])
 
-        output_Cdhw = self.ensemble.mirrored(predict, low_1Cdhw)
+        with without_trials():
+            try:
+                output_Cdhw = self.ensemble.mirrored(predict, low_1Cdhw)
+            except RuntimeError as error:
+                if device.type == "cpu" or not is_out_of_memory(error):
+                    raise
+                output_Cdhw = None
+            if output_Cdhw is None:
+                print("The coarse prediction does not fit on the device; predicting it again with results on the host")
+                empty_cache(device)
+                output_Cdhw = self.ensemble.mirrored(lambda low_1Cdhw: predict(low_1Cdhw).cpu(), low_1Cdhw)
         return CoarsePrediction(output_Cdhw[:-1], output_Cdhw[-1], encoding)
 
     def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
@@ -131,17 +163,24 @@ class Fold:
 
     def patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
         """Logits of a batch of patches, of shape K, classes, patch size."""
-        network, device = self.network, self.ensemble.device
+        network, ensemble = self.network, self.ensemble
+        device, number = ensemble.device, len(patches_KCDHW)
         try:
             patches_KCDHW = patches_KCDHW.to(device)
             if device.type == "cpu":
                 patches_KCDHW = patches_KCDHW.contiguous(memory_format=torch.channels_last_3d)
-            return self.ensemble.mirrored(network, patches_KCDHW)
-        except torch.OutOfMemoryError:
-            if len(patches_KCDHW) == 1:
+                return ensemble.mirrored(network, patches_KCDHW)
+            # The last batch is filled up: each size of a batch is another program for `torch.compile`, and cuDNN tries
+            # its algorithms for each.
+            ensemble.batch = max(ensemble.batch, number)
+            shape = (ensemble.batch - number, *patches_KCDHW.shape[1:])
+            return ensemble.mirrored(network, torch.cat([patches_KCDHW, patches_KCDHW.new_zeros(shape)]))[:number]
+        except RuntimeError as error:
+            if number == 1 or not is_out_of_memory(error):
                 raise
         empty_cache(device)
-        half = len(patches_KCDHW) // 2
+        half = number // 2
+        ensemble.batch = half
         return torch.cat([self.patch_logits(part) for part in (patches_KCDHW[:half], patches_KCDHW[half:])])
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -78,15 +79,32 @@ class FusedPrediction:
         self.models = models
         self.patch_size, self.factor = grid.patch_size, grid.downsampling_factor
         self.encoding = encoding
-        self.coarse_logits_Cdhw = mean(model.coarse_logits_Cdhw for model in models)
-        self.device = self.coarse_logits_Cdhw.device
-        self.coarse_rows = self.coarse_logits_Cdhw.flatten(1).T.contiguous()
-        self.coarse_row_dhw = torch.arange(len(self.coarse_rows), device=self.device).view(
-            self.coarse_logits_Cdhw.shape[1:]
-        )
-        self.coarse_labels_dhw = encoding.decided(self.coarse_logits_Cdhw)
+        self.device = models[0].coarse_logits_Cdhw.device
         self.gaussian_DHW = gaussian_weights(grid.patch_size, self.device)
         self._open = [OpenWindows(model, grid.patch_size, windows_at_once, memory_of_windows) for model in models]
+
+    # Only `planes` looks at the coarse prediction alone.
+
+    @cached_property
+    def coarse_logits_Cdhw(self) -> Tensor:
+        """Mean of the models' coarse logits."""
+        return mean(model.coarse_logits_Cdhw for model in self.models)
+
+    @cached_property
+    def coarse_rows(self) -> Tensor:
+        """The same, a row for each low-resolution voxel."""
+        return self.coarse_logits_Cdhw.flatten(1).T.contiguous()
+
+    @cached_property
+    def coarse_row_dhw(self) -> Tensor:
+        """Number of each voxel's row, int64."""
+        shape = self.coarse_logits_Cdhw.shape[1:]
+        return torch.arange(math.prod(shape), device=self.device).view(shape)
+
+    @cached_property
+    def coarse_labels_dhw(self) -> Tensor:
+        """int16, see `LabelEncoding.decided`."""
+        return self.encoding.decided(self.coarse_logits_Cdhw)
 
     def planes(self, first: int, end: int, box: Sequence[slice]) -> Planes:
         """Planes `first` to `end`. Planes before `first` cannot be asked for any more.
@@ -100,7 +118,7 @@ class FusedPrediction:
             windows.move_to(first, end)
         spans = [(first, end - first), *((part.start, part.stop - part.start) for part in box)]
         axes = [
-            upsampling_axis(low, factor, start, size).to(self.device)
+            upsampling_axis(low, factor, start, size, self.device)
             for low, factor, (start, size) in zip(self.coarse_labels_dhw.shape, self.factor, spans, strict=True)
         ]
         labels_DHW, disagree_DHW = agreed(self.coarse_labels_dhw, axes)
@@ -193,21 +211,28 @@ def segment(
         int16 of shape Z, Y, X on the host; of regions their numbers, see `LabelEncoding.decided`.
     """
     device = prediction.device
-    axes = [axis.to(device) for axis in axes]
+    in_plane = [axis.to(device) for axis in axes[1:]]
     box = [slice(offset[axis], offset[axis] + inside[axis]) for axis in (1, 2)]
-    lower = axes[0].lower.tolist()
     result_ZYX = torch.empty([len(axis.lower) for axis in axes], dtype=torch.int16)
-    begin = 0
+    for slab, first, end in slabs_of(axes[0], planes_at_once):
+        planes = prediction.planes(offset[0] + first, offset[0] + end, box)
+        across = axes[0].part(slab.start, slab.stop).to(device)
+        result_ZYX[slab] = _resampled(prediction, planes, [across, *in_plane]).cpu()
+    return result_ZYX
+
+
+def slabs_of(axis: Axis, planes_at_once: int) -> Iterator[tuple[slice, int, int]]:
+    """Target planes, and the first source plane that they lie between, and the one after the last.
+
+    As many target planes at a time as lie within so many source planes, one at least.
+    """
+    lower, begin = axis.lower.tolist(), 0
     while begin < len(lower):
-        # As many target planes as lie within so many source planes, one at least.
         end = begin + 1
         while end < len(lower) and lower[end] + 1 < lower[begin] + planes_at_once:
             end += 1
-        first, last = lower[begin], int(axes[0].upper[end - 1])
-        planes = prediction.planes(offset[0] + first, offset[0] + last + 1, box)
-        result_ZYX[begin:end] = _resampled(prediction, planes, [axes[0].part(begin, end), *axes[1:]]).cpu()
+        yield slice(begin, end), lower[begin], int(axis.upper[end - 1]) + 1
         begin = end
-    return result_ZYX
 
 
 def _resampled(prediction: FusedPrediction, planes: Planes, axes: Sequence[Axis]) -> Tensor:

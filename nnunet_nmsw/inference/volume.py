@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -18,8 +19,10 @@ from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_nmsw.inference.device import all_threads, is_out_of_memory
 from nnunet_nmsw.inference.open_windows import FusedModel
 from nnunet_nmsw.inference.planes import FusedPrediction, planes_for, segment
+from nnunet_nmsw.inference.slabs import free_memory, planes_of_slab, segment_slabs
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.selection.budget import budget_of
 from nnunet_nmsw.selection.interface import CoarsePrediction, Selector, WindowChoice
@@ -48,6 +51,16 @@ class Padded(NamedTuple):
         padded_CDHW, unpad = pad_nd_image(volume_CDHW, patch_size, "constant", {"value": 0}, True)
         a, b, c = (axis.start for axis in unpad[1:])
         return cls(padded_CDHW, (a, b, c), spatial_shape(volume_CDHW))
+
+    def on(self, device: torch.device) -> Padded:
+        """The same on a device, by one copy; as it is where the device has too little memory."""
+        try:
+            return self._replace(volume_CDHW=self.volume_CDHW.to(device))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        empty_cache(device)
+        return self
 
 
 class Networks(Protocol):
@@ -169,10 +182,13 @@ def where_it_fits(predict: Callable[[Work], Result], work: Work) -> Result:
     if work.device.type != "cpu":
         try:
             return predict(work)
-        except torch.OutOfMemoryError:
-            print("The results do not fit on the device; predicting again with results on the host")
-            empty_cache(work.device)
-    return predict(work._replace(device=torch.device("cpu")))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        print("The results do not fit on the device; predicting again with results on the host")
+        empty_cache(work.device)
+    with all_threads() if work.device.type != "cpu" else nullcontext():
+        return predict(work._replace(device=torch.device("cpu")))
 
 
 def choose(networks: Networks, padded: Padded, spending: Spending) -> FoldOfCase:
@@ -196,10 +212,14 @@ def predict_labels(padded: Padded, folds: Sequence[FoldOfCase], axes: Sequence[A
     """
     num_channels = len(folds[0].coarse.logits_Cdhw)
     _, height, width = padded.inside
-    planes = planes_for(work.share.planes, num_channels, height, width)
     with _bar(folds, work) as bar:
         prediction = _fused(padded, folds, work, bar)
-        return segment(prediction, axes, padded.offset, padded.inside, planes)
+        if work.device.type == "cpu":
+            planes = planes_for(work.share.planes, num_channels, height, width)
+            return segment(prediction, axes, padded.offset, padded.inside, planes)
+        memory = free_memory(work.device, work.share.planes)
+        planes = planes_of_slab(memory, num_channels, axes, padded.inside)
+        return segment_slabs(prediction, axes, padded.offset, padded.inside, planes)
 
 
 def predict_logits(padded: Padded, folds: Sequence[FoldOfCase], work: Work) -> Tensor:

@@ -42,7 +42,7 @@ class FusionWeights(NamedTuple):
 
     def to(self, device: torch.device) -> FusionWeights:
         """The same on a device."""
-        return FusionWeights(*(part.to(device) for part in self))
+        return FusionWeights(*torch.stack(list(self)).to(device))
 
     def of_class(self, label: int) -> FusionWeights:
         """Those of one class, with a class axis of one."""
@@ -63,7 +63,7 @@ class FusionForm(NamedTuple):
 
 def affine_weights(parameters_3C: Tensor) -> FusionWeights:
     """Three free weights by class. Parameters are what they differ by from where they start."""
-    weight = torch.sigmoid(torch.as_tensor(INITIAL_CLASS_WEIGHT, device=parameters_3C.device))
+    weight = float(torch.sigmoid(torch.tensor(INITIAL_CLASS_WEIGHT)))
     return FusionWeights(weight + parameters_3C[0], 1 - weight + parameters_3C[1], parameters_3C[2])
 
 

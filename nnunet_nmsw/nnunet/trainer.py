@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,13 +34,23 @@ class TrainerHooks(nnUNetTrainer):
         """Whether nnU-Net would compile the network, by its variables of the environment."""
         return bool(super()._do_i_compile())
 
+    _loss_is_built = False
+
     def _do_i_compile(self) -> bool:
-        # The network as a whole depends on data between its branches: these are compiled instead.
-        return False
+        # The network as a whole depends on data between its branches: these are compiled instead. The loss is not ours.
+        return self._loss_is_built and self.compiles()
 
     def _build_loss(self) -> nn.Module:
         # Called by `initialize`, when the network is there; nnU-Net's loss of patches becomes a part of ours.
-        return self.build_loss(super()._build_loss)
+        return self.build_loss(self._loss_of_patches)
+
+    def _loss_of_patches(self) -> nn.Module:
+        self._loss_is_built = True
+        try:
+            loss: nn.Module = super()._build_loss()
+        finally:
+            self._loss_is_built = False
+        return loss
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         return self.deep_supervision_scales
@@ -48,13 +59,15 @@ class TrainerHooks(nnUNetTrainer):
 def log_under(trainer: nnUNetTrainer, prefix: str, names: Sequence[str]) -> None:
     """Let a trainer log values by epoch under names of a prefix, and no others of it; its logger knows a fixed list.
 
-    A checkpoint of an earlier version may have other names, and nnU-Net plots up to the shortest list.
+    A checkpoint of an earlier version may have other names, and nnU-Net plots up to the shortest list. Names that the
+    checkpoint lacks get NaN for its epochs.
     """
     logged = trainer.logger.local_logger.my_fantastic_logging
     for name in [name for name in logged if name.startswith(prefix) and name.removeprefix(prefix) not in names]:
         del logged[name]
+    epochs = max((len(logged[prefix + name]) for name in names if prefix + name in logged), default=0)
     for name in names:
-        logged.setdefault(prefix + name, [])
+        logged.setdefault(prefix + name, [math.nan] * epochs)
 
 
 @contextmanager

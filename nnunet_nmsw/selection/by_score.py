@@ -22,6 +22,9 @@ COVERAGE_DISCOUNT = 0.4
 PLACEMENT_STEP = 0.25
 """Step between the positions that `GreedyBenefit` chooses from, as a fraction of the patch size."""
 
+PICKS_BETWEEN_LOOKS = 32
+"""On a GPU, where it takes longer to look at a number than to pick some windows for nothing."""
+
 Trust = Callable[[Tensor], Tensor]
 """How much of what chosen windows change is kept, from their scores K."""
 
@@ -107,8 +110,10 @@ class GreedyBenefit:
 
 def chosen(indices_K: Tensor, scores_N: Tensor, grid: WindowGrid, trust: Trust) -> WindowChoice:
     """Windows of a grid as a choice."""
-    scores_K = scores_N[indices_K].cpu()
-    return WindowChoice(grid.starts_N3[indices_K.cpu()], scores_K, trust(scores_K))
+    # One copy from the device. Double precision holds the numbers of all windows, and scores as they are.
+    of_both_2K = torch.stack([indices_K.double(), scores_N.index_select(0, indices_K).double()]).cpu()
+    indices_K, scores_K = of_both_2K[0].long(), of_both_2K[1].float()
+    return WindowChoice(grid.starts_N3[indices_K], scores_K, trust(scores_K))
 
 
 def placement_grid(grid: WindowGrid) -> WindowGrid:
@@ -166,15 +171,21 @@ def greedy_benefit(
     """
     left_dhw = score_map_dhw.float().clone()
     available_N = torch.ones_like(candidates_N)
-    taken: list[int] = []
-    while len(taken) < min(budget.num_windows, len(grid)):
-        gain_N = grid.mean(left_dhw)
+    taken, gains = [], []
+    # All on the device of the map. Only to know whether to stop the host waits for the device, now and then.
+    between_looks = 1 if left_dhw.device.type == "cpu" else PICKS_BETWEEN_LOOKS
+    for number in range(1, min(budget.num_windows, len(grid)) + 1):
         first_N = available_N & candidates_N
-        gain_N = gain_N.masked_fill(~(first_N if first_N.any() else available_N), -torch.inf)
-        best = int(gain_N.argmax())
-        if budget.threshold is not None and gain_N[best] <= budget.threshold:
-            break
+        allowed_N = torch.where(first_N.any(), first_N, available_N)
+        gain, best = grid.mean(left_dhw).masked_fill(~allowed_N, -torch.inf).max(0)
         taken.append(best)
-        available_N[best] = False
-        left_dhw *= 1 - discount * grid.coverage(best, left_dhw.device)
-    return torch.tensor(taken, dtype=torch.int64, device=score_map_dhw.device)
+        gains.append(gain)
+        if budget.threshold is not None and number % between_looks == 0 and gain <= budget.threshold:
+            break
+        available_N.index_fill_(0, best[None], False)
+        left_dhw *= 1 - discount * grid.coverage(best)
+    taken_K = torch.stack(taken)
+    if budget.threshold is None:
+        return taken_K
+    too_small_K = torch.stack(gains) <= budget.threshold
+    return taken_K[: int((too_small_K.cumsum(0) == 0).sum())]

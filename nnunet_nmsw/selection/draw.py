@@ -66,10 +66,10 @@ class PlackettLuce:
         k = min(budget.num_windows, len(grid))
         candidates_N = candidates(coarse, grid, at_least=k)
         if self.by_spread:
-            spread = scores_N[candidates_N].std(correction=0).clamp_min(1e-6)
+            spread = _spread(scores_N, candidates_N).clamp_min(1e-6)
             scores_N = SCORE_SCALE * (scores_N / spread).detach()
         sample = sample_windows(scores_N, k, candidates_N, TEMPERATURE)
-        scores_K = scores_N[sample.indices_K].detach()
+        scores_K = scores_N.index_select(0, sample.indices_K).detach()
         starts_K3 = grid.starts_N3[sample.indices_K.cpu()]
         return Draw(starts_K3, scores_K, torch.ones(k), sample, window_entropy(scores_N, candidates_N))
 
@@ -91,16 +91,23 @@ def sample_windows(scores_N: Tensor, k: int, candidates_N: Tensor, temperature: 
     indices, log_probabilities, relaxed = [], [], []
     for _ in range(k):
         noisy_N = log_weights_N + gumbel_N
-        index = noisy_N.detach().argmax()
-        indices.append(index)
-        log_probabilities.append(log_weights_N.log_softmax(0)[index])
-        relaxed.append((noisy_N / temperature).softmax(0)[index])
-        taken_N = torch.zeros_like(candidates_N).index_fill(0, index[None], True)
+        index_1 = noisy_N.detach().argmax(0, keepdim=True)
+        indices.append(index_1)
+        log_probabilities.append(log_weights_N.log_softmax(0).gather(0, index_1))
+        relaxed.append((noisy_N / temperature).softmax(0).gather(0, index_1))
+        taken_N = torch.zeros_like(candidates_N).index_fill(0, index_1, True)
         log_weights_N = log_weights_N.masked_fill(taken_N, -torch.inf)
-    return WindowSample(torch.stack(indices), torch.stack(log_probabilities), torch.stack(relaxed))
+    return WindowSample(torch.cat(indices), torch.cat(log_probabilities), torch.cat(relaxed))
 
 
 def window_entropy(scores_N: Tensor, candidates_N: Tensor) -> Tensor:
     """Entropy of the softmax over the candidates' scores, in nats: 0 for one certain window, log N for uniform."""
-    log_p = scores_N[candidates_N].log_softmax(0)
-    return -(log_p.exp() * log_p).sum()
+    log_p_N = scores_N.masked_fill(~candidates_N, -torch.inf).log_softmax(0)
+    return -(log_p_N.exp() * log_p_N.masked_fill(~candidates_N, 0)).sum()
+
+
+def _spread(scores_N: Tensor, candidates_N: Tensor) -> Tensor:
+    """Standard deviation of the candidates' scores. Masked by products: a mask as index makes the host wait."""
+    weight_N = candidates_N / candidates_N.sum()
+    mean = (weight_N * scores_N).sum()
+    return (weight_N * (scores_N - mean).square()).sum().sqrt()

@@ -104,4 +104,4 @@ def candidates(coarse: CoarsePrediction, grid: WindowGrid, at_least: int = 1) ->
     """
     foreground_dhw = coarse.encoding.foreground_probability(coarse.logits_Cdhw.detach())
     candidates_N = grid.max(foreground_dhw) >= CANDIDATE_THRESHOLD
-    return candidates_N if int(candidates_N.sum()) >= at_least else torch.ones_like(candidates_N)
+    return candidates_N | (candidates_N.sum() < at_least)

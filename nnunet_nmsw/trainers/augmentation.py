@@ -21,7 +21,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_nmsw.nnunet.blur import with_blur_of_views
+from nnunet_nmsw.nnunet.transforms import for_views
 
 TRANSFORMS_OF_PREVIOUS = (
     MoveSegAsOneHotToDataTransform,
@@ -64,9 +64,9 @@ class Augmentation(NamedTuple):
             elif isinstance(part, MirrorTransform):
                 mirror = part
             elif isinstance(getattr(part, "transform", part), TRANSFORMS_OF_PREVIOUS):
-                of_previous.append(part)
+                of_previous.append(for_views(part))
             elif not isinstance(part, Convert3DTo2DTransform | Convert2DTo3DTransform):
-                of_views.append(with_blur_of_views(part))
+                of_views.append(for_views(part))
         return cls(spatial, mirror, of_views, of_previous)
 
     def draw_affine(self) -> np.ndarray | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +14,17 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.flags import in_words
 from nnunet_nmsw.trainers.augmentation import Augmentation
 from nnunet_nmsw.trainers.distributed import Processes
 from nnunet_nmsw.trainers.loader import WholeVolumeLoader
 from nnunet_nmsw.trainers.views import PreviousStage, TrainingVolume
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux has it."""
+
+CASES_TO_MEASURE = 50
+"""For the size of the largest."""
 
 SECONDS_BETWEEN_LOOKS = 0.002
 """Between looks whether a batch is ready."""
@@ -93,6 +102,43 @@ def batches(loader: WholeVolumeLoader, workers: LoaderProcesses) -> Any:
         )
     next(augmenter)  # a worker that cannot work fails here and not in the middle of an epoch
     return augmenter
+
+
+def check_shared_memory(dataset: nnUNetBaseDataset, patch_size: Sequence[int], workers: LoaderProcesses) -> None:
+    """See that batches fit into the memory through which worker processes send them.
+
+    Containers have little of it. Where it is full, a process dies of a bus error that names no cause.
+
+    Args:
+        dataset: of the training.
+        patch_size: voxels by axis, to which smaller volumes are padded.
+        workers: that make the batches.
+
+    Raises:
+        UserError: there is too little.
+    """
+    if workers.number == 0 or not SHARED_MEMORY.is_dir():
+        return
+    keys = list(dataset.identifiers)
+    largest = max(_bytes_of_batch(dataset, key, patch_size) for key in keys[:: -(-len(keys) // CASES_TO_MEASURE)])
+    # Each worker has one in its hands, and more lie in the queues.
+    number = 3 * workers.number if workers.seed is not None else workers.number + max(2, workers.number // 2)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if number * largest > free:
+        wanted = -(-number * largest // (1 << 30))
+        raise UserError(
+            f"{SHARED_MEMORY} has {in_words(free)} of shared memory, and the batches of {workers.number} worker "
+            f"processes may take {in_words(number * largest)}: start the container with --shm-size={wanted}g or more, "
+            "or set the variable nnUNet_n_proc_DA to fewer processes (0 needs none)"
+        )
+
+
+def _bytes_of_batch(dataset: nnUNetBaseDataset, key: str, patch_size: Sequence[int]) -> int:
+    """Of a case: the image in half precision, and its labels."""
+    data, _, previous, _ = dataset.load_case(key)
+    channels, *shape = data.shape
+    voxels = math.prod(max(n, p) for n, p in zip(shape, patch_size, strict=True))
+    return (2 * channels + 1 + (previous is not None)) * voxels
 
 
 def check_previous_stage(folder: Path, keys: Sequence[str], stage: str, trainer: str) -> None:

@@ -6,6 +6,7 @@ Tensor suffixes: 1 a batch of one, C channels, D H W axes of the volume, R rando
 from __future__ import annotations
 
 import multiprocessing
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,8 +52,8 @@ class WholeVolumeLoader(DataLoader):
             With an ignore label the other windows are centred on annotated voxels, as in nnU-Net.
         augmentation: what to draw from.
         at_random: draw cases at random; otherwise go round them in order.
-        seed: of everything that a worker process draws, together with the worker's number; None leaves it to
-            batchgenerators, or to who seeds the process that the loader runs in.
+        seed: of everything that a worker process draws, together with the worker's number. None is a random seed in a
+            worker process, and leaves it to who seeds the process that the loader runs in, otherwise.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class WholeVolumeLoader(DataLoader):
         self.augmentation = augmentation
         self.at_random = at_random
         self.next_in_order = 0
-        self.follows_parent = False
+        self.has_begun = False
         self.seed = seed
 
     def get_indices(self) -> list[str]:
@@ -85,12 +86,8 @@ class WholeVolumeLoader(DataLoader):
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Load, mirror and pad a volume, and draw the rest."""
-        if self.seed is not None:
-            seed_everything(*self.seed, self.thread_id)
-            self.seed = None
-        if not self.follows_parent and multiprocessing.parent_process() is not None:
-            follow_parent()
-            self.follows_parent = True
+        if not self.has_begun:
+            self._begin()
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             data, segmentation, previous, properties = load_case(self, keys[0])
@@ -124,6 +121,16 @@ class WholeVolumeLoader(DataLoader):
             "seed": int(np.random.randint(2**31)),  # noqa: NPY002
             "keys": keys,
         }
+
+    def _begin(self) -> None:
+        is_worker = multiprocessing.parent_process() is not None
+        if self.seed is not None:
+            seed_everything(*self.seed, self.thread_id)
+        elif is_worker:  # batchgenerators seeds NumPy's generator alone: all forks have the same state of PyTorch's
+            seed_everything(secrets.randbits(64))
+        if is_worker:
+            follow_parent()
+        self.has_begun = True
 
     def _labels(self, labels: np.ndarray, mirrored_axes: list[int]) -> Tensor:
         """Mirrored and padded, of the smallest type."""

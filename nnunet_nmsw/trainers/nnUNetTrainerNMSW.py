@@ -33,6 +33,7 @@ from nnunet_nmsw.trainers.batches import (
     LoaderProcesses,
     RandomWindows,
     check_previous_stage,
+    check_shared_memory,
     training_batches,
     training_volume,
     validation_batches,
@@ -51,7 +52,7 @@ from nnunet_nmsw.trainers.losses.local import LocalLoss
 from nnunet_nmsw.trainers.pretrained import load_pretrained
 from nnunet_nmsw.trainers.progress import EPOCHS_BETWEEN_PICTURES, lines, plot_progress, plot_sampling, sampled_cases
 from nnunet_nmsw.trainers.randomness import seed_everything
-from nnunet_nmsw.trainers.step import REPORTED, LossOfStep, TrainingStep
+from nnunet_nmsw.trainers.step import REPORTED, TrainingStep, update
 from nnunet_nmsw.trainers.validation import check_losses, check_weights, predicted_in_training, validate
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.precision import mixed_precision
@@ -132,11 +133,11 @@ class nnUNetTrainerNMSW(TrainerHooks):
             self.nmsw_network.compile_branches()
 
     def build_loss(self, of_patches: Any) -> nn.Module:
-        """nnU-Net's loss inside of NMSW's, with deep supervision where the network returns several scales."""
+        """The loss of patches, with deep supervision where the network returns several scales."""
         scales = self.nmsw_network.deep_supervision_scales(self.num_input_channels)
         self.deep_supervision_scales, self.enable_deep_supervision = scales, scales is not None
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
-        loss = LossOfStep(LocalLoss(of_patches(), scales, self.encoding))
+        loss = LocalLoss(of_patches(), scales, self.encoding)
         over_own_windows_(loss)
         return loss
 
@@ -207,6 +208,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         # A training that goes on draws other data than when it started, and every rank its own.
         seed = None if self.settings.seed is None else (self.settings.seed, self.local_rank, self.current_epoch)
         workers = LoaderProcesses(get_allowed_n_proc_DA(), seed, self.device.type == "cuda")
+        check_shared_memory(dataset_training, patch_size, workers)
         of_validation = (self.dataset_validation, windows, self.no_augmentation, workers, self.processes)
         return (
             training_batches(dataset_training, windows, self.augmentation, workers),
@@ -216,7 +218,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
     def step_of(self, batch: dict[str, Any], augmentation: Augmentation) -> TrainingStep:
         """A batch of the loader as a step."""
         num_previous = len(self.label_manager.foreground_labels)
-        return TrainingStep(training_volume(batch, augmentation, num_previous), self.loss.local)
+        return TrainingStep(training_volume(batch, augmentation, num_previous), self.loss)
 
     # Training.
 
@@ -237,12 +239,12 @@ class nnUNetTrainerNMSW(TrainerHooks):
         super().on_epoch_start()
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's step on a whole volume and its windows; see `TrainingStep`."""
-        step = self.step_of(batch, self.augmentation)
-        result: dict[str, Any] = super().train_step({"data": step, "target": step})
+        """A step on a whole volume and its windows; see `TrainingStep`."""
+        step = self.step_of(batch, self.augmentation).to(self.device, non_blocking=True)
+        result = update(step, self.network, self.optimizer, self.grad_scaler)
         if not self.is_ddp and not np.isfinite(result["loss"]):
             check_weights(self.nmsw_network, self.current_epoch)
-        return {**result, **{name: value.cpu().numpy() for name, value in step.result.report.items()}}
+        return result
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the means of what the steps report beside nnU-Net's lines.

@@ -73,7 +73,8 @@ def lines(logged: Mapping[str, Sequence]) -> list[str]:
     """
     last = {name: values[-1] for name, values in logged.items()}
     return [
-        "NMSW loss local {loss_local:.4f}, global {loss_global:.4f}, fused {loss_fused:.4f}".format(**last),
+        "NMSW loss local {loss_local:.4f}, global {loss_global:.4f}, fused {loss_fused:.4f}; norm of the gradient "
+        "local {gradient_local:.2f}, global {gradient_global:.2f}".format(**last),
         f"NMSW window entropy {last['entropy']:.3f} nats, sampled windows with foreground "
         f"{last['foreground_share']:.1%}, mean benefit of a sampled window {last['benefit']:.2e}, "
         f"fusion weights {np.round(last['fusion_weights'], 3).tolist()}",

@@ -1,4 +1,4 @@
-"""A training step: volume → coarse prediction → windows → local predictions → losses.
+"""A training step: volume → coarse prediction → windows → local predictions → losses → weights.
 
 Tensor suffixes: B windows (K drawn ones first, then random ones), C channels or classes, L labels, D H W axes of the
 volume or of a window, d h w axes of the low-resolution view, 3 one coordinate per axis.
@@ -6,10 +6,14 @@ volume or of a window, d h w axes of the low-resolution view, 3 one coordinate p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.budget import Budget
@@ -18,7 +22,7 @@ from nnunet_nmsw.trainers.losses.benefit import benefit_map, updated_scale
 from nnunet_nmsw.trainers.losses.fused import LowResolution, WindowPredictions, fused_loss
 from nnunet_nmsw.trainers.losses.local import LocalLoss
 from nnunet_nmsw.trainers.views import TrainingVolume
-from nnunet_nmsw.volume.precision import full_precision
+from nnunet_nmsw.volume.precision import full_precision, mixed_precision
 
 
 class StepResult(NamedTuple):
@@ -46,12 +50,18 @@ REPORTED = (
     "benefit",
     "benefit_loss",
     "fusion_weights",
+    "gradient_local",
+    "gradient_global",
 )
-"""Names in the report of a step."""
+"""Names in the report of a step, with the norms of the gradients of the local branch, and of all else."""
+
+LARGEST_NORM = 12.0
+"""Of a gradient, as in nnU-Net: it is scaled down to this. Each branch by itself: a large gradient of the global branch
+would else shrink the steps of the local one, which nnU-Net's network, alone, would take."""
 
 
 class TrainingStep:
-    """One step on one volume. nnU-Net takes it for a batch, and gives it to the network, which calls it with itself.
+    """One step on one volume. It is given to the network, which calls it with itself.
 
     So the step runs inside of what wraps the network: PyTorch's distributed training needs that.
 
@@ -69,7 +79,7 @@ class TrainingStep:
         self.volume, self.local_loss = volume, local_loss
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainingStep:
-        """Move the volume to a device, in place and once: nnU-Net moves input and target apart, and this is both."""
+        """Move the volume to a device, in place."""
         self.volume.to(device, non_blocking)
         return self
 
@@ -137,20 +147,52 @@ class TrainingStep:
         return self.result
 
 
-class LossOfStep(nn.Module):
-    """What nnU-Net takes for the loss: a step has worked it out already.
+def update(step: TrainingStep, network: nn.Module, optimizer: Optimizer, scaler: GradScaler | None) -> dict[str, Any]:
+    """Do a step on the device of its volume, and update the weights.
 
     Args:
-        local: of the patches.
+        step: to be done.
+        network: an `NMSWNetwork`, or what wraps it.
+        optimizer: of its weights.
+        scaler: of the loss, where gradients have half precision.
+
+    Returns:
+        The step's loss under `loss`, and what is named in `REPORTED`: arrays, float32, on the host.
     """
+    device = step.volume.volume_1CDHW.device
+    optimizer.zero_grad(set_to_none=True)
+    with mixed_precision(device):
+        loss, report, *_ = network(step)
+    if scaler is None:
+        loss.backward()
+    else:
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+    local: list[nn.Parameter] = []
+    other: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        (local if "local_branch." in name else other).append(parameter)
+    norms = {"gradient_local": _clipped(local, device), "gradient_global": _clipped(other, device)}
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    return on_host({"loss": loss.detach(), **report, **norms})
 
-    def __init__(self, local: LocalLoss) -> None:
-        super().__init__()
-        self.local = local
 
-    def forward(self, output: StepResult, target: TrainingStep) -> Tensor:
-        """The loss of the step."""
-        return output.loss
+def _clipped(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """The norm of a gradient, which is scaled down if it is too large."""
+    if all(parameter.grad is None for parameter in parameters):
+        return torch.zeros((), device=device)
+    return nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
+
+
+def on_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Small tensors by name as float32 arrays on the host, by one copy from the device."""
+    values = torch.cat([value.reshape(-1).float() for value in numbers.values()]).cpu()
+    parts = values.split([value.numel() for value in numbers.values()])
+    return {name: part.view(value.shape).numpy() for (name, value), part in zip(numbers.items(), parts, strict=True)}
 
 
 def finest_scale(logits: Tensor | list[Tensor]) -> Tensor:

@@ -157,6 +157,7 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
     )
     keys, encoding = dataset.identifiers, LabelEncoding.of(trainer.label_manager)
     cases = partial(read_cases, dataset, processes.own_share(keys), encoding)
+    in_step = partial(processes.in_step, total=len(keys), every=CASES_BETWEEN_BARRIERS)
     next_stages = trainer.configuration_manager.next_stage_names
     predictor = NMSWPredictor(
         take_logits=partial(_save_for_next_stages, trainer) if next_stages else None,
@@ -174,15 +175,12 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
     )
 
     def told() -> Iterator[Case]:
-        barriers = len(keys) // processes.number  # of every process
-        for number, case in enumerate(cases(), 1):
+        for case in in_step(cases()):
             trainer.print_to_log_file(f"predicting {case.key}")
             yield {"data": case.volume_CDHW, "data_properties": case.properties, "ofile": str(folder / case.key)}
-            if number % CASES_BETWEEN_BARRIERS == 0 and number <= barriers:
-                processes.wait()
 
     predictor.predict_from_data_iterator(told(), save_probabilities, default_num_processes)
-    measured = gather_over_processes(calibrate(network, cases(), encoding, trainer.device))
+    measured = gather_over_processes(calibrate(network, in_step(cases()), encoding, trainer.device))
     if trainer.local_rank == 0:
         write_calibration(folder / FILE, measured)
         _write_summary(trainer, folder)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_nmsw.nnunet.transforms import transformed
 from nnunet_nmsw.trainers.randomness import generators_kept
 from nnunet_nmsw.volume.affine import sample_affine, sample_labels_affine
 from nnunet_nmsw.volume.label_counts import label_counts
@@ -180,5 +181,5 @@ class TrainingVolume:
                     np.random.seed(self.seed + index)  # noqa: NPY002 - what nnU-Net draws from
                     for generator in torch_generators:
                         generator.manual_seed(self.seed + index)
-                    view = transform(**view)
+                    view = transformed(transform, view)
         return view["image"], view["segmentation"]

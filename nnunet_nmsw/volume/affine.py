@@ -1,6 +1,7 @@
 """Windows of a rotated and scaled volume.
 
-Tensor suffixes: 1 a batch of one, C channels, D H W axes of the volume or of a window, 3 one coordinate per axis.
+Tensor suffixes: 1 a batch of one, C channels, D H W axes of the volume or of a window, N steps along all axes, 3 one
+coordinate per axis.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_nmsw.transfer import sent
 from nnunet_nmsw.volume.windows import crop
 
 OUTSIDE = -1
@@ -54,13 +56,13 @@ def sample_affine(
     piece_1CDHW = crop(volume_1CDHW, first.tolist(), (end - first).tolist()).float() - outside
     # grid_sample's positions: -1 and 1 are the outer edges of the first and the last voxel, axes in reverse order.
     scale = 2 / (end - first)
-    linear = torch.as_tensor(affine_33 * scale[:, None], dtype=torch.float32, device=device)
+    linear = torch.as_tensor(affine_33 * scale[:, None], dtype=torch.float32)
     origin = affine_33 @ (np.array(start) - centre) + centre - first
-    position_DHW3 = torch.as_tensor((origin + 0.5) * scale - 1, dtype=torch.float32, device=device)
+    along = [torch.arange(n, dtype=torch.float32)[:, None] * linear[:, axis] for axis, n in enumerate(size)]
+    along_N3 = torch.cat([torch.as_tensor((origin + 0.5) * scale - 1, dtype=torch.float32)[None], *along])
+    position_DHW3, *along = sent(along_N3, device).split([1, *size])
     for axis, n in enumerate(size):
-        steps = torch.arange(n, device=device, dtype=torch.float32)
-        along = steps[:, None] * linear[:, axis]
-        position_DHW3 = position_DHW3 + along.view([n if a == axis else 1 for a in range(3)] + [3])
+        position_DHW3 = position_DHW3 + along[axis].view([n if a == axis else 1 for a in range(3)] + [3])
     sampled_1CDHW = F.grid_sample(
         piece_1CDHW,
         position_DHW3.flip(-1)[None],

@@ -18,6 +18,7 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
+from nnunet_nmsw.transfer import sent
 from nnunet_nmsw.volume.precision import full_precision
 from nnunet_nmsw.volume.windows import Shape
 
@@ -48,7 +49,12 @@ class Axis(NamedTuple):
 
     def to(self, device: torch.device) -> Axis:
         """The same on a device."""
-        return Axis(*(tensor.to(device) for tensor in (self.lower, self.upper, self.weight)))
+        return Axis(*(sent(tensor, device) for tensor in self))
+
+    def is_identity(self, source_size: int) -> bool:
+        """Whether the target voxels are the source voxels."""
+        same = len(self.lower) == source_size and torch.equal(self.lower, torch.arange(source_size))
+        return same and not self.weight.any()
 
 
 def linear_axis(source_size: int, target_size: int) -> Axis:
@@ -104,7 +110,7 @@ def agreed(labels_DHW: Tensor, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
         # Pairs of neighbours are made in the source, which is mostly smaller, and looked up behind the voxels. A source
         # voxel of no weight has no say.
         index = torch.where((axis.weight > 0) & (axis.upper > axis.lower), size + axis.lower, axis.lower)
-        if int(index.max()) >= size:
+        if index.device.type != "cpu" or int(index.max()) >= size:  # pairs cost less than to wait for a GPU's answer
             smallest = _with_pairs(torch.minimum, smallest, dimension)
             largest = _with_pairs(torch.maximum, largest, dimension)
         if dimension < 2:
@@ -128,7 +134,8 @@ def corners(points_P3: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[tuple[Ten
     for point_P, axis in zip(points_P3.unbind(1), axes, strict=True):
         weight_P = axis.weight[point_P]
         lower = (axis.lower[point_P], 1 - weight_P)
-        sides.append((lower, (axis.upper[point_P], weight_P)) if weight_P.any() else (lower,))
+        needed = weight_P.device.type != "cpu" or bool(weight_P.any())  # as in `agreed`
+        sides.append((lower, (axis.upper[point_P], weight_P)) if needed else (lower,))
     for (d_P, of_d_P), (h_P, of_h_P), (w_P, of_w_P) in itertools.product(*sides):
         yield (d_P, h_P, w_P), of_d_P * of_h_P * of_w_P
 
@@ -184,6 +191,22 @@ def interpolated(values_DHW: Tensor, matrices: Sequence[Tensor | None]) -> Tenso
                 values = matrix @ values
             else:
                 values = (matrix @ values.flatten(-2)).unflatten(-1, values.shape[-2:])
+    return values
+
+
+def interpolated_between(values_DHW: Tensor, axes: Sequence[Axis | None]) -> Tensor:
+    """As `interpolated`, by two look-ups an axis and not by a product: of large axes, on a GPU.
+
+    Args:
+        values_DHW: finite; any leading axes.
+        axes: to the other grid; None where voxels stay.
+    """
+    values = values_DHW.float()
+    for dimension, axis in zip((-3, -2, -1), axes, strict=True):
+        if axis is None:
+            continue
+        lower, upper = (values.index_select(dimension, index) for index in (axis.lower, axis.upper))
+        values = torch.lerp(lower, upper, axis.weight.view([-1] + [1] * (-1 - dimension)))
     return values
 
 

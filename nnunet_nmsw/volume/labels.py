@@ -7,12 +7,15 @@ channels are regions and one where they are labels.
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
+
+from nnunet_nmsw.transfer import sent
 
 
 class Prediction(NamedTuple):
@@ -89,9 +92,7 @@ class LabelEncoding:
 
     def membership(self, device: torch.device) -> Tensor:
         """1 where a channel holds a label, float32 of shape C, L; nothing holds the ignore label."""
-        groups = self.regions if self.regions is not None else [(label,) for label in range(self.num_channels)]
-        rows = [[float(label in group) for label in range(self.num_labels)] for group in groups]
-        return torch.tensor(rows, device=device)
+        return _membership(self, device)
 
     def targets(self, counts_LV: Tensor) -> tuple[Tensor, Tensor]:
         """How much of each channel a voxel holds (C, V), and how much of it counts (V), from that of each label."""
@@ -138,8 +139,8 @@ class LabelEncoding:
             return labels_BV[:, None]
         member_RL = self.membership(labels_BV.device)
         if self.ignore_label is not None:
-            ignored_1L = F.one_hot(torch.tensor([self.ignore_label], device=labels_BV.device), self.num_labels)
-            member_RL = torch.cat([member_RL, ignored_1L])
+            ignored_L = torch.arange(self.num_labels, device=labels_BV.device) == self.ignore_label
+            member_RL = torch.cat([member_RL, ignored_L[None]])
         return (member_RL > 0)[:, labels_BV.long()].movedim(0, 1)
 
     def foreground(self, labels_V: Tensor) -> Tensor:
@@ -204,3 +205,14 @@ class LabelEncoding:
     def foreground_probability(self, logits_CV: Tensor) -> Tensor:
         """Probability of any foreground, shape V; of overlapping regions that of the most probable one."""
         return logits_CV.float().sigmoid().amax(0) if self.has_regions else 1 - logits_CV.float().softmax(0)[0]
+
+
+@lru_cache(maxsize=64)
+def _membership(encoding: LabelEncoding, device: torch.device) -> Tensor:
+    """See `LabelEncoding.membership`: made once for a device."""
+    groups = encoding.regions
+    if groups is None:
+        groups = tuple((label,) for label in range(encoding.num_channels))
+    with torch.inference_mode(False):  # a training may take what a prediction has made
+        rows = [[float(label in group) for label in range(encoding.num_labels)] for group in groups]
+        return sent(torch.tensor(rows), device)

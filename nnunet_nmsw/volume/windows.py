@@ -13,14 +13,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor
 
+from nnunet_nmsw.transfer import sent
 from nnunet_nmsw.volume.precision import full_precision
 
 Shape = tuple[int, int, int]
@@ -93,25 +93,35 @@ class WindowGrid:
             values = torch.stack([values.narrow(axis, a, b - a).amax(axis) for a, b in spans], axis)
         return values.reshape(-1)
 
-    def coverage(self, window: int, device: torch.device) -> Tensor:
-        """Share of every low-resolution voxel that a window covers, shape `low_shape`."""
-        counts = [len(axis_steps) for axis_steps in self.steps]
-        shares = []
-        for axis, step in enumerate(np.unravel_index(window, counts)):
+    def coverage(self, window: Tensor) -> Tensor:
+        """Share of every low-resolution voxel that a window covers, shape `low_shape`.
+
+        Args:
+            window: its number, int64 scalar, on any device.
+        """
+        shares, number_1 = [], window[None]
+        for axis in (2, 1, 0):
             factor, size = self.downsampling_factor[axis], self.patch_size[axis]
-            voxels = (self.volume_shape[axis] - torch.arange(self.low_shape[axis], device=device) * factor).clamp_max(
-                factor
-            )
-            shares.append(self._overlaps(axis, device)[int(step)] * size / voxels)
-        return torch.einsum("d,h,w->dhw", *shares)
+            step_1, number_1 = number_1 % len(self.steps[axis]), number_1 // len(self.steps[axis])
+            voxels = torch.arange(self.low_shape[axis], device=window.device) * -factor + self.volume_shape[axis]
+            overlaps = self._overlaps(axis, window.device).index_select(0, step_1)[0]
+            shares.append(overlaps * size / voxels.clamp_max(factor))
+        return torch.einsum("d,h,w->dhw", *reversed(shares))
 
     def _overlaps(self, axis: int, device: torch.device) -> Tensor:
         """Share of each window of an axis that lies in each low-resolution voxel: windows × voxels, rows sum to 1."""
         factor, size = self.downsampling_factor[axis], self.patch_size[axis]
-        start = torch.tensor(self.steps[axis], dtype=torch.float32, device=device)[:, None]
-        edge = torch.arange(self.low_shape[axis], dtype=torch.float32, device=device)[None] * factor
+        return _overlaps(tuple(self.steps[axis]), size, factor, self.low_shape[axis], device)
+
+
+@lru_cache(maxsize=64)
+def _overlaps(steps: tuple[int, ...], size: int, factor: int, low_size: int, device: torch.device) -> Tensor:
+    """See `WindowGrid`. Choosing windows asks for the same again and again."""
+    with torch.inference_mode(False):  # a training may take what a prediction has made
+        start = torch.tensor(steps, dtype=torch.float32)[:, None]
+        edge = torch.arange(low_size, dtype=torch.float32)[None] * factor
         overlap = (torch.minimum(start + size, edge + factor) - torch.maximum(start, edge)).clamp_min(0)
-        return overlap / size
+        return sent(overlap / size, device)
 
 
 def low_shape(volume_shape: Sequence[int], factor: Sequence[int]) -> Shape:

@@ -11,6 +11,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import resample_data_o
 from nnunet_nmsw.inference import planes
 from nnunet_nmsw.inference.open_windows import FusedModel
 from nnunet_nmsw.inference.planes import FusedPrediction, segment
+from nnunet_nmsw.inference.slabs import planes_of_slab, segment_slabs
 from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
 from nnunet_nmsw.volume.interpolation import linear_axis, nearest_axis, upsample_window
 from nnunet_nmsw.volume.labels import LabelEncoding
@@ -94,11 +95,25 @@ def test_equals_stock_export(inside, target, factor, num_windows, regions, separ
     assert differences(labels, reference, encoding) == 0
 
     prediction = FusedPrediction(models, WindowGrid(shape, patch_size, factor), encoding, 3, memory)
+    labels = segment_slabs(prediction, axes, offset, inside, planes_at_once)
+    assert differences(labels, reference, encoding) == 0
+
+    prediction = FusedPrediction(models, WindowGrid(shape, patch_size, factor), encoding, 3, memory)
     box = [slice(offset[axis], offset[axis] + inside[axis]) for axis in (1, 2)]
     for first in range(0, inside[0], planes_at_once):
         end = min(inside[0], first + planes_at_once)
         logits = prediction.dense(offset[0] + first, offset[0] + end, box)
         torch.testing.assert_close(logits.numpy(), dense[:, first:end], rtol=1e-3, atol=1e-3)
+
+
+def test_a_slab_has_as_many_planes_as_fit_into_memory():
+    inside, axes = (40, 30, 20), [linear_axis(n, m) for n, m in ((40, 40), (30, 60), (20, 20))]
+    of_plane = 6 * 4 * 3 * 60 * 20
+    assert planes_of_slab(10 * of_plane, 3, axes, inside) == 10
+    assert planes_of_slab(0, 3, axes, inside) == 1
+    assert planes_of_slab(1e12, 3, axes, inside) == 128
+    axes[0] = linear_axis(40, 80)
+    assert planes_of_slab(10 * of_plane, 3, axes, inside) == 5
 
 
 def test_tiles_and_parts_of_points(monkeypatch):

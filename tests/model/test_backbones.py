@@ -168,10 +168,10 @@ def test_a_backbone_is_trained_and_predicts(name, folders):
     shape = tuple(patch + extra for extra in (8, 0, 5))
     labels = torch.randint(0, 3, (1, 1, *shape), dtype=torch.int16)
     volume = TrainingVolume(torch.randn(1, 1, *shape), labels, torch.tensor([[0, 0, 0], [8, 0, 5]]))
-    step = TrainingStep(volume, trainer.loss.local)
+    step = TrainingStep(volume, trainer.loss)
     local = network.train().local(torch.randn(2, 1, *[patch] * 3))
     assert (len(local) if isinstance(local, list) else None) == scales
-    loss = trainer.loss(network(step), step)
+    loss = network(step).loss
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
@@ -179,7 +179,7 @@ def test_a_backbone_is_trained_and_predicts(name, folders):
         gradients = [p.grad is not None for p in branch.parameters()]
         assert sum(gradients) > len(gradients) / 2
     network.eval()
-    assert trainer.loss(network(step), step).isfinite()  # what nnU-Net does after an epoch
+    assert network(step).loss.isfinite()  # as after an epoch
 
     trainer.set_deep_supervision_enabled(False)
     patches = torch.randn(2, 1, *[patch] * 3)

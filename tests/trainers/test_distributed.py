@@ -12,9 +12,11 @@ from torch import multiprocessing
 
 import nnunet_nmsw.trainers.losses.benefit as benefit_module
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.settings import SCORE_TRAININGS
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW, torchrun
 from nnunet_nmsw.trainers.augmentation import Augmentation
+from nnunet_nmsw.trainers.distributed import Processes
 from nnunet_nmsw.trainers.randomness import seed_everything
 
 PROCESSES = 2
@@ -28,7 +30,7 @@ class SilentTrainer(nnUNetTrainerNMSW):
         pass
 
 
-def make_trainer(**nmsw) -> nnUNetTrainerNMSW:
+def make_trainer(compiled: bool = False, **nmsw) -> nnUNetTrainerNMSW:
     plans = make_plans(seed=1, downsampling_factor=[1, 2, 2], **nmsw)
     configuration = plans["configurations"]["3d_fullres"]
     # Fewer patches than processes, which nnU-Net does not allow; batch Dice, which it sums over processes; and three
@@ -45,6 +47,9 @@ def make_trainer(**nmsw) -> nnUNetTrainerNMSW:
     trainer = SilentTrainer({**plans, "continue_training": False}, "3d_fullres", 0, DATASET_JSON, torch.device("cpu"))
     trainer.augmentation = NO_AUGMENTATION
     trainer.initialize()
+    if compiled:  # inside of what distributes the network, as `initialize` does it
+        torch._dynamo.reset()
+        trainer.nmsw_network.compile_branches("aot_eager")
     return trainer
 
 
@@ -66,7 +71,7 @@ def gradients(trainer: nnUNetTrainerNMSW, rank: int) -> dict[str, torch.Tensor]:
     step = trainer.step_of(make_batch(rank), NO_AUGMENTATION)
     seed_everything(8, rank)  # of the windows drawn
     trainer.network.zero_grad()
-    trainer.loss(trainer.network(step), step).backward()
+    trainer.network(step).loss.backward()
     named = trainer.nmsw_network.named_parameters()
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
@@ -111,7 +116,7 @@ def check_process(rank: int, folder: Path, settings: list[dict]) -> None:
     if rank > 0:
         return
     for nmsw, found_by_name in zip(settings, found, strict=True):
-        expected = in_one_process(**nmsw)
+        expected = in_one_process(**{**nmsw, "compiled": False})
         missing = set(found_by_name) - set(expected)
         # nnU-Net's weight of this output is 0 in one process and one in a million in several.
         assert missing == {f"local_branch.decoder.seg_layers.0.{name}" for name in ("weight", "bias")}
@@ -136,7 +141,7 @@ def test_two_processes_are_one_with_both_volumes(tmp_path, monkeypatch):
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     settings = [{"score_training": training} for training in SCORE_TRAININGS]
-    settings.append({"windows_at_once": 1})
+    settings += [{"windows_at_once": 1}, {"compiled": True}]
     multiprocessing.spawn(check_process, (tmp_path, settings), nprocs=PROCESSES)
 
 
@@ -171,3 +176,21 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="2 GPUs"):
         torchrun.main(ARGUMENTS)
+
+
+def test_processes_wait_for_each_other_as_often_as_all_of_them_can(monkeypatch):
+    waits = []
+    monkeypatch.setattr(Processes, "wait", lambda self: waits.append(self.rank))
+    for rank, cases in enumerate((range(5), range(4))):
+        assert list(Processes(rank, 2).in_step(cases, total=9, every=2)) == list(cases)
+    assert waits.count(0) == waits.count(1) == 2
+
+
+@pytest.mark.usefixtures("folders")
+def test_the_loss_of_patches_is_compiled_where_nnunet_compiles(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(type(module)) or module)
+    monkeypatch.setattr(SilentTrainer, "compiles", lambda self: True)
+    monkeypatch.setattr(NMSWNetwork, "compile_branches", lambda self: compiled.append(type(self)))
+    make_trainer()
+    assert compiled == [MemoryEfficientSoftDiceLoss, NMSWNetwork]

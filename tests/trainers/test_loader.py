@@ -1,3 +1,6 @@
+import multiprocessing
+from collections import namedtuple
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +9,10 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training import NONE, PATCH, Cases, loader, nnunet_augmentation
 
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.trainers import batches
 from nnunet_nmsw.trainers.augmentation import Augmentation
-from nnunet_nmsw.trainers.batches import training_volume
+from nnunet_nmsw.trainers.batches import LoaderProcesses, check_shared_memory, training_volume
 
 
 def test_volumes_come_in_order_padded_to_the_patch():
@@ -55,6 +60,24 @@ def test_the_same_seed_gives_the_same_batches():
         assert torch.equal(one["random_starts"], two["random_starts"])
         assert torch.equal(one["data"], two["data"])
     assert [batch["seed"] for batch in first] != [batch["seed"] for batch in other]
+
+
+@pytest.mark.parametrize("seed", [None, (7,)])
+def test_workers_draw_their_own_mirrorings(seed):
+    """Forks of one process have one state of PyTorch's generator, from which nnU-Net draws the axes."""
+    torch.manual_seed(0)
+    drawn = []
+    for worker in range(2):
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            drawn.append(pool.apply(mirrorings, (seed, worker)))
+    assert drawn[0] != drawn[1]
+
+
+def mirrorings(seed, worker):
+    """Where the brightest voxel lies in 20 batches of a worker."""
+    of_worker = loader(nnunet_augmentation(), seed=seed)
+    of_worker.indices, of_worker.thread_id = ["a"], worker
+    return [int(next(of_worker)["data"].argmax()) for _ in range(20)]
 
 
 def test_flat_patches_are_rotated_in_plane():
@@ -112,3 +135,20 @@ def test_the_blur_stays_on_the_device_of_the_image():
     with FakeTensorMode():
         image = torch.empty(1, 8, 8, 8, device="cuda")
         assert the_blur()._benchmark_wrapper(image, 1.0, 1).device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("workers", "seed", "fits"), [(0, None, True), (2, None, True), (3, None, False), (2, (1,), False)]
+)
+def test_too_little_shared_memory_is_found_before_a_worker_dies_of_it(workers, seed, fits, tmp_path, monkeypatch):
+    free = 4 * 3 * 20 * 24 * 28  # four volumes of the largest case, three bytes a voxel
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: usage(free))
+    monkeypatch.setattr(batches, "SHARED_MEMORY", tmp_path)
+    arguments = (Cases(), PATCH, LoaderProcesses(workers, seed, False))
+    if fits:
+        check_shared_memory(*arguments)
+    else:
+        with pytest.raises(UserError, match="--shm-size=1g") as error:
+            check_shared_memory(*arguments)
+        assert "nnUNet_n_proc_DA" in str(error.value)

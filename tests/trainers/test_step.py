@@ -1,8 +1,9 @@
 import pytest
 import torch
 from tiny import build_network, build_paper_network
-from training import ENCODING, training_step
+from training import ENCODING, a_step, cross_entropy, training_step
 
+from nnunet_nmsw.trainers.step import LARGEST_NORM, REPORTED, update
 from nnunet_nmsw.volume.windows import downsample
 
 
@@ -131,3 +132,31 @@ def test_deep_supervision_is_switched_where_nnunet_switches_it():
     assert isinstance(network(patch), list | tuple)
     network.decoder.deep_supervision = False
     assert isinstance(network(patch), torch.Tensor)
+
+
+def test_each_branch_has_its_own_limit_of_the_gradient():
+    network = build_network()
+    optimizer = torch.optim.SGD(network.parameters(), 0.0)
+    step = a_step((16, 16, 16))
+    step.local_loss.loss = lambda logits, target: 1e6 * cross_entropy(logits, target)
+    numbers = update(step, network, optimizer, None)
+    parameters = dict(network.named_parameters())
+    norms = {
+        of_local: torch.stack(
+            [p.grad.norm() for n, p in parameters.items() if ("local_branch" in n) == of_local]
+        ).norm()
+        for of_local in (True, False)
+    }
+    assert numbers["gradient_local"] > 1000
+    torch.testing.assert_close(norms[True], torch.tensor(LARGEST_NORM), rtol=1e-4, atol=0)
+    assert 0 < norms[False] < LARGEST_NORM
+    assert numbers["gradient_global"] == pytest.approx(float(norms[False]), rel=1e-5)
+    assert {*REPORTED, "loss"} == set(numbers)
+
+
+def test_a_frozen_branch_has_no_gradient():
+    network = build_network()
+    network.freeze_local_branch()
+    numbers = update(a_step((16, 16, 16)), network, torch.optim.SGD(network.parameters(), 0.1), None)
+    assert numbers["gradient_local"] == 0
+    assert numbers["gradient_global"] > 0

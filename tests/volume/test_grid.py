@@ -62,7 +62,7 @@ def test_coverage_and_sums_at_low_resolution_are_those_of_the_voxels(grid, seed)
     add_to_low_resolution_(sums, values, start, grid.downsampling_factor)
     add_to_low_resolution_(ones, torch.ones(grid.patch_size), start, grid.downsampling_factor)
     torch.testing.assert_close(sums, blocks[0, 0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(grid.coverage(window, torch.device("cpu")), ones / voxels)
+    torch.testing.assert_close(grid.coverage(torch.tensor(window)), ones / voxels)
 
 
 def test_window_means_do_not_lose_digits_in_large_volumes():

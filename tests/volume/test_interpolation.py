@@ -11,6 +11,7 @@ from nnunet_nmsw.volume.interpolation import (
     agreed,
     axis_between,
     interpolated,
+    interpolated_between,
     linear_axis,
     nearest_axis,
     upsampling_axis,
@@ -45,6 +46,17 @@ def test_a_map_is_interpolated_along_all_axes():
     matrices = [linear_axis(3, 7).matrix(3), None, linear_axis(5, 2).matrix(5)]
     expected = F.interpolate(values[None], size=(7, 4, 2), mode="trilinear", align_corners=False)[0]
     torch.testing.assert_close(interpolated(values, matrices), expected)
+    axes = [linear_axis(3, 7), None, linear_axis(5, 2)]
+    torch.testing.assert_close(interpolated_between(values, axes), expected)
+
+
+def test_an_axis_knows_whether_voxels_stay_where_they_are():
+    assert linear_axis(5, 5).is_identity(5)
+    assert nearest_axis(5, 5).is_identity(5)
+    assert upsampling_axis(5, 1, 0, 5).is_identity(5)
+    assert not linear_axis(5, 6).is_identity(5)
+    assert not linear_axis(6, 5).is_identity(6)
+    assert not upsampling_axis(5, 1, 1, 4).is_identity(5)
 
 
 @pytest.mark.parametrize("make_axis", [linear_axis, nearest_axis])

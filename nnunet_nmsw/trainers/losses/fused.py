@@ -256,10 +256,10 @@ def _without_covered(low: LowResolution, covered_Ldhw: Tensor) -> Tensor:
     The counts of a rotated volume are interpolated, its windows' counts are not: what windows do not cover keeps its
     number of voxels, and nothing counts twice.
     """
-    where_N = covered_Ldhw.sum(0).flatten().nonzero()[:, 0]
-    logits_CN, counts_LN, covered_LN = (
-        x.flatten(1)[:, where_N] for x in (low.logits_Cdhw.detach(), low.counts_Ldhw, covered_Ldhw)
-    )
+    logits_CN, counts_LN, covered_LN = (x.flatten(1) for x in (low.logits_Cdhw.detach(), low.counts_Ldhw, covered_Ldhw))
+    if covered_Ldhw.device.type == "cpu":  # a GPU looks at all voxels sooner than the host knows which are covered
+        where_N = covered_LN.sum(0).nonzero()[:, 0]
+        logits_CN, counts_LN, covered_LN = (x[:, where_N] for x in (logits_CN, counts_LN, covered_LN))
     rest_LN = counts_LN - covered_LN
     left_N = rest_LN.sum(0).clamp_min(0)
     rest_LN.clamp_min_(0)
