@@ -35,6 +35,10 @@ COMPILED_VERSIONS = 32
 """The branches share the code of their class, and with it PyTorch's limit on compiled versions of a piece of code: one
 for each branch, number of windows, with and without gradient, deep supervision and so on. PyTorch's 8 are too few."""
 
+SLOW_ALONE = 20_480
+"""On a CPU, PyTorch convolves a single volume in single precision by a slow path where its channels times depth times
+height are at most this, and takes the time of five. Two volumes go to oneDNN: docs/design-notes.md."""
+
 Step = Callable[["NMSWNetwork"], Any]
 """What is to be done with the network in a training step. It knows the data, the network does not."""
 
@@ -213,11 +217,22 @@ class NMSWNetwork(nn.Module):
         strides = total_stride(self.global_branch) or [UNKNOWN_STRIDE] * 3
         multiples = [max(2, -(-n // stride)) * stride for n, stride in zip(shape, strides, strict=True)]
         padding = [p for n, m in zip(reversed(shape), reversed(multiples), strict=True) for p in (0, m - n)]
-        output = self.global_branch(F.pad(low_1Cdhw, padding))[0].float()
+        padded_1Cdhw = F.pad(low_1Cdhw, padding)
+        if self._convolves_one_slowly(padded_1Cdhw):
+            padded_1Cdhw = padded_1Cdhw.expand(2, -1, -1, -1, -1)
+        output = self.global_branch(padded_1Cdhw)[0].float()
         output = output[(slice(None), *(slice(n) for n in shape))]
         logits_Cdhw = output[:-1]
         score_map_dhw = self.sampler.score_map(output[-1], encoding.entropy(logits_Cdhw.detach()))
         return CoarsePrediction(logits_Cdhw, score_map_dhw, encoding)
+
+    def _convolves_one_slowly(self, volume_1Cdhw: Tensor) -> bool:
+        """Whether PyTorch is faster with two volumes than with one: see `SLOW_ALONE`."""
+        if volume_1Cdhw.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        convolution = next((m for m in self.global_branch.modules() if isinstance(m, nn.Conv3d)), None)
+        depth, height = volume_1Cdhw.shape[2:4]
+        return convolution is not None and convolution.out_channels * depth * height <= SLOW_ALONE
 
     def local(self, patches_BCDHW: Tensor) -> Tensor | list[Tensor]:
         """Logits of a training step's windows, with as few activations in memory as the settings say.
