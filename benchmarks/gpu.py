@@ -1,137 +1,146 @@
-"""The paper's setting on a GPU: 480 × 480 × 384 voxels, patches of 128³, nnU-Net's full width, untrained.
+"""What a GPU does with training and prediction, in a few minutes: crashes, seconds, memory, gaps between kernels.
 
-    python benchmarks/gpu.py -classes 3 14 118 -k 5% 10% -rounds 3 -o docs/performance/gpu.json
+    python benchmarks/gpu.py --minutes 9 --out gpu_results            # on one GPU
+    python benchmarks/gpu.py --minutes 9 --out toy --toy -device cpu  # the same in small, to try the script
 
-The network's part of a prediction, from a preprocessed volume on the host to what its export starts from: nnU-Net's
-sliding window to logits, NMSW to labels on the same grid, which includes most of its export. Both without mirroring,
-and in turns; the first round is not counted. Every call is printed, and written with `-o`, as soon as it has ended.
-With `-macs` PyTorch counts multiply-accumulates in a round of their own. Files are `prediction.py`'s matter.
+The parts, in this order, each in a process of its own with a log, and each with a JSON file that grows with every
+measurement, so that an end at any time loses nothing:
+
+- smoke: training steps (eager, compiled, distributed over one process), and labels against the CPU's;
+- prediction: the paper's setting, 480 × 480 × 384 voxels, patches of 128³, nnU-Net's full width, untrained; the
+  network's part by stages, against nnU-Net's sliding window; and commands from file to file;
+- training: a step against stock nnU-Net's on the same plans, compiled;
+- profile: traces of a prediction and of a step, and the ten largest gaps between kernels.
+
+Without names all parts run. A part that has less than its least time left does not start.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import statistics
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from synthetic import FULL_WIDTH, organs, write_model
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.volume import Padded, Work, choose, predict_labels
-from nnunet_nmsw.volume.interpolation import linear_axis
+HERE = Path(__file__).parent
 
-STOCK = "sliding window"
+
+class Size(NamedTuple):
+    """How large everything is.
+
+    Attributes:
+        image: voxels of the volume that is predicted.
+        patch: voxels along each axis of a patch.
+        features: of the networks' first stage.
+        classes: with the background.
+        training_image: voxels of a training volume.
+        steps: of a training that is timed.
+        rounds: of a prediction that is timed, after one that is not counted.
+    """
+
+    image: list[int]
+    patch: int
+    features: int
+    classes: list[int]
+    training_image: list[int]
+    steps: int
+    rounds: int
+
+
+PAPER = Size([384, 480, 480], 128, 32, [3, 14, 118], [256, 288, 288], 20, 2)
+TOY = Size([40, 48, 56], 16, 4, [3, 14], [32, 40, 48], 2, 1)
+
+PARTS = {"smoke": 40, "prediction": 60, "training": 90, "profile": 40}
+"""Least seconds by part."""
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-classes", type=int, nargs="+", default=[3, 14, 118])
-    parser.add_argument("-k", nargs="+", default=["5%", "10%"])
-    parser.add_argument("-image", type=int, nargs=3, default=[384, 480, 480], metavar=("Z", "Y", "X"))
-    parser.add_argument("-patch", type=int, default=128)
-    parser.add_argument("-features", type=int, default=FULL_WIDTH)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--toy", action="store_true", help="everything small")
     parser.add_argument("-device", default="cuda")
-    parser.add_argument("-rounds", type=int, default=3)
-    parser.add_argument("-macs", action="store_true", help="count multiply-accumulates, too")
-    parser.add_argument("-o", type=Path, help="JSON file")
+    parser.add_argument("--one", metavar="PART", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = torch.device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    content: dict[str, Any] = {"command": sys.argv, "device": name, "torch": torch.__version__, "image": args.image}
-    content |= {"calls": [], "rows": []}
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        parser.error(f"there is no part {unknown[0]}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        run(args.one, args)
+        return
+    end = time.monotonic() + 60 * args.minutes
+    for part in args.parts or PARTS:
+        left = end - time.monotonic()
+        if not args.toy and left < PARTS[part]:
+            print(f"{part}: {left:.0f} s left are too few", flush=True)
+            continue
+        flags = ["--one", part, "--out", str(args.out), "-device", args.device, *(["--toy"] if args.toy else [])]
+        environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+        with open(args.out / f"{part}.log", "w") as log:
+            try:
+                process = subprocess.run(
+                    [sys.executable, __file__, *flags],
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=max(1.0, left),
+                    check=False,
+                )
+                print(f"{part}: exit {process.returncode}, {end - time.monotonic():.0f} s left", flush=True)
+            except subprocess.TimeoutExpired:
+                print(f"{part}: no time left", flush=True)
+        print("\n".join((args.out / f"{part}.log").read_text().splitlines()[-12:]), flush=True)
+    shutil.rmtree(Path(tempfile.gettempdir(), "nmsw_gpu"), ignore_errors=True)
 
-    def keep(what: str, entry: dict[str, Any]) -> None:
-        content[what].append(entry)
-        print(what, entry, flush=True)
-        if args.o:
-            args.o.write_text(json.dumps(content, indent=1))
 
-    for classes in args.classes:
-        for row in measure(classes, args, device, partial(keep, "calls")):
-            keep("rows", {"classes": classes, **row})
-
-
-def measure(
-    classes: int, args: argparse.Namespace, device: torch.device, keep: Callable[[dict[str, Any]], None]
-) -> list[dict[str, Any]]:
-    """A row for each way to predict: seconds (median), GiB of the device, multiply-accumulates in units of 10¹².
+class Results:
+    """Measurements, written into a file as soon as they are there.
 
     Args:
-        classes: with the background.
-        args: of the command line.
+        file: JSON.
         device: that computes.
-        keep: takes every call's seconds and GiB at once.
     """
-    of_both: dict[str, Any] = {"use_mirroring": False, "device": device, "allow_tqdm": False}
-    predictors = {STOCK: nnUNetPredictor(**of_both), **{k: NMSWPredictor(k, **of_both) for k in args.k}}
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder, "model")
-        write_model(model, args.image, 1.0, args.patch, args.features, classes)
-        for predictor in predictors.values():
-            predictor.initialize_from_trained_model_folder(str(model), (0,))
-    # nnU-Net slides its window with the local branch alone, whose forward takes patches.
-    volume = torch.from_numpy(organs(args.image, classes, seed=0)[0]).float()[None] / 500
 
-    def predict(name: str) -> Callable[[], Tensor]:
-        predictor = predictors[name]
-        if isinstance(predictor, NMSWPredictor):
-            return partial(labels_of, predictor, volume)
-        return lambda: predictor.predict_sliding_window_return_logits(volume)
+    def __init__(self, file: Path, device: torch.device) -> None:
+        self.file = file
+        name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+        self.content: dict[str, Any] = {"command": sys.argv, "device": name, "torch": torch.__version__, "rows": []}
 
-    seconds: dict[str, list[float]] = {name: [] for name in predictors}
-    gib: dict[str, float] = {}
-    for number in range(args.rounds + 1):
-        for name in predictors:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            elapsed = timed(predict(name), device)
-            gib[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-            keep({"classes": classes, "windows": name, "round": number, "seconds": elapsed, "gib": gib[name]})
-            if number:
-                seconds[name].append(elapsed)
-    rows = []
-    for name in predictors:
-        median = statistics.median(seconds[name])
-        ratio = statistics.median(seconds[STOCK]) / median
-        rows.append({"windows": name, "seconds": median, "times_faster": ratio, "gib": gib[name]})
-        if args.macs:
-            with FlopCounterMode(display=False) as counter:
-                predict(name)()
-            rows[-1]["tmacs"] = counter.get_total_flops() / 2e12
-    return rows
+    def keep(self, **row: Any) -> None:
+        """Add a measurement."""
+        self.content["rows"].append(row)
+        print(row, flush=True)
+        self.file.write_text(json.dumps(self.content, indent=1))
+
+    def tried(self, what: str, measure: Any) -> None:
+        """Measure, and keep the error where there is one: the next measurement may work."""
+        started = time.perf_counter()
+        try:
+            row = measure() or {}
+        except Exception as error:  # noqa: BLE001 - it is what is measured here
+            traceback.print_exc()
+            row = {"error": f"{type(error).__name__}: {error}"[:500]}
+        self.keep(what=what, **row, total_s=round(time.perf_counter() - started, 2))
 
 
-@torch.inference_mode()
-def labels_of(predictor: NMSWPredictor, volume_CDHW: Tensor) -> Tensor:
-    """Labels of a preprocessed volume on its own grid."""
-    padded = Padded.of(volume_CDHW, predictor.nmsw_network.patch_size)
-    folds = [choose(fold, padded, predictor.spending) for fold in predictor.folds()]
-    axes = [linear_axis(n, n) for n in padded.inside]
-    return predict_labels(padded, folds, axes, Work(predictor.share, predictor.device))
+def run(part: str, args: argparse.Namespace) -> None:
+    """Do one part in this process."""
+    import gpu_parts
 
-
-def timed(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds of a call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    device, size = torch.device(args.device), TOY if args.toy else PAPER
+    getattr(gpu_parts, part)(Results(args.out / f"{part}.json", device), device, size, args.out)
 
 
 if __name__ == "__main__":
