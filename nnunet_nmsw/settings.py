@@ -108,13 +108,13 @@ class NMSWSettings(pydantic.BaseModel):
         description='Patches at inference, K: a number, a percentage of the case\'s windows such as "10%", or "all".',
     )
     sampled_windows: Annotated[Window, Field(ge=1)] = Field(
-        default=2,
-        description="Windows that a training step draws from the scores.",
+        description="Windows that a training step draws from the scores. Default: half of the plans' batch size, "
+        "rounded up, so that a step has as many patches as one of nnU-Net.",
         json_schema_extra=_allowed(f"an integer from 1 to {MOST_WINDOWS}"),
     )
     random_windows: Annotated[Window, Field(ge=0)] = Field(
-        default=2,
-        description="Windows that a training step draws at random, with nnU-Net's foreground oversampling.",
+        description="Windows that a training step draws at random, with nnU-Net's foreground oversampling. Default: "
+        "half of the plans' batch size, rounded down, at least one.",
         json_schema_extra=_allowed(f"an integer from 0 to {MOST_WINDOWS}"),
     )
     global_width: Annotated[float, Field(gt=0, le=1)] = Field(

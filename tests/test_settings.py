@@ -106,3 +106,12 @@ def test_number_of_patches(given, windows, patches):
 def test_impossible_numbers_of_patches(given):
     with pytest.raises(UserError, match="-k"):
         parse_num_patches(given)
+
+
+@pytest.mark.parametrize(("batch_size", "windows"), [(1, (1, 1)), (2, (1, 1)), (3, (2, 1)), (4, (2, 2)), (9, (5, 4))])
+def test_a_step_has_as_many_patches_as_the_plans_batch(batch_size, windows):
+    configuration = {**make_configuration(), "batch_size": batch_size}
+    settings = settings_of(configuration)
+    assert (settings.sampled_windows, settings.random_windows) == windows
+    del configuration["batch_size"]
+    assert settings_of(configuration).random_windows == 1

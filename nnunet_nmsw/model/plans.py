@@ -16,6 +16,9 @@ from nnunet_nmsw.model.architecture import (
 )
 from nnunet_nmsw.settings import PLANS_KEY, NMSWSettings, refused, settings_from, without_retired
 
+SMALLEST_BATCH = 2
+"""Of nnU-Net's plans; plans that were made for inference may have none."""
+
 MAX_GLOBAL_COST_IN_PATCHES = 2.0
 """A median volume may cost the global branch as much as this many patches cost the local one."""
 
@@ -37,7 +40,17 @@ def settings_of(configuration: dict[str, Any], defaults: Mapping[str, Any] | Non
             "NMSW replaces the sliding window of 3D configurations and this one is 2D: "
             "train 3d_fullres, or use nnUNetTrainer for 2d"
         )
-    given = {**(defaults or {}), **without_retired(configuration.get(PLANS_KEY, {}))}
+    given = {
+        **dict(
+            zip(
+                ("sampled_windows", "random_windows"),
+                windows_of_batch(configuration.get("batch_size", SMALLEST_BATCH)),
+                strict=True,
+            )
+        ),
+        **(defaults or {}),
+        **without_retired(configuration.get(PLANS_KEY, {})),
+    }
     if "downsampling_factor" not in given:
         # Checks the width, on which the factor depends, before it is used.
         width = settings_from({**given, "downsampling_factor": [1, 1, 1]}).global_width
@@ -79,6 +92,11 @@ def branch_architectures(architecture: dict[str, Any], settings: NMSWSettings) -
     check_architecture(architecture, '"architecture" in the plans')
     check_architecture(of_global, f'"global_architecture" under "{PLANS_KEY}" in the plans')
     return {"local": architecture, "global": of_global}
+
+
+def windows_of_batch(batch_size: int) -> tuple[int, int]:
+    """Windows that a training step draws from the scores, and at random, in the place of a batch of nnU-Net's."""
+    return max(1, -(-batch_size // 2)), max(1, batch_size // 2)
 
 
 def default_downsampling_factor(
