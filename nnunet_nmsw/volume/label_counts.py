@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from nnunet_nmsw.transfer import sent
 from nnunet_nmsw.volume.windows import Shape
 
 
@@ -26,11 +28,24 @@ def add_to_low_resolution_(low_Cdhw: Tensor, window_CDHW: Tensor, start: Sequenc
     """
     sums, box = window_CDHW, low_resolution_box(start, window_CDHW.shape[-3:], factor)
     for axis in (2, 1, 0):
-        first, size = int(start[axis]), window_CDHW.shape[axis - 3]
-        blocks = torch.arange(first, first + size, device=window_CDHW.device) // factor[axis]
-        lies_in = (blocks[:, None] == torch.arange(box[axis].start, box[axis].stop, device=window_CDHW.device)).float()
-        sums = (sums.movedim(axis - 3, -1) @ lies_in).movedim(-1, axis - 3)
+        first, size = int(start[axis]) % factor[axis], window_CDHW.shape[axis - 3]
+        sums = (sums.movedim(axis - 3, -1) @ _lies_in(first, size, factor[axis], sums.device)).movedim(-1, axis - 3)
     low_Cdhw[(..., *box)] += sums
+
+
+@lru_cache(maxsize=256)
+def _lies_in(first: int, size: int, factor: int, device: torch.device) -> Tensor:
+    """Which block of an axis each voxel lies in, voxels × blocks: 1 in that block. Windows lie in few ways on blocks.
+
+    Args:
+        first: place of the first voxel in its block.
+        size: voxels.
+        factor: voxels of a block.
+        device: of the matrix.
+    """
+    with torch.inference_mode(False):  # a training may take what a prediction has made
+        blocks = torch.arange(first, first + size) // factor
+        return sent((blocks[:, None] == torch.arange(int(blocks[-1]) + 1)).float(), device)
 
 
 def low_resolution_box(start: Sequence[int], size: Sequence[int], factor: Shape) -> tuple[slice, slice, slice]:
