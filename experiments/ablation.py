@@ -66,6 +66,7 @@ class Arm:
 
 
 STOCK = "stock"
+ONE_EACH = {"sampled_windows": 1, "random_windows": 1}
 BATCH_NORM = {"arch_kwargs": {"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d"}}
 ARMS = {
     STOCK: Arm("nnUNetTrainer"),
@@ -76,7 +77,11 @@ ARMS = {
     "paper_2_2": Arm("nnUNetTrainerNMSW_paper", {"sampled_windows": 2, "random_windows": 2}),
     # the default with one thing changed: trainers of arms.py,
     **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in PARTS},
-    # which windows a step looks at,
+    # which windows a step looks at, and how often the global branch is trained,
+    "windows_1_1": Arm(settings=ONE_EACH),
+    "windows_2_0_width_050": Arm(settings={"sampled_windows": 2, "random_windows": 0, "global_width": 0.5}),
+    "windows_1_1_width_050": Arm(settings={**ONE_EACH, "global_width": 0.5}),
+    "windows_1_1_in_turns": Arm("nnUNetTrainerNMSW_global_in_turns", ONE_EACH),
     "windows_1_3": Arm(settings={"sampled_windows": 1, "random_windows": 3}),
     "windows_3_1": Arm(settings={"sampled_windows": 3, "random_windows": 1}),
     # and the global branch

@@ -6,14 +6,20 @@ runs. Each changes one thing; a trainer of your own is made in the same way.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
-from nnunet_nmsw.model.network import Parts
+from nnunet_nmsw.model.network import NMSWNetwork, Parts
 from nnunet_nmsw.selection.by_score import full_trust
+from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import BenefitSampler
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.augmentation import Augmentation
 from nnunet_nmsw.trainers.builder import network_builder
+from nnunet_nmsw.trainers.step import TrainingStep
 
 
 class FreeMap(BenefitSampler):
@@ -53,3 +59,22 @@ def trainer_of(name: str, parts: Parts) -> type[nnUNetTrainerNMSW]:
 
 
 globals().update({(trainer := trainer_of(name, parts)).__name__: trainer for name, parts in PARTS.items()})
+
+
+class LocalStep(TrainingStep):
+    """A step that uses the global branch and does not train it."""
+
+    def coarse(self, network: NMSWNetwork) -> CoarsePrediction:
+        """See the parent."""
+        with torch.no_grad():
+            return super().coarse(network)
+
+
+class nnUNetTrainerNMSW_global_in_turns(nnUNetTrainerNMSW):
+    """Trains the global branch in every second step."""
+
+    def step_of(self, batch: dict[str, Any], augmentation: Augmentation) -> TrainingStep:
+        """See the parent."""
+        self.steps = getattr(self, "steps", 0) + 1
+        step = super().step_of(batch, augmentation)
+        return LocalStep(step.volume, step.local_loss) if self.steps % 2 else step

@@ -83,13 +83,18 @@ class TrainingStep:
         self.volume.to(device, non_blocking)
         return self
 
+    def coarse(self, network: NMSWNetwork) -> CoarsePrediction:
+        """Run the global branch on the volume."""
+        low_1Cdhw = self.volume.low_resolution(network.settings.downsampling_factor)
+        return network.coarse(low_1Cdhw, self.local_loss.encoding)
+
     def __call__(self, network: NMSWNetwork) -> StepResult:
         """Do the step, up to the loss."""
         volume, encoding = self.volume, self.local_loss.encoding
         sampler, settings = network.sampler, network.settings
 
         # The whole volume, coarsely.
-        coarse = network.coarse(volume.low_resolution(settings.downsampling_factor), encoding)
+        coarse = self.coarse(network)
 
         # Windows: some drawn from the scores, some at random.
         draw = sampler.in_training.choose(coarse, network.grid(volume.shape), Budget(settings.sampled_windows))
