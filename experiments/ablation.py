@@ -84,6 +84,8 @@ ARMS = {
     "windows_1_1_in_turns": Arm("nnUNetTrainerNMSW_global_in_turns", ONE_EACH),
     "windows_1_3": Arm(settings={"sampled_windows": 1, "random_windows": 3}),
     "windows_3_1": Arm(settings={"sampled_windows": 3, "random_windows": 1}),
+    # how the view of the global branch is augmented,
+    "augmentation_in_mm": Arm("nnUNetTrainerNMSW_augmentation_in_mm"),
     # and the global branch
     "width_050": Arm(settings={"global_width": 0.5}),
     "width_100": Arm(settings={"global_width": 1.0}),

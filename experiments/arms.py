@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
 from torch import Tensor
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
@@ -20,6 +23,8 @@ from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.augmentation import Augmentation
 from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.step import TrainingStep
+from nnunet_nmsw.trainers.views import TrainingVolume, Transform
+from nnunet_nmsw.volume.windows import Shape
 
 
 class FreeMap(BenefitSampler):
@@ -78,3 +83,31 @@ class nnUNetTrainerNMSW_global_in_turns(nnUNetTrainerNMSW):
         self.steps = getattr(self, "steps", 0) + 1
         step = super().step_of(batch, augmentation)
         return LocalStep(step.volume, step.local_loss) if self.steps % 2 else step
+
+
+class CoarseInMillimetres(TrainingVolume):
+    """Noise, blur and low resolution in millimetres: averages over blocks of voxels hardly show them."""
+
+    OF_VOXELS = (GaussianNoiseTransform, GaussianBlurTransform, SimulateLowResolutionTransform)
+
+    def low_resolution(self, factor: Shape) -> Tensor:
+        """See the parent."""
+        of_windows, self.transforms = self.transforms, list(map(self.without_voxels, self.transforms))
+        try:
+            return super().low_resolution(factor)
+        finally:
+            self.transforms = of_windows
+
+    def without_voxels(self, transform: Transform) -> Transform:
+        """A transform, or one that changes nothing in the place of those named above."""
+        of_voxels = isinstance(getattr(transform, "transform", transform), self.OF_VOXELS)
+        return (lambda **view: view) if of_voxels else transform
+
+
+class nnUNetTrainerNMSW_augmentation_in_mm(nnUNetTrainerNMSW):
+    """Augments the view of the global branch in millimetres."""
+
+    def step_of(self, batch: dict[str, Any], augmentation: Augmentation) -> TrainingStep:
+        """See the parent."""
+        step = super().step_of(batch, augmentation)
+        return TrainingStep(CoarseInMillimetres(**vars(step.volume)), step.local_loss)
