@@ -127,7 +127,7 @@ class Fold:
     @property
     def weights(self) -> FusionWeights:
         """Weights of the fusion."""
-        return self.network.fusion_weights
+        return self.network.fusion_weights.to(self.ensemble.device)
 
     def grid(self, volume_shape: Shape) -> WindowGrid:
         """The windows of nnU-Net's sliding window over a padded volume."""

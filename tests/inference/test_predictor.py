@@ -99,6 +99,19 @@ def test_folds_are_averaged_and_each_chooses_its_own_windows(tiny_network):
     assert [len(choice.starts) for choice in predictor.predict_case_logits({"data": volume}).windows] == [3, 3]
 
 
+def test_each_fold_of_an_ensemble_has_its_own_fusion(tiny_network):
+    """The folds' weights take turns in one network: what is kept of one must not change with the next."""
+    volume, predictor = torch.randn(1, 16, 16, 16), initialized(nmsw(num_patches=4), tiny_network, 2)
+    for of_fold, scale in zip(predictor.list_of_parameters, (1.0, -3.0), strict=True):
+        of_fold["fusion_parameters"] = scale * torch.ones_like(of_fold["fusion_parameters"])
+    both = predictor.predict_logits_from_preprocessed_data(volume)
+    all_weights, alone = predictor.list_of_parameters, []
+    for of_fold in all_weights:
+        predictor.list_of_parameters = [of_fold]
+        alone.append(predictor.predict_logits_from_preprocessed_data(volume))
+    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2, rtol=1e-2, atol=1e-2)
+
+
 def test_arrays_as_with_the_parent(tiny_network):
     image = np.random.default_rng(0).normal(size=(1, 18, 18, 18)).astype(np.float32)
     labels = initialized(nmsw(num_patches=2), tiny_network).predict_single_npy_array(image, {"spacing": [1, 1, 1]})
