@@ -41,7 +41,7 @@ class FusionWeights(NamedTuple):
         return cls(patch_C, 1 - patch_C, torch.zeros_like(patch_C))
 
     def to(self, device: torch.device) -> FusionWeights:
-        """A copy on a device. The weights may be views of a network's parameters, which may get another fold's values."""
+        """A copy on a device: they may be views of a network's parameters, which get the values of other folds."""
         return FusionWeights(*torch.stack(list(self)).to(device))
 
     def of_class(self, label: int) -> FusionWeights:
