@@ -96,16 +96,21 @@ def prediction(results: Results, device: torch.device, size: Size, folder: Path)
                 for mirrored in (True, False):
                     measure = partial(sliding_window, model, volume_CDHW, mirrored, device)
                     results.tried(f"network, sliding window, {classes} classes{', mirrored' * mirrored}", measure)
+
+
+def files(results: Results, device: torch.device, size: Size, folder: Path) -> None:
+    """Commands from file to file, on two images."""
+    with tempfile.TemporaryDirectory() as models:
+        images = Path(models, "images")
+        images.mkdir()
+        for case in range(2):
+            write(organs(size.image, size.classes[0], seed=case)[0], images / f"case_{case}_0000.nii.gz", 1.0)
         for classes in size.classes:
-            images = Path(models, f"images_{classes}")
-            images.mkdir()
-            for case in range(2):
-                image, _ = organs(size.image, classes, seed=case)
-                write(image, images / f"case_{case}_0000.nii.gz", 1.0)
-            measure = partial(command, Path(models, str(classes)), images, device)
-            results.tried(f"two files, nmsw_predict, {classes} classes", partial(measure, True))
-            if classes < 20:  # with more, nnU-Net's logits do not fit into the memory of most hosts
-                results.tried(f"two files, nnUNetv2_predict, {classes} classes", partial(measure, False))
+            model = Path(models, str(classes))
+            write_model(model, size.image, 1.0, size.patch, size.features, classes)
+            results.tried(f"nmsw_predict, {classes} classes", partial(command, model, images, device, True))
+            if classes == size.classes[0]:  # with many, nnU-Net's logits do not fit into the memory of most hosts
+                results.tried(f"nnUNetv2_predict, {classes} classes", partial(command, model, images, device, False))
 
 
 @torch.inference_mode()
@@ -202,6 +207,9 @@ def trainer_of(name: str, device: torch.device) -> Any:
     """A trainer that is ready for steps, with its loaders."""
     from nnunetv2.run.run_training import get_trainer_from_args
 
+    if device.type == "cuda":  # as nnU-Net's command does
+        torch.backends.cudnn.benchmark = True
+        torch.set_num_threads(1)
     trainer = get_trainer_from_args(str(DATASET), "3d_fullres", 0, name, os.environ["NMSW_PLANS"], device=device)
     trainer.initialize()
     trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
@@ -341,11 +349,12 @@ def traced(call: Callable[[], Any], device: torch.device, file: Path) -> dict[st
     with torch.profiler.profile(activities=activities) as profiler:
         seconds, _ = timed(call, device)
     profiler.export_chrome_trace(str(file))
+    kinds = torch.autograd.DeviceType
+    kind = kinds.CUDA if device.type == "cuda" else kinds.CPU
     kernels = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
-        if event.device_type
-        == (torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU)
+        if event.device_type == kind and not event.is_user_annotation
     )
     gaps, busy, end, last = [], 0.0, kernels[0][0], ""
     by_name: Counter[str] = Counter()

@@ -80,6 +80,9 @@ def in_process(dataset: str, trainer: str, args: argparse.Namespace) -> dict[str
 def measure(dataset: str, plans: str, trainer_name: str, device_name: str, steps: int) -> dict[str, Any]:
     """Seconds a step, share of it waiting for data, and peak memory in GiB."""
     device = torch.device(device_name)
+    if device.type == "cuda":  # as nnU-Net's command does
+        torch.backends.cudnn.benchmark = True
+        torch.set_num_threads(1)
     trainer = get_trainer_from_args(dataset, "3d_fullres", 0, trainer_name, plans, device=device)
     trainer.initialize()
     trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()

@@ -9,6 +9,7 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.model.plans import default_downsampling_factor, settings_of
 from nnunet_nmsw.selection.budget import parse_num_patches, resolve_num_patches
 from nnunet_nmsw.settings import ALLOWED, RETIRED, table
+from nnunet_nmsw.trainers.checkpoints import settings_of_training
 
 
 def test_defaults_are_resolved_and_survive_a_round_trip_through_json():
@@ -115,3 +116,16 @@ def test_a_step_has_as_many_patches_as_the_plans_batch(batch_size, windows):
     assert (settings.sampled_windows, settings.random_windows) == windows
     del configuration["batch_size"]
     assert settings_of(configuration).random_windows == 1
+
+
+def test_a_training_that_goes_on_keeps_the_windows_that_the_plans_do_not_name():
+    settings = settings_of(make_configuration())
+    before = settings.model_copy(update={"sampled_windows": 2, "random_windows": 2})
+    plans = {"configurations": {"3d_fullres": {"nmsw": before.to_dict()}}}
+    checkpoint = {"init_args": {"plans": plans}}
+    assert settings_of_training(checkpoint, "3d_fullres", settings, set(), "fold_0") == before
+    with pytest.raises(UserError, match='"sampled_windows" under "nmsw" in the plans is 1, and was 2 .* fold_0'):
+        settings_of_training(checkpoint, "3d_fullres", settings, {"sampled_windows"}, "fold_0")
+    wider = settings.model_copy(update={"global_width": 1.0})
+    with pytest.raises(UserError, match='"global_width"'):
+        settings_of_training(checkpoint, "3d_fullres", wider, set(), "fold_0")

@@ -62,7 +62,7 @@ def loader(
     augmentation: Augmentation = NONE,
     at_random: bool = False,
     windows: int = 6,
-    foreground: int = 3,
+    foreground: float = 3,
     seed: tuple[int, ...] | None = None,
 ) -> WholeVolumeLoader:
     """A loader of the cases."""

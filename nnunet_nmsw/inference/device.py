@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -76,5 +77,10 @@ def stream_of_its_own(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    if not hasattr(_of_thread, "stream"):  # one for good: memory that a stream has had stays with it
+        _of_thread.stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(_of_thread.stream):
         yield
+
+
+_of_thread = threading.local()

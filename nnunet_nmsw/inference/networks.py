@@ -64,8 +64,6 @@ class Ensemble:
         self._parameters = parameters
         self._fold: int | None = None
         self._on_device: dict[int, list[Tensor]] = {}
-        self.batch = 1
-        """The largest batch so far."""
 
     def folds(self) -> list[Fold]:
         """The folds."""
@@ -90,8 +88,9 @@ class Ensemble:
             for tensor, weights in zip(tensors, self._on_device[fold], strict=True):
                 tensor.data = weights
             return
+        self._fold = None  # until all is there
         for tensor in tensors:  # what is there belongs to another fold, or to who gave the network
-            tensor.data = torch.empty_like(tensor.data)
+            tensor.data = tensor.data.clone()  # checkpoints do not have all buffers
         self.network.load_state_dict(self._parameters[fold])
         self._on_device[fold] = [tensor.data for tensor in tensors]
 
@@ -170,18 +169,24 @@ class Fold:
             if device.type == "cpu":
                 patches_KCDHW = patches_KCDHW.contiguous(memory_format=torch.channels_last_3d)
                 return ensemble.mirrored(network, patches_KCDHW)
-            # The last batch is filled up: each size of a batch is another program for `torch.compile`, and cuDNN tries
-            # its algorithms for each.
-            ensemble.batch = max(ensemble.batch, number)
-            shape = (ensemble.batch - number, *patches_KCDHW.shape[1:])
-            return ensemble.mirrored(network, torch.cat([patches_KCDHW, patches_KCDHW.new_zeros(shape)]))[:number]
+            return ensemble.mirrored(network, filled_up(patches_KCDHW))[:number]
         except RuntimeError as error:
             if number == 1 or not is_out_of_memory(error):
                 raise
         empty_cache(device)
         half = number // 2
-        ensemble.batch = half
         return torch.cat([self.patch_logits(part) for part in (patches_KCDHW[:half], patches_KCDHW[half:])])
+
+
+def filled_up(patches_KCDHW: Tensor) -> Tensor:
+    """A batch of patches with empty ones behind, for a GPU: to a power of two, or as many as go at once.
+
+    Each size of a batch is another program for `torch.compile`, and cuDNN tries its algorithms for each.
+    """
+    number, *shape = patches_KCDHW.shape
+    most = patches_at_once(shape[1:], patches_KCDHW.device)
+    wanted = max(number, min(most, 1 << (number - 1).bit_length()))
+    return torch.cat([patches_KCDHW, patches_KCDHW.new_zeros(wanted - number, *shape)])
 
 
 def to_channels_last_(network: nn.Module) -> None:

@@ -110,9 +110,10 @@ class GreedyBenefit:
 
 def chosen(indices_K: Tensor, scores_N: Tensor, grid: WindowGrid, trust: Trust) -> WindowChoice:
     """Windows of a grid as a choice."""
-    # One copy from the device. Double precision holds the numbers of all windows, and scores as they are.
-    of_both_2K = torch.stack([indices_K.double(), scores_N.index_select(0, indices_K).double()]).cpu()
-    indices_K, scores_K = of_both_2K[0].long(), of_both_2K[1].float()
+    # One copy from the device: the bits of scores are whole numbers, too.
+    bits_K = scores_N.index_select(0, indices_K).float().view(torch.int32)
+    indices_K, bits_K = torch.stack([indices_K.to(torch.int32), bits_K]).cpu().unbind()
+    indices_K, scores_K = indices_K.long(), bits_K.view(torch.float32)
     return WindowChoice(grid.starts_N3[indices_K], scores_K, trust(scores_K))
 
 

@@ -23,7 +23,7 @@ from nnunet_nmsw.trainers.views import PreviousStage, TrainingVolume
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux has it."""
 
-CASES_TO_MEASURE = 50
+CASES_TO_MEASURE = 20
 """For the size of the largest."""
 
 SECONDS_BETWEEN_LOOKS = 0.002
@@ -36,12 +36,17 @@ class RandomWindows(NamedTuple):
     Attributes:
         patch_size: voxels by axis.
         number: of them.
-        with_foreground: how many are centred on foreground.
+        with_foreground: how many are centred on foreground; a fraction is the probability of one more.
     """
 
     patch_size: Sequence[int]
     number: int
-    with_foreground: int
+    with_foreground: float
+
+    @classmethod
+    def oversampled(cls, patch_size: Sequence[int], number: int, share: float) -> RandomWindows:
+        """With a share of foreground as in nnU-Net's batches, which round it; one window alone by probability."""
+        return cls(patch_size, number, share if number == 1 else number - round(number * (1 - share)))
 
 
 class LoaderProcesses(NamedTuple):
@@ -85,6 +90,7 @@ def batches(loader: WholeVolumeLoader, workers: LoaderProcesses) -> Any:
     """An iterator over a loader's batches. Those of a seeded loader come in order."""
     if workers.number == 0:
         return SingleThreadedAugmenter(loader, None)
+    loader.is_in_worker = True
     if loader.seed is not None:
         # The batches of its workers come in turns, where the other augmenter takes what is ready first.
         seeds = list(range(workers.number))
@@ -96,12 +102,17 @@ def batches(loader: WholeVolumeLoader, workers: LoaderProcesses) -> Any:
             loader,
             None,
             num_processes=workers.number,
-            num_cached=max(2, workers.number // 2),
+            num_cached=cached_batches(workers.number),
             pin_memory=workers.pinned,
             wait_time=SECONDS_BETWEEN_LOOKS,
         )
     next(augmenter)  # a worker that cannot work fails here and not in the middle of an epoch
     return augmenter
+
+
+def cached_batches(num_workers: int) -> int:
+    """How many batches may wait for an unseeded training, as in nnU-Net."""
+    return max(2, num_workers // 2)
 
 
 def check_shared_memory(dataset: nnUNetBaseDataset, patch_size: Sequence[int], workers: LoaderProcesses) -> None:
@@ -121,8 +132,9 @@ def check_shared_memory(dataset: nnUNetBaseDataset, patch_size: Sequence[int], w
         return
     keys = list(dataset.identifiers)
     largest = max(_bytes_of_batch(dataset, key, patch_size) for key in keys[:: -(-len(keys) // CASES_TO_MEASURE)])
-    # Each worker has one in its hands, and more lie in the queues.
-    number = 3 * workers.number if workers.seed is not None else workers.number + max(2, workers.number // 2)
+    # In the queues, and one that is received. Pinning copies batches out of this memory as they come.
+    in_queues = 2 * workers.number if workers.seed is not None else cached_batches(workers.number)
+    number = in_queues + 1 if workers.pinned else 2 * in_queues + 2
     free = shutil.disk_usage(SHARED_MEMORY).free
     if number * largest > free:
         wanted = -(-number * largest // (1 << 30))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.settings import PLANS_KEY, NMSWSettings, without_retired
 
+OF_BATCH = ("sampled_windows", "random_windows")
+"""Settings whose default follows the plans' batch size since version 0.2.0. It was 2 before."""
+
 
 def save_whole(save: Callable[[str], None], file: Path) -> None:
     """Write a checkpoint. A training that is killed while it writes leaves the checkpoint before, not half a file."""
@@ -19,19 +22,24 @@ def save_whole(save: Callable[[str], None], file: Path) -> None:
         save(str(unfinished / file.name))
 
 
-def check_unchanged(
-    checkpoint: dict[str, Any] | str, configuration: str, settings: NMSWSettings, output_folder: str
-) -> None:
-    """See that the settings are those that a training started with, before it goes on or is validated.
+def settings_of_training(
+    checkpoint: dict[str, Any] | str,
+    configuration: str,
+    settings: NMSWSettings,
+    named: Collection[str],
+    output_folder: str,
+) -> NMSWSettings:
+    """The settings that a training started with, before it goes on or is validated.
 
     Args:
         checkpoint: of the training, or its file.
         configuration: name of the plans' configuration.
         settings: as they are now.
+        named: those of them that the plans name. What they do not name had another default in earlier versions.
         output_folder: of the training, for the message.
 
     Raises:
-        UserError: they are not.
+        UserError: a setting that the plans name has changed, or one that decides on the networks.
     """
     if isinstance(checkpoint, str):
         # Mapped and not read: only the settings are looked at here.
@@ -39,9 +47,12 @@ def check_unchanged(
         assert isinstance(checkpoint, dict)
     # An earlier version may have trained with settings that are gone.
     before = without_retired(checkpoint["init_args"]["plans"]["configurations"][configuration][PLANS_KEY])
+    taken = {name: before[name] for name in OF_BATCH if name in before and name not in named}
+    settings = settings.model_copy(update=taken)
     for name, value in settings.to_dict().items():
         if before.get(name, value) != value:
             raise UserError(
                 f'setting "{name}" under "{PLANS_KEY}" in the plans is {value!r}, and was {before[name]!r} when '
                 f"the training of {output_folder} started: set it back, or train anew without --c and --val"
             )
+    return settings

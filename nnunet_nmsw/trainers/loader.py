@@ -5,7 +5,6 @@ Tensor suffixes: 1 a batch of one, C channels, D H W axes of the volume, R rando
 
 from __future__ import annotations
 
-import multiprocessing
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,9 +46,10 @@ class WholeVolumeLoader(DataLoader):
         dataset: nnU-Net's preprocessed cases.
         patch_size: voxels of a window by axis.
         num_random_windows: R.
-        foreground_windows: how many of these hold foreground (nnU-Net's oversampling: a class drawn at random, and the
-            window centred on one of its voxels), unless a rotation turns what is drawn out of the volume many times.
-            With an ignore label the other windows are centred on annotated voxels, as in nnU-Net.
+        foreground_windows: how many of these hold foreground, a fraction being the probability of one more (nnU-Net's
+            oversampling: a class drawn at random, and the window centred on one of its voxels), unless a rotation turns
+            what is drawn out of the volume many times. With an ignore label the other windows are centred on annotated
+            voxels, as in nnU-Net.
         augmentation: what to draw from.
         at_random: draw cases at random; otherwise go round them in order.
         seed: of everything that a worker process draws, together with the worker's number. None is a random seed in a
@@ -61,7 +61,7 @@ class WholeVolumeLoader(DataLoader):
         dataset: nnUNetBaseDataset,
         patch_size: Sequence[int],
         num_random_windows: int,
-        foreground_windows: int,
+        foreground_windows: float,
         augmentation: Augmentation,
         at_random: bool,
         seed: Sequence[int] | None = None,
@@ -74,6 +74,7 @@ class WholeVolumeLoader(DataLoader):
         self.augmentation = augmentation
         self.at_random = at_random
         self.next_in_order = 0
+        self.is_in_worker = False
         self.has_begun = False
         self.seed = seed
 
@@ -123,12 +124,11 @@ class WholeVolumeLoader(DataLoader):
         }
 
     def _begin(self) -> None:
-        is_worker = multiprocessing.parent_process() is not None
         if self.seed is not None:
             seed_everything(*self.seed, self.thread_id)
-        elif is_worker:  # batchgenerators seeds NumPy's generator alone: all forks have the same state of PyTorch's
+        elif self.is_in_worker:  # batchgenerators seeds NumPy alone: all forks have one state of PyTorch's generator
             seed_everything(secrets.randbits(64))
-        if is_worker:
+        if self.is_in_worker:
             follow_parent()
         self.has_begun = True
 
@@ -157,8 +157,11 @@ class WholeVolumeLoader(DataLoader):
         """
         last_start = np.array(volume_shape, np.int64) - np.array(self.patch_size, np.int64)
         starts = np.random.randint(0, last_start + 1, (self.num_random_windows, 3))  # noqa: NPY002
+        with_foreground = int(self.foreground_windows)
+        if self.foreground_windows > with_foreground:
+            with_foreground += int(np.random.uniform() < self.foreground_windows - with_foreground)  # noqa: NPY002
         for window in range(self.num_random_windows):
-            foreground = window >= self.num_random_windows - self.foreground_windows
+            foreground = window >= self.num_random_windows - with_foreground
             groups = voxels_by_class if foreground else annotated_voxels
             if not groups:
                 continue

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
@@ -39,7 +38,7 @@ from nnunet_nmsw.trainers.batches import (
     validation_batches,
 )
 from nnunet_nmsw.trainers.builder import network_builder
-from nnunet_nmsw.trainers.checkpoints import check_unchanged, save_whole
+from nnunet_nmsw.trainers.checkpoints import save_whole, settings_of_training
 from nnunet_nmsw.trainers.distributed import (
     Processes,
     device_of_process,
@@ -52,7 +51,7 @@ from nnunet_nmsw.trainers.losses.local import LocalLoss
 from nnunet_nmsw.trainers.pretrained import load_pretrained
 from nnunet_nmsw.trainers.progress import EPOCHS_BETWEEN_PICTURES, lines, plot_progress, plot_sampling, sampled_cases
 from nnunet_nmsw.trainers.randomness import seed_everything
-from nnunet_nmsw.trainers.step import REPORTED, TrainingStep, update
+from nnunet_nmsw.trainers.step import REPORTED, TrainingStep, means_of_steps, update
 from nnunet_nmsw.trainers.validation import check_losses, check_weights, predicted_in_training, validate
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.precision import mixed_precision
@@ -86,10 +85,12 @@ class nnUNetTrainerNMSW(TrainerHooks):
     ) -> None:
         # Before anything is written: raises for a setting or a configuration that cannot work.
         resolved = PlansManager(plans).get_configuration(configuration).configuration
+        self.named = set(resolved.get(PLANS_KEY, {}))
         self.settings = settings_of(resolved, self.defaults)
         branch_architectures(resolved["architecture"], self.settings)
         # Saved with the results and in the checkpoint, so that a model folder alone rebuilds the network.
-        plans["configurations"][configuration][PLANS_KEY] = self.settings.to_dict()
+        self.own_configuration = plans["configurations"][configuration]
+        self.own_configuration[PLANS_KEY] = self.settings.to_dict()
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.processes = Processes.of_this_training()
         if self.is_ddp:
@@ -173,9 +174,12 @@ class nnUNetTrainerNMSW(TrainerHooks):
         Raises:
             UserError: the settings in the plans have changed since the training started.
         """
-        check_unchanged(filename_or_checkpoint, self.configuration_name, self.settings, self.output_folder)
+        before = (filename_or_checkpoint, self.configuration_name, self.settings, self.named, self.output_folder)
+        self.settings = settings_of_training(*before)
+        self.own_configuration[PLANS_KEY] = self.settings.to_dict()
         if not self.was_initialized:
             self.initialize()
+        self.nmsw_network.settings = self.settings
         self._unwrap_pretrained()
         super().load_checkpoint(filename_or_checkpoint)
         log_under(self, LOGGED_UNDER, REPORTED)
@@ -204,7 +208,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         self.num_val_iterations_per_epoch: int = max(1, len(own_steps))
 
         number, patch_size = self.settings.random_windows, self.configuration_manager.patch_size
-        windows = RandomWindows(patch_size, number, number - round(number * (1 - self.oversample_foreground_percent)))
+        windows = RandomWindows.oversampled(patch_size, number, self.oversample_foreground_percent)
         # A training that goes on draws other data than when it started, and every rank its own.
         seed = None if self.settings.seed is None else (self.settings.seed, self.local_rank, self.current_epoch)
         workers = LoaderProcesses(get_allowed_n_proc_DA(), seed, self.device.type == "cuda")
@@ -255,9 +259,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         losses = gather_over_processes([float(output["loss"]) for output in train_outputs])
         check_losses([loss for of_one in losses for loss in of_one], self.nmsw_network, self.current_epoch)
         super().on_train_epoch_end(train_outputs)
-        outputs = collate_outputs([{k: np.atleast_2d(v) for k, v in output.items()} for output in train_outputs])
-        means = mean_over_processes({name: np.concatenate(outputs[name]).mean(0) for name in REPORTED})
-        for name, mean in means.items():
+        for name, mean in mean_over_processes(means_of_steps(train_outputs, REPORTED)).items():
             self.logger.log(LOGGED_UNDER + name, mean.tolist() if len(mean) > 1 else float(mean[0]), self.current_epoch)
 
     def validation_step(self, batch: dict) -> dict:

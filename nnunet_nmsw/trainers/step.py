@@ -1,7 +1,7 @@
 """A training step: volume → coarse prediction → windows → local predictions → losses → weights.
 
 Tensor suffixes: B windows (K drawn ones first, then random ones), C channels or classes, L labels, D H W axes of the
-volume or of a window, d h w axes of the low-resolution view, 3 one coordinate per axis.
+volume or of a window, d h w axes of the low-resolution view, 3 one coordinate per axis, S steps, X any values.
 """
 
 from __future__ import annotations
@@ -191,6 +191,24 @@ def _clipped(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor
     if all(parameter.grad is None for parameter in parameters):
         return torch.zeros((), device=device)
     return nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
+
+
+def means_of_steps(outputs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Means over steps by name, each over the steps that have finite numbers: in half precision some overflow.
+
+    Args:
+        outputs: of `update`.
+        names: of the numbers to average.
+
+    Returns:
+        Arrays of one axis; not finite where no step has finite numbers.
+    """
+    means = {}
+    for name in names:
+        values_SX = np.stack([np.atleast_1d(output[name]) for output in outputs])
+        finite_S = np.isfinite(values_SX).all(1)
+        means[name] = (values_SX[finite_S] if finite_S.any() else values_SX).mean(0)
+    return means
 
 
 def on_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.inference.cases import Case
-from nnunet_nmsw.inference.networks import Ensemble, unbounded
+from nnunet_nmsw.inference.networks import Ensemble, filled_up, unbounded
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.volume import (
     FoldOfCase,
@@ -108,8 +108,10 @@ class InTraining:
     def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
         """Logits of windows of the step's volume."""
         patches_KCDHW, _ = self.step.volume.windows(starts_K3, self.network.patch_size)
+        if self.device.type != "cpu":
+            patches_KCDHW = filled_up(patches_KCDHW)
         with mixed_precision(self.device):
-            return finest_scale(self.network(patches_KCDHW))
+            return finest_scale(self.network(patches_KCDHW))[: len(starts_K3)]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from tiny import build_network, initialized, make_plans
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.inference.export import reason_for_logits, write_labels
-from nnunet_nmsw.inference.networks import to_channels_last_
+from nnunet_nmsw.inference.networks import filled_up, to_channels_last_
 from nnunet_nmsw.inference.volume import ChosenWindows
 from nnunet_nmsw.inference.windows import edges_in_image, index_to_world, write_windows
 from nnunet_nmsw.model.fusion import FusionForm, FusionWeights
@@ -255,6 +255,15 @@ def test_batches_are_halved_until_they_fit(tiny_network):
     with torch.inference_mode():
         assert torch.allclose(predictor.folds()[0].patch_logits(patches), original(patches), atol=1e-5)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
+
+
+@pytest.mark.parametrize(("number", "size"), [(1, 1), (3, 4), (5, 8), (16, 16), (20, 20)])
+def test_batches_are_filled_up_to_few_sizes(number, size):
+    patches = torch.ones(number, 1, 8, 8, 8)
+    filled = filled_up(patches)
+    assert len(filled) == size
+    assert torch.equal(filled[:number], patches)
+    assert not filled[number:].any()
 
 
 def test_a_case_that_cannot_be_written_is_reported_and_the_others_are_there(tiny_network, tmp_path):

@@ -12,7 +12,7 @@ from training import NONE, PATCH, Cases, loader, nnunet_augmentation
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers import batches
 from nnunet_nmsw.trainers.augmentation import Augmentation
-from nnunet_nmsw.trainers.batches import LoaderProcesses, check_shared_memory, training_volume
+from nnunet_nmsw.trainers.batches import LoaderProcesses, RandomWindows, check_shared_memory, training_volume
 
 
 def test_volumes_come_in_order_padded_to_the_patch():
@@ -48,6 +48,16 @@ def test_random_windows_lie_inside_and_the_last_hold_foreground():
     assert missed < 5
 
 
+def test_one_window_holds_foreground_by_probability():
+    assert RandomWindows.oversampled(PATCH, 1, 0.33)[1:] == (1, 0.33)
+    assert RandomWindows.oversampled(PATCH, 2, 0.33)[1:] == (2, 1)
+    np.random.seed(0)  # noqa: NPY002
+    one, centre = loader(windows=1, foreground=0.33), np.full((1, 3), 15)
+    starts = [one.draw_windows((30, 30, 30), [centre], lambda voxel: voxel)[0].tolist() for _ in range(300)]
+    on_foreground = sum(start == [9, 9, 9] for start in starts)
+    assert 70 < on_foreground < 130
+
+
 def test_the_same_seed_gives_the_same_batches():
     np.random.seed(1)  # noqa: NPY002
     first, second, other = (
@@ -76,7 +86,7 @@ def test_workers_draw_their_own_mirrorings(seed):
 def mirrorings(seed, worker):
     """Where the brightest voxel lies in 20 batches of a worker."""
     of_worker = loader(nnunet_augmentation(), seed=seed)
-    of_worker.indices, of_worker.thread_id = ["a"], worker
+    of_worker.indices, of_worker.thread_id, of_worker.is_in_worker = ["a"], worker, True
     return [int(next(of_worker)["data"].argmax()) for _ in range(20)]
 
 
@@ -138,14 +148,23 @@ def test_the_blur_stays_on_the_device_of_the_image():
 
 
 @pytest.mark.parametrize(
-    ("workers", "seed", "fits"), [(0, None, True), (2, None, True), (3, None, False), (2, (1,), False)]
+    ("workers", "seed", "pinned", "fits"),
+    [
+        (0, None, False, True),
+        (4, None, True, True),
+        (4, None, False, False),
+        (8, None, True, False),
+        (2, (1,), True, False),
+    ],
 )
-def test_too_little_shared_memory_is_found_before_a_worker_dies_of_it(workers, seed, fits, tmp_path, monkeypatch):
+def test_too_little_shared_memory_is_found_before_a_worker_dies_of_it(
+    workers, seed, pinned, fits, tmp_path, monkeypatch
+):
     free = 4 * 3 * 20 * 24 * 28  # four volumes of the largest case, three bytes a voxel
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: usage(free))
     monkeypatch.setattr(batches, "SHARED_MEMORY", tmp_path)
-    arguments = (Cases(), PATCH, LoaderProcesses(workers, seed, False))
+    arguments = (Cases(), PATCH, LoaderProcesses(workers, seed, pinned))
     if fits:
         check_shared_memory(*arguments)
     else:

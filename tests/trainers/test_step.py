@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from tiny import build_network, build_paper_network
 from training import ENCODING, a_step, cross_entropy, training_step
 
-from nnunet_nmsw.trainers.step import LARGEST_NORM, REPORTED, update
+from nnunet_nmsw.trainers.step import LARGEST_NORM, REPORTED, means_of_steps, update
 from nnunet_nmsw.volume.windows import downsample
 
 
@@ -160,3 +161,11 @@ def test_a_frozen_branch_has_no_gradient():
     numbers = update(a_step((16, 16, 16)), network, torch.optim.SGD(network.parameters(), 0.1), None)
     assert numbers["gradient_local"] == 0
     assert numbers["gradient_global"] > 0
+
+
+def test_means_are_over_steps_that_did_not_overflow():
+    outputs = [{"a": np.float32(1), "b": np.array([1.0, 2])}, {"a": np.float32(np.inf), "b": np.array([3.0, np.nan])}]
+    means = means_of_steps(outputs, ["a", "b"])
+    assert means["a"].tolist() == [1]
+    assert means["b"].tolist() == [1, 2]
+    assert np.isnan(means_of_steps([{"a": np.nan}], ["a"])["a"]).all()
