@@ -124,7 +124,7 @@ def test_a_training_that_goes_on_keeps_the_windows_that_the_plans_do_not_name():
     plans = {"configurations": {"3d_fullres": {"nmsw": before.to_dict()}}}
     checkpoint = {"init_args": {"plans": plans}}
     assert settings_of_training(checkpoint, "3d_fullres", settings, set(), "fold_0") == before
-    with pytest.raises(UserError, match='"sampled_windows" under "nmsw" in the plans is 1, and was 2 .* fold_0'):
+    with pytest.raises(UserError, match=r'"sampled_windows" under "nmsw" in the plans is 1, and was 2 .* fold_0'):
         settings_of_training(checkpoint, "3d_fullres", settings, {"sampled_windows"}, "fold_0")
     wider = settings.model_copy(update={"global_width": 1.0})
     with pytest.raises(UserError, match='"global_width"'):
