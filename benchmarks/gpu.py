@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,19 +96,16 @@ def main() -> None:
             continue
         flags = ["--one", part, "--out", str(args.out), "-device", args.device, *(["--toy"] if args.toy else [])]
         environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+        seconds = max(1.0, left if args.toy else min(left, most))
         with open(args.out / f"{part}.log", "w") as log:
+            command = [sys.executable, __file__, *flags]
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
             try:
-                process = subprocess.run(
-                    [sys.executable, __file__, *flags],
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=max(1.0, left if args.toy else min(left, most)),
-                    check=False,
-                )
-                print(f"{part}: exit {process.returncode}, {end - time.monotonic():.0f} s left", flush=True)
+                print(f"{part}: exit {process.wait(seconds)}, {end - time.monotonic():.0f} s left", flush=True)
             except subprocess.TimeoutExpired:
-                print(f"{part}: no time left", flush=True)
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+                process.wait()
+                print(f"{part}: ended after {seconds:.0f} s", flush=True)
         print("\n".join((args.out / f"{part}.log").read_text().splitlines()[-12:]), flush=True)
     if not args.keep:
         shutil.rmtree(Path(tempfile.gettempdir(), "nmsw_gpu"), ignore_errors=True)

@@ -197,7 +197,7 @@ def command(model: Path, images: Path, device: torch.device, nmsw: bool) -> dict
 def training(results: Results, device: torch.device, size: Size, folder: Path) -> None:
     """A step of each trainer on the same plans, compiled and not."""
     with dataset_folders(size.training_image, 14, None if size.patch == 128 else [size.patch] * 3):
-        for compiled in ("t", "f"):
+        for compiled in ("f", "t"):  # to compile takes a minute or more
             for trainer in TRAINERS:
                 measure = partial(in_process, "step_of", device, trainer, str(size.steps), nnUNet_compile=compiled)
                 results.tried(f"step of {trainer}, {'compiled' if compiled == 't' else 'eager'}", measure)
