@@ -80,8 +80,7 @@ class NMSWPredictor(FilesPredictor):
         self.bfloat16, self.trust_model = bfloat16, trust_model
         self.selector, self.threshold, self.take_logits = selector, threshold, take_logits
         self._bounds: tuple[set[str], Share] | None = None
-
-    # The model.
+        self._folds_of_run: list[Fold] | None = None
 
     @property
     def nmsw_network(self) -> NMSWNetwork:
@@ -130,8 +129,6 @@ class NMSWPredictor(FilesPredictor):
             self.network = self.network._orig_mod
             self.network.compile_branches()
 
-    # Preprocessed cases.
-
     @property
     def spending(self) -> Spending:
         """What may be spent on a case, by this predictor's arguments and the model's settings."""
@@ -145,8 +142,10 @@ class NMSWPredictor(FilesPredictor):
         return OfModel(self.plans_manager, self.configuration_manager, self.dataset_json)
 
     def folds(self, parameters: Sequence[dict[str, Any]] | None = None) -> list[Fold]:
-        """The networks of the ensemble, or of other weights."""
-        return Ensemble(
+        """The networks of the ensemble, made once for a run over cases; or of other weights."""
+        if parameters is None and self._folds_of_run:
+            return self._folds_of_run
+        folds = Ensemble(
             self.nmsw_network,
             self.list_of_parameters if parameters is None else parameters,
             LabelEncoding.of(self.label_manager),
@@ -154,6 +153,9 @@ class NMSWPredictor(FilesPredictor):
             (self.allowed_mirroring_axes or ()) if self.use_mirroring else (),
             self.bfloat16,
         ).folds()
+        if parameters is None and self._folds_of_run is not None:
+            self._folds_of_run = folds
+        return folds
 
     def networks_of(self, case: Case) -> Sequence[Networks]:
         """The networks that predict a case, one entry a fold."""
@@ -192,8 +194,6 @@ class NMSWPredictor(FilesPredictor):
         weights = [self.nmsw_network.state_dict()]
         return self.case_model(lambda _: self.folds(weights)).logits({"data": input_image}).logits_CDHW
 
-    # Memory.
-
     @property
     def share(self) -> Share:
         """What may go on at a time."""
@@ -222,8 +222,6 @@ class NMSWPredictor(FilesPredictor):
                 print(f"within --max_memory: {self._bounds[1]}")
         return self._bounds[1].num_preprocessing
 
-    # Cases from files and arrays.
-
     def predict_from_data_iterator(
         self,
         data_iterator: Iterable[Case],
@@ -233,14 +231,11 @@ class NMSWPredictor(FilesPredictor):
         """See the parent. Writes the windows where `save_patches` asks for it.
 
         Labels are worked out without a volume of logits where neither probabilities nor the plans' way to resample need
-        one. A case that fails is reported, and the others go on; see `done_one_after_the_other`.
-
-        Returns:
-            For each case None where it was written; else its labels, with probabilities a pair.
+        one. A case that fails is reported, and the others go on; see `done_one_after_the_other`. Returns for each case
+        None where it was written; else its labels, with probabilities a pair.
 
         Raises:
-            UserError: cases have failed; all others are there. Its attribute `results` is what would have been
-                returned, with None for what failed.
+            UserError: cases have failed. Its attribute `results` is what would have been returned, None for these.
         """
         why = reason_for_logits(self.configuration_manager, save_probabilities, self.take_logits is not None)
         if why is not None and self.max_memory is not None:
@@ -249,12 +244,13 @@ class NMSWPredictor(FilesPredictor):
             print(f"Logits of whole volumes are kept, which takes time and memory: {why}")
         predict = self._by_labels if why is None else partial(self._by_logits, save_probabilities)
         num_writers = max(1, min(num_processes_segmentation_export, self.share.num_writers))
-
         free = partial(empty_cache, self.device)  # after a failure, for the next case
         writing = Writing(self.dataset_json["file_ending"], num_writers, self.allow_tqdm)
+        self._folds_of_run = []
         try:
             return done_one_after_the_other(data_iterator, predict, free, writing)
         finally:
+            self._folds_of_run = None
             compute_gaussian.cache_clear()
             free()
 

@@ -16,6 +16,7 @@ from nnunet_nmsw.inference.export import reason_for_logits, write_labels
 from nnunet_nmsw.inference.networks import filled_up, to_channels_last_
 from nnunet_nmsw.inference.volume import ChosenWindows
 from nnunet_nmsw.inference.windows import edges_in_image, index_to_world, write_windows
+from nnunet_nmsw.inference.writing import Done
 from nnunet_nmsw.model.fusion import FusionForm, FusionWeights
 from nnunet_nmsw.selection.by_score import TopK, full_trust
 
@@ -296,3 +297,13 @@ def test_a_disk_that_is_full_leaves_no_part_of_a_file(tmp_path, ending):
     with written_whole(tmp_path) as folder:
         write_labels(labels, folder / f"case{ending}", *arguments)
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f"case{ending}"))), labels)
+
+
+def test_the_folds_of_a_run_are_made_once(tiny_network):
+    predictor, seen = initialized(nmsw(num_patches=2), tiny_network, 2), []
+    cases = [{"data": torch.randn(1, 16, 16, 16), "data_properties": {}, "ofile": None} for _ in range(2)]
+    predictor.networks_of = lambda case: seen.append(predictor.folds()) or seen[-1]
+    predictor._by_labels = lambda case: Done(lambda: predictor.predict_case_logits(case), lambda folder, name: None)
+    assert len(predictor.predict_from_data_iterator(cases)) == 2
+    assert seen[0] is seen[1]
+    assert predictor.folds() is not seen[0]
