@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+from nnunetv2.utilities.helpers import empty_cache
 
 from nnunet_nmsw.errors import UserError
+
+T = TypeVar("T")
 
 
 def prepare_device(name: str) -> torch.device:
@@ -47,6 +51,24 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return any(message.lower() in str(error).lower() for message in MESSAGES_OF_FULL_MEMORY)
+
+
+def unless_out_of_memory(compute: Callable[[], T], otherwise: Callable[[], T], device: torch.device) -> T:
+    """What the one computation gives; of the other one where the device has too little memory, after it was freed.
+
+    Args:
+        compute: on the device.
+        otherwise: with less memory.
+        device: whose cache is emptied. A CPU has too little for nothing else: errors pass.
+    """
+    try:
+        return compute()
+    except RuntimeError as error:
+        if device.type == "cpu" or not is_out_of_memory(error):
+            raise
+    # Not while the error is handled, which keeps what was computed.
+    empty_cache(device)
+    return otherwise()
 
 
 @contextmanager

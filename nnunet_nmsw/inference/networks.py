@@ -16,7 +16,7 @@ import torch
 from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor, nn
 
-from nnunet_nmsw.inference.device import is_out_of_memory, without_trials
+from nnunet_nmsw.inference.device import is_out_of_memory, unless_out_of_memory, without_trials
 from nnunet_nmsw.inference.planes import mean
 from nnunet_nmsw.inference.volume import Padded, Share
 from nnunet_nmsw.model.fusion import FusionWeights
@@ -82,7 +82,7 @@ class Ensemble:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _put(self, fold: int) -> None:
-        """Put a fold's weights into the network, which are copied to the device once for a case."""
+        """Put a fold's weights into the network, which are copied to the device the first time."""
         tensors = [*self.network.parameters(), *self.network.buffers()]
         if fold in self._on_device:
             for tensor, weights in zip(tensors, self._on_device[fold], strict=True):
@@ -143,17 +143,12 @@ class Fold:
             coarse = network.coarse(low_1Cdhw, encoding)
             return torch.cat([coarse.logits_Cdhw, coarse.score_map_dhw[None]])
 
+        def on_host() -> Tensor:
+            print("The coarse prediction does not fit on the device; predicting it again with results on the host")
+            return self.ensemble.mirrored(lambda low_1Cdhw: predict(low_1Cdhw).cpu(), low_1Cdhw)
+
         with without_trials():
-            try:
-                output_Cdhw = self.ensemble.mirrored(predict, low_1Cdhw)
-            except RuntimeError as error:
-                if device.type == "cpu" or not is_out_of_memory(error):
-                    raise
-                output_Cdhw = None
-            if output_Cdhw is None:
-                print("The coarse prediction does not fit on the device; predicting it again with results on the host")
-                empty_cache(device)
-                output_Cdhw = self.ensemble.mirrored(lambda low_1Cdhw: predict(low_1Cdhw).cpu(), low_1Cdhw)
+            output_Cdhw = unless_out_of_memory(lambda: self.ensemble.mirrored(predict, low_1Cdhw), on_host, device)
         return CoarsePrediction(output_Cdhw[:-1], output_Cdhw[-1], encoding)
 
     def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:

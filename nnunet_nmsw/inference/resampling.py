@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from skimage.transform import resize
 from torch import Tensor
 
-from nnunet_nmsw.inference.device import is_out_of_memory, stream_of_its_own
+from nnunet_nmsw.inference.device import stream_of_its_own, unless_out_of_memory
 from nnunet_nmsw.volume.interpolation import nearest_axis
 
 KNOWN_RESAMPLING = "resample_data_or_seg_to_shape"
@@ -115,13 +115,9 @@ def resample_image(
     channels, host = [], torch.device("cpu")
     for channel_DHW in data:
         arguments = (torch.from_numpy(np.ascontiguousarray(channel_DHW)), new_shape, order, axis if separate else None)
-        try:
-            with stream_of_its_own(device or host):
-                resampled = _resampled(*arguments, device or host)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            resampled = _resampled(*arguments, host)
+        with stream_of_its_own(device or host):
+            on_device, on_host = (partial(_resampled, *arguments, place) for place in (device or host, host))
+            resampled = unless_out_of_memory(on_device, on_host, device or host)
         channels.append(resampled.numpy().astype(data.dtype, copy=False))
     return channels[0][None] if len(channels) == 1 else np.stack(channels)
 

@@ -20,7 +20,7 @@ from nnunet_nmsw.volume.interpolation import Axis, interpolated_between
 from nnunet_nmsw.volume.windows import Shape
 
 COPIES = 6
-"""Of a slab's logits in single precision, while they are fused and resampled: measured by tests/inference."""
+"""Of a slab's logits in single precision, while they are fused and resampled: counted, and rounded up."""
 
 SHARE_OF_FREE_MEMORY = 0.25
 """For a slab. The logits of windows and activations of the networks take the rest."""

@@ -9,17 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_nmsw.inference.device import all_threads, is_out_of_memory
+from nnunet_nmsw.inference.device import all_threads, unless_out_of_memory
 from nnunet_nmsw.inference.open_windows import FusedModel
 from nnunet_nmsw.inference.planes import FusedPrediction, planes_for, segment
 from nnunet_nmsw.inference.slabs import free_memory, planes_of_slab, segment_slabs
@@ -54,13 +52,8 @@ class Padded(NamedTuple):
 
     def on(self, device: torch.device) -> Padded:
         """The same on a device, by one copy; as it is where the device has too little memory."""
-        try:
-            return self._replace(volume_CDHW=self.volume_CDHW.to(device))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        empty_cache(device)
-        return self
+        volume_CDHW = unless_out_of_memory(lambda: self.volume_CDHW.to(device), lambda: self.volume_CDHW, device)
+        return self._replace(volume_CDHW=volume_CDHW)
 
 
 class Networks(Protocol):
@@ -179,16 +172,13 @@ class Work(NamedTuple):
 
 def where_it_fits(predict: Callable[[Work], Result], work: Work) -> Result:
     """What is predicted with results on the device of the work, or on the host if the device has too little memory."""
-    if work.device.type != "cpu":
-        try:
-            return predict(work)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+
+    def on_host() -> Result:
         print("The results do not fit on the device; predicting again with results on the host")
-        empty_cache(work.device)
-    with all_threads() if work.device.type != "cpu" else nullcontext():
-        return predict(work._replace(device=torch.device("cpu")))
+        with all_threads():
+            return predict(work._replace(device=torch.device("cpu")))
+
+    return unless_out_of_memory(lambda: predict(work), on_host, work.device)
 
 
 def choose(networks: Networks, padded: Padded, spending: Spending) -> FoldOfCase:

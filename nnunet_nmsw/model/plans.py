@@ -41,13 +41,7 @@ def settings_of(configuration: dict[str, Any], defaults: Mapping[str, Any] | Non
             "train 3d_fullres, or use nnUNetTrainer for 2d"
         )
     given = {
-        **dict(
-            zip(
-                ("sampled_windows", "random_windows"),
-                windows_of_batch(configuration.get("batch_size", SMALLEST_BATCH)),
-                strict=True,
-            )
-        ),
+        **windows_of_batch(configuration.get("batch_size", SMALLEST_BATCH)),
         **(defaults or {}),
         **without_retired(configuration.get(PLANS_KEY, {})),
     }
@@ -94,9 +88,9 @@ def branch_architectures(architecture: dict[str, Any], settings: NMSWSettings) -
     return {"local": architecture, "global": of_global}
 
 
-def windows_of_batch(batch_size: int) -> tuple[int, int]:
-    """Windows that a training step draws from the scores, and at random, in the place of a batch of nnU-Net's."""
-    return max(1, -(-batch_size // 2)), max(1, batch_size // 2)
+def windows_of_batch(batch_size: int) -> dict[str, int]:
+    """The settings of a training step's windows, in the place of a batch of nnU-Net's."""
+    return {"sampled_windows": max(1, -(-batch_size // 2)), "random_windows": max(1, batch_size // 2)}
 
 
 def default_downsampling_factor(
