@@ -39,6 +39,9 @@ from nnunet_nmsw._register import register
 
 HERE = Path(__file__).parent
 
+WORK = Path(tempfile.gettempdir(), "nmsw_gpu")
+"""For datasets, which are large; removed at the end."""
+
 
 class Size(NamedTuple):
     """How large everything is.
@@ -108,7 +111,7 @@ def main() -> None:
                 print(f"{part}: ended after {seconds:.0f} s", flush=True)
         print("\n".join((args.out / f"{part}.log").read_text().splitlines()[-12:]), flush=True)
     if not args.keep:
-        shutil.rmtree(Path(tempfile.gettempdir(), "nmsw_gpu"), ignore_errors=True)
+        shutil.rmtree(WORK, ignore_errors=True)
 
 
 class Results:

@@ -5,7 +5,6 @@ Tensor suffixes: C channels, D H W axes of the volume.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -19,10 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
+from gpu import WORK, Results, Size
+from measuring import in_new_process, synchronize
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from synthetic import organs, write, write_model
 from torch import Tensor
@@ -32,12 +33,6 @@ from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels
 from nnunet_nmsw.volume.interpolation import linear_axis
-
-if TYPE_CHECKING:
-    from gpu import Results, Size
-
-WORK = Path(tempfile.gettempdir(), "nmsw_gpu")
-"""For datasets, which are large; `gpu.py` removes it."""
 
 DATASET, TRAINERS = 930, ("nnUNetTrainer", "nnUNetTrainerNMSW")
 K = "10%"
@@ -300,15 +295,9 @@ def python(*arguments: Any) -> None:
 
 def in_process(function: str, device: torch.device, *arguments: str, **environment: str) -> dict[str, Any]:
     """What a function of this file measures in a new process."""
-    mark = "RESULT "
-    called = (
-        f"import sys, json, torch, gpu_parts; a = sys.argv[1:]; r = gpu_parts.{function}(torch.device(a[0]), *a[1:])"
-    )
-    command = [sys.executable, "-c", f"{called}; print({mark!r} + json.dumps(r))", device.type, *arguments]
-    process = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
-    (line,) = (line for line in process.stdout.splitlines() if line.startswith(mark))
-    measured: dict[str, Any] = json.loads(line.removeprefix(mark))
-    return measured
+    imports = "import sys, torch, gpu_parts; from measuring import tell; _, device, *rest = sys.argv"
+    called = f"{imports}; tell(gpu_parts.{function}(torch.device(device), *rest))"
+    return in_new_process("-c", called, device.type, *arguments, **environment)
 
 
 # Profile.
@@ -384,12 +373,6 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     result = call()
     synchronize(device)
     return time.perf_counter() - started, result
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -36,3 +36,9 @@ def write_results(file: Path, results: dict[str, Any], device: torch.device | No
     if device is not None and device.type == "cuda":
         machine["device"] = torch.cuda.get_device_name()
     file.write_text(json.dumps({"command": sys.argv, "machine": machine, **results}, indent=1))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import in_new_process, tell, write_results
+from measuring import in_new_process, synchronize, tell, write_results
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_nmsw.inference.memory import most_memory_of_process
@@ -134,12 +134,6 @@ def seconds_of_losses(trainer: nnUNetTrainerNMSW, steps: int) -> float:
         synchronize(trainer.device)
         seconds += time.perf_counter() - started
     return seconds / steps
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
