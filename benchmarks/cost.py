@@ -106,10 +106,10 @@ class TimedFold(Fold):
         with self.stages.of("global branch"):
             return super().coarse(padded)
 
-    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
         """See the parent."""
         with self.stages.of("patches"):
-            return super().patches(padded, starts_K3)
+            return super().patches(padded, coarse, starts_K3)
 
 
 class TimedSelector:

@@ -16,8 +16,8 @@ from synthetic import FULL_WIDTH, plans_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_nmsw.model.network import total_stride
 from nnunet_nmsw.model.plans import settings_of
+from nnunet_nmsw.model.strides import total_stride
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 from nnunet_nmsw.volume.windows import low_shape
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from ablation_run import NUM_PATCHES
-from arms import PARTS
+from arms import CONTEXTS, PARTS
 from matplotlib.figure import Figure
 
 import nnunet_nmsw
@@ -38,17 +38,33 @@ from results import replace_between_markers  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset of the ablations and the network for it."""
+    """A dataset of the ablations and the network for it.
+
+    Attributes:
+        name: of its folder.
+        patch_size: voxels by axis.
+        features: of the stages, from the finest.
+        batch_size: patches of a step.
+        plans: whose preprocessed data is taken.
+        mirrors: whether left and right look alike to the labels. Where not, no arm mirrors.
+    """
 
     name: str
     patch_size: list[int]
     features: list[int]
+    batch_size: int = 4
+    plans: str = "nnUNetPlans"
+    mirrors: bool = True
 
 
 DATASETS = {
     4: Dataset("Dataset004_Hippocampus", [16, 16, 16], [16, 32, 64]),
     # make_kits_phantom.py --spacing 6 --train 120 --test 0
     902: Dataset("Dataset902_KiTSPhantom6mm", [16, 16, 16], [8, 16, 32]),
+    # make_kits_phantom.py --spacing 3 --train 100 --test 0
+    903: Dataset("Dataset903_KiTSPhantom3mm", [32, 32, 32], [16, 32, 64, 128], 2),
+    # nnUNetv2_plan_experiment -overwrite_target_spacing 3 3 3 -overwrite_plans_name nnUNetPlans3mm
+    731: Dataset("Dataset731_BTCV", [32, 32, 32], [16, 32, 64, 128], 2, "nnUNetPlans3mm", mirrors=False),
 }
 
 
@@ -77,6 +93,10 @@ ARMS = {
     "paper_2_2": Arm("nnUNetTrainerNMSW_paper", {"sampled_windows": 2, "random_windows": 2}),
     # the default with one thing changed: trainers of arms.py,
     **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in PARTS},
+    # what the local branch is told of the volume,
+    "context_4": Arm(settings={**ONE_EACH, "context_channels": 4}),
+    "context_8": Arm(settings={**ONE_EACH, "context_channels": 8}),
+    **{name: Arm(f"nnUNetTrainerNMSW_{name}", {**ONE_EACH, "context_channels": 4}) for name in CONTEXTS},
     # which windows a step looks at, and how often the global branch is trained,
     "windows_1_1": Arm(settings=ONE_EACH),
     "windows_2_0_width_050": Arm(settings={"sampled_windows": 2, "random_windows": 0, "global_width": 0.5}),
@@ -109,6 +129,7 @@ def main() -> None:
     parser.add_argument("-epochs", type=int, default=10, help="of a training")
     parser.add_argument("-steps", type=int, default=250, help="of an epoch")
     parser.add_argument("-jobs", type=int, default=1, help="runs at the same time, sharing the processor's cores")
+    parser.add_argument("--folds", action="store_true", help="train fold S with seed S, and not fold 0 with each seed")
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-o", type=Path, required=True, help="folder of the results")
     parser.add_argument("--evaluate", action="store_true", help="measure again what is trained, and train nothing")
@@ -159,11 +180,11 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
         return
     plans = f"nnUNetPlans_{name}_{seed}"
     nmsw = {} if name == STOCK else {**arm.settings, "seed": seed}
-    write_small_plans(dataset_id, dataset.patch_size, dataset.features, plans, nmsw)
+    write_small_plans(dataset_id, dataset.patch_size, dataset.features, plans, nmsw, dataset.batch_size, dataset.plans)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     environment = {
         **os.environ,
-        "nnUNet_results": str((args.o / "models").resolve()),
+        "nnUNet_results": str((args.o / "models" / f"{args.epochs}_epochs").resolve()),
         "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"),
         "OMP_NUM_THREADS": str(threads),
         "nnUNet_extTrainer": str(HERE),
@@ -172,7 +193,8 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
     command += ["--evaluate"] if args.evaluate else []
     command += [] if name in SELECTION_ARMS else ["--own_selection"]
     command += ["-tr", arm.trainer, "-epochs", str(args.epochs), "-steps", str(args.steps), "-seed", str(seed)]
-    command += ["-device", args.device, "-o", str(results)]
+    command += ["-f", str(seed if args.folds else 0), "-device", args.device, "-o", str(results)]
+    command += [] if dataset.mirrors else ["--no_mirroring"]
     print(f"{dataset.name} {name} seed {seed}", flush=True)
     with open(results.with_suffix(".log"), "w") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -33,6 +33,7 @@ from nnunet_nmsw.selection.calibration import THRESHOLDS
 from nnunet_nmsw.trainers.cases import read_cases
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.randomness import seed_everything
+from nnunet_nmsw.trainers.variants import NoMirroring
 from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.volume.labels import LabelEncoding
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("-seed", type=int, required=True)
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, required=True, help="JSON file")
+    parser.add_argument("--no_mirroring", action="store_true", help="do not augment by mirroring")
     parser.add_argument("--evaluate", action="store_true", help="only measure again what was trained")
     parser.add_argument("--own_selection", action="store_true", help="leave out the ways to pick windows of other arms")
     args = parser.parse_args()
@@ -62,6 +64,10 @@ def main() -> None:
     precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if device.type == "cpu" else nullcontext()
     with precision:
         trainer = get_trainer_from_args(args.d, "3d_fullres", args.f, args.tr, args.p, device=device)
+        if args.no_mirroring:
+            # By the mixin of our variants, whatever the trainer; checkpoints keep the trainer's own name.
+            kind = type(trainer)
+            trainer.__class__ = type(kind.__name__, (NoMirroring, kind), {})
         trainer.num_epochs, trainer.num_iterations_per_epoch = args.epochs, args.steps
         seed_everything(args.seed)
         trainer.initialize()

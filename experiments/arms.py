@@ -14,6 +14,7 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
 from torch import Tensor
 
+from nnunet_nmsw.model.context import Context
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
 from nnunet_nmsw.model.network import NMSWNetwork, Parts
 from nnunet_nmsw.selection.by_score import full_trust
@@ -24,6 +25,7 @@ from nnunet_nmsw.trainers.augmentation import Augmentation
 from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.step import TrainingStep
 from nnunet_nmsw.trainers.views import TrainingVolume, Transform
+from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import Shape
 
 
@@ -47,7 +49,45 @@ class SampledFused(BenefitSampler):
     fuses_random_windows = False
 
 
+class WithoutDropout(Context):
+    """No window is without context."""
+
+    dropout = 0.0
+
+
+class OfProbabilities(Context):
+    """The coarse probabilities alone, mixed into the channels."""
+
+    def of_volume(self, output_Gdhw: Tensor, logits_Cdhw: Tensor, encoding: LabelEncoding) -> Tensor:
+        """See the parent."""
+        return super().of_volume(0 * output_Gdhw, logits_Cdhw, encoding)
+
+
+class OfFeatures(Context):
+    """What the global branch puts out for the context alone."""
+
+    def of_volume(self, output_Gdhw: Tensor, logits_Cdhw: Tensor, encoding: LabelEncoding) -> Tensor:
+        """See the parent."""
+        return output_Gdhw + 0 * super().of_volume(output_Gdhw, logits_Cdhw, encoding)
+
+
+class IntoProbabilities(Context):
+    """The local loss trains the coarse prediction, too."""
+
+    def of_volume(self, output_Gdhw: Tensor, logits_Cdhw: Tensor, encoding: LabelEncoding) -> Tensor:
+        """See the parent."""
+        probability_Cdhw = encoding.prediction(logits_Cdhw).probability_CV
+        return output_Gdhw + self.of_probabilities(probability_Cdhw[None])[0].float()
+
+
+CONTEXTS = {
+    "context_without_dropout": WithoutDropout,
+    "context_of_probabilities": OfProbabilities,
+    "context_of_features": OfFeatures,
+    "context_into_probabilities": IntoProbabilities,
+}
 PARTS = {
+    **{name: Parts(BenefitSampler(), context=context) for name, context in CONTEXTS.items()},
     "free_map": Parts(FreeMap()),
     "full_trust": Parts(FullTrust()),
     "sampled_fused": Parts(SampledFused()),

@@ -21,6 +21,8 @@ PLANS_KEY = "nmsw"
 MOST_WINDOWS = 1024
 """Windows of a training step, of each kind."""
 
+MOST_CONTEXT_CHANNELS = 64
+
 LAST_VERSION_WITH_ALL = "0.1.0"
 """The last version that had the settings in `RETIRED`."""
 
@@ -131,6 +133,12 @@ class NMSWSettings(pydantic.BaseModel):
             'null, or an object of "network_class_name" (a string), "arch_kwargs" (an object) and '
             '"_kw_requires_import" (a list of strings), all optional'
         ),
+    )
+    context_channels: Annotated[StrictInt, Field(ge=0, le=MOST_CONTEXT_CHANNELS)] = Field(
+        default=0,
+        description="Channels by which the global branch tells the local branch of the whole volume, beside those of "
+        "the image. 0 for none.",
+        json_schema_extra=_allowed(f"an integer from 0 to {MOST_CONTEXT_CHANNELS}"),
     )
     windows_at_once: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None,

@@ -148,8 +148,11 @@ class FoldPredictor:
         of_case = self._preprocess(case)
         for mirrored, of_one_kind in itertools.groupby(methods, lambda method: method.mirrored):
             store = PatchStore(self._shared_positions(of_case.padded))
+            # Patches of a sliding window are patches of the image alone.
+            with_context = self.nmsw is not None and self.nmsw.nmsw_network.context is not None
+            of_image = PatchStore(store.positions) if with_context else store
             try:
-                self.sliding_window.store, self.sliding_window.use_mirroring = store, mirrored
+                self.sliding_window.store, self.sliding_window.use_mirroring = of_image, mirrored
                 fold = self._fold(mirrored, store)
                 facts = self._facts(of_case, fold)
                 for method in of_one_kind:
@@ -160,6 +163,7 @@ class FoldPredictor:
                         yield self._select(method, of_case, fold, facts)
             finally:
                 store.close()
+                of_image.close()
 
     def _fold(self, mirrored: bool, store: PatchStore) -> SharedFold | None:
         if self.nmsw is None:

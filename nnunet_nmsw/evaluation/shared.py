@@ -138,7 +138,7 @@ class SharedFold:
         self._coarse = coarse
         return coarse
 
-    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
         """Logits of windows, on the host."""
         return torch.stack([self.patch(padded, start) for start in starts_K3.tolist()])
 
@@ -147,7 +147,7 @@ class SharedFold:
         position = tuple(start)
         if position in self.store:
             return self.store.get(position)
-        predict = partial(self.fold.patches, padded, torch.tensor([list(start)]))
+        predict = partial(self.fold.patches, padded, self.coarse(padded), torch.tensor([list(start)]))
         logits_CDHW = self.costs.counted(self.mirrored, predict)[0].cpu()
         self.store.put(position, logits_CDHW)
         return logits_CDHW

@@ -14,6 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_nmsw.documents import DATASET, PLANS, read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.model.architecture import global_architecture
+from nnunet_nmsw.model.context import channels_of_context
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import check_finite, check_origin, configuration_of, loading, read_checkpoint
 from nnunet_nmsw.settings import PLANS_KEY
@@ -88,16 +89,43 @@ def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust
     """
     checked_folder(folder)
     read_document(folder, "dataset.json")
-    names = set()
+    channels: dict[str, dict[Path, int]] = {}
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():
             raise UserError(f"there is no checkpoint {file}: train that fold, or choose with -f and -chk")
-        names.add(configuration_of(read_checkpoint(file, trust, mmap=True), file))
-    for name in sorted(names):  # one, unless folds of several trainings were put together
+        trained = read_checkpoint(file, trust, mmap=True)
+        of_configuration = channels.setdefault(configuration_of(trained, file), {})
+        of_configuration[file] = channels_of_context(trained["network_weights"])
+    for name in sorted(channels):  # one, unless folds of several trainings were put together
         configuration = read_configuration(folder, name)
+        where = f"{folder / 'plans.json'}, configurations.{name}"
         if not trust:
-            _check_origins(configuration, f"{folder / 'plans.json'}, configurations.{name}")
+            _check_origins(configuration, where)
+        _check_context(configuration, channels[name], where)
+
+
+def _check_context(configuration: dict[str, Any], trained: dict[Path, int], where: str) -> None:
+    """See that the local branch is told of the volume as in training.
+
+    Args:
+        configuration: of the plans.
+        trained: channels of the context by checkpoint.
+        where: the configuration stands, for the message.
+
+    Raises:
+        UserError: it is not.
+    """
+    given = configuration.get(PLANS_KEY, {})
+    if not isinstance(given, dict):
+        return  # the settings' own check says more
+    wanted = given.get("context_channels", 0)
+    for file, number in trained.items():
+        if number != wanted:
+            raise UserError(
+                f'{where}: "context_channels" under "{PLANS_KEY}" is {wanted!r}, and {file} was trained with {number}: '
+                "set it back"
+            )
 
 
 def _check_origins(configuration: dict[str, Any], where: str) -> None:

@@ -140,8 +140,8 @@ class Fold:
         low_1Cdhw = downsample(volume_1CDHW, network.settings.downsampling_factor).to(device)
 
         def predict(low_1Cdhw: Tensor) -> Tensor:
-            coarse = network.coarse(low_1Cdhw, encoding)
-            return torch.cat([coarse.logits_Cdhw, coarse.score_map_dhw[None]])
+            logits_Cdhw, score_map_dhw, _, context_Gdhw = network.coarse(low_1Cdhw, encoding)
+            return torch.cat([logits_Cdhw, score_map_dhw[None], *([] if context_Gdhw is None else [context_Gdhw])])
 
         def on_host() -> Tensor:
             print("The coarse prediction does not fit on the device; predicting it again with results on the host")
@@ -149,11 +149,17 @@ class Fold:
 
         with without_trials():
             output_Cdhw = unless_out_of_memory(lambda: self.ensemble.mirrored(predict, low_1Cdhw), on_host, device)
-        return CoarsePrediction(output_Cdhw[:-1], output_Cdhw[-1], encoding)
+        classes = encoding.num_channels
+        context_Gdhw = output_Cdhw[classes + 1 :] if network.context is not None else None
+        return CoarsePrediction(output_Cdhw[:classes], output_Cdhw[classes], encoding, context_Gdhw)
 
-    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
         """Logits of windows, mirrored where that is on; in halves where the device has too little memory."""
-        return self.patch_logits(crop_windows(padded.volume_CDHW[None], starts_K3, self.ensemble.network.patch_size))
+        network = self.network
+        patches_KCDHW = crop_windows(padded.volume_CDHW[None], starts_K3, network.patch_size)
+        if coarse.context_Gdhw is not None:
+            coarse = coarse._replace(context_Gdhw=coarse.context_Gdhw.to(patches_KCDHW.device))
+        return self.patch_logits(network.with_context(patches_KCDHW, coarse, starts_K3))
 
     def patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
         """Logits of a batch of patches, of shape K, classes, patch size."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
@@ -60,10 +61,12 @@ class TwoModelPredictor(NMSWPredictor):
         local_branch = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
         configuration, coarse = self.configuration_manager, self.global_model.configuration_manager
         factor = factor_between(configuration.spacing, coarse.spacing)
-        settings = settings_of(configuration.configuration).model_copy(update={"downsampling_factor": factor})
+        changed = {"downsampling_factor": factor, "context_channels": 0}
+        settings = settings_of(configuration.configuration).model_copy(update=changed)
         d, h, w = configuration.patch_size
-        classes = self.label_manager.num_segmentation_heads
-        self.network = NMSWNetwork(nn.Identity(), local_branch, classes, (d, h, w), settings)
+        images = determine_num_input_channels(self.plans_manager, configuration, self.dataset_json)
+        channels = images, self.label_manager.num_segmentation_heads
+        self.network = NMSWNetwork(nn.Identity(), local_branch, channels, (d, h, w), settings)
         others = {k: v for k, v in self.network.state_dict().items() if not k.startswith("local_branch.")}
         self.list_of_parameters = [
             {**others, **{f"local_branch.{name}": weight for name, weight in parameters.items()}}
@@ -132,9 +135,9 @@ class GivenCoarse:
         logits_Cdhw = interpolated(self.logits_Cdhw, matrices)
         return CoarsePrediction(logits_Cdhw, self.encoding.entropy(logits_Cdhw), self.encoding)
 
-    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
         """Logits of windows."""
-        return self.fold.patches(padded, starts_K3)
+        return self.fold.patches(padded, coarse, starts_K3)
 
 
 def _with_coarse(cases: Cases, of_global_model: Iterable[Case]) -> Cases:

@@ -72,7 +72,7 @@ class Networks(Protocol):
         """The coarse prediction of a volume."""
         ...
 
-    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
         """Logits of the windows of a volume, floating, of shape K, C, patch size."""
         ...
 
@@ -253,7 +253,7 @@ def _fused(padded: Padded, folds: Sequence[FoldOfCase], work: Work, bar: tqdm) -
 
     def model(fold: FoldOfCase) -> FusedModel:
         def windows(starts_K3: Tensor) -> Tensor:
-            logits_KCDHW = fold.networks.patches(padded, starts_K3)
+            logits_KCDHW = fold.networks.patches(padded, fold.coarse, starts_K3)
             bar.update(len(starts_K3))
             return logits_KCDHW.to(device, torch.float16)
 

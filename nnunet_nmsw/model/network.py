@@ -6,12 +6,10 @@ view.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
@@ -19,17 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.model.architecture import ARCHITECTURE_KEYS, takes_deep_supervision
+from nnunet_nmsw.model.context import Context
 from nnunet_nmsw.model.fusion import AFFINE, FusionForm, FusionWeights
 from nnunet_nmsw.model.plans import branch_architectures, settings_of
+from nnunet_nmsw.model.strides import padded_for, total_stride
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import SAMPLERS, Sampler
 from nnunet_nmsw.settings import NMSWSettings
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.precision import mixed_precision
 from nnunet_nmsw.volume.windows import Shape, WindowGrid
-
-UNKNOWN_STRIDE = 32
-"""Total stride of five stages, as many as most networks have at most."""
 
 COMPILED_VERSIONS = 32
 """The branches share the code of their class, and with it PyTorch's limit on compiled versions of a piece of code: one
@@ -49,10 +46,12 @@ class Parts(NamedTuple):
     Attributes:
         sampler: how windows are scored and chosen.
         fusion: how patches and the coarse prediction are fused.
+        context: how the local branch is told of the whole volume, where the settings say that it is.
     """
 
     sampler: Sampler
     fusion: FusionForm = AFFINE
+    context: type[Context] = Context
 
     @classmethod
     def of(cls, settings: NMSWSettings) -> Parts:
@@ -67,9 +66,10 @@ class NMSWNetwork(nn.Module):
     step of training it calls the step with itself, so that whoever wraps it (distributed training) wraps the step.
 
     Args:
-        global_branch: takes the low-resolution view; a channel for each class and one for the score map.
-        local_branch: takes patches.
-        num_classes: channels of the logits.
+        global_branch: takes the low-resolution view; a channel for each class, one for the score map, and those of the
+            context.
+        local_branch: takes patches, with what `context` adds to them.
+        channels: of the image and of the logits.
         patch_size: voxels by axis.
         settings: the settings.
         parts: what is made of them.
@@ -79,7 +79,7 @@ class NMSWNetwork(nn.Module):
         self,
         global_branch: nn.Module,
         local_branch: nn.Module,
-        num_classes: int,
+        channels: tuple[int, int],
         patch_size: Shape,
         settings: NMSWSettings,
         parts: Parts | None = None,
@@ -87,7 +87,9 @@ class NMSWNetwork(nn.Module):
         super().__init__()
         self.global_branch = global_branch
         self.local_branch = local_branch
-        self.sampler, self.fusion = parts or Parts.of(settings)
+        self.sampler, self.fusion, context = parts or Parts.of(settings)
+        _, num_classes = channels
+        self.context = context(*channels, settings.context_channels) if settings.context_channels else None
         # As differences from where they start.
         self.fusion_parameters = nn.Parameter(torch.zeros(self.fusion.rows, num_classes))
         self.patch_size = patch_size
@@ -119,28 +121,30 @@ class NMSWNetwork(nn.Module):
         Raises:
             UserError: an architecture names what there is not, or is not for patches of this size.
         """
-        architectures = branch_architectures(architecture, settings)
-        num_input_channels, num_classes = channels
+        architectures, parts = branch_architectures(architecture, settings), parts or Parts.of(settings)
+        num_image_channels, num_classes = channels
 
-        def branch(of: dict[str, Any], num_outputs: int, deep_supervision: bool) -> nn.Module:
+        def branch(of: dict[str, Any], num_inputs: int, num_outputs: int, deep_supervision: bool) -> nn.Module:
             network: nn.Module = get_network_from_plans(
                 *(of[key] for key in ARCHITECTURE_KEYS),
-                num_input_channels,
+                num_inputs,
                 num_outputs,
                 allow_init=True,
                 deep_supervision=deep_supervision if takes_deep_supervision(of) else None,
             )
             return network
 
-        global_branch = branch(architectures["global"], num_classes + 1, False)
-        local_branch = branch(architectures["local"], num_classes, deep_supervision)
+        num_context = settings.context_channels
+        global_branch = branch(architectures["global"], num_image_channels, num_classes + 1 + num_context, False)
+        of_local = parts.context.channels_of_local_branch(num_image_channels, num_context)
+        local_branch = branch(architectures["local"], of_local, num_classes, deep_supervision)
         stride = total_stride(local_branch)
         if stride is not None and any(n % s for n, s in zip(patch_size, stride, strict=True)):
             raise UserError(
                 f'"patch_size" in the plans is {list(patch_size)}, and {architecture["network_class_name"]} with its '
                 f'"arch_kwargs" takes multiples of {stride}: change one of them'
             )
-        return cls(global_branch, local_branch, num_classes, patch_size, settings, parts)
+        return cls(global_branch, local_branch, channels, patch_size, settings, parts)
 
     @property
     def decoder(self) -> nn.Module:
@@ -162,7 +166,7 @@ class NMSWNetwork(nn.Module):
         training, device = self.training, self.fusion_parameters.device
         self.eval()  # neither dropout, which would draw random numbers, nor statistics of batches
         with mixed_precision(device):
-            outputs = self.local_branch(torch.zeros(1, num_input_channels, *self.patch_size, device=device))
+            outputs = self.local(torch.zeros(1, num_input_channels, *self.patch_size, device=device))
         self.train(training)
         if isinstance(outputs, Tensor) or len(outputs) == 1:
             return None
@@ -213,18 +217,29 @@ class NMSWNetwork(nn.Module):
     def coarse(self, low_1Cdhw: Tensor, encoding: LabelEncoding) -> CoarsePrediction:
         """Run the global branch on a downsampled volume of any shape."""
         shape = low_1Cdhw.shape[2:]
-        # Up to what the network's strides divide, and at least two voxels at its bottleneck, which instance norm needs.
-        strides = total_stride(self.global_branch) or [UNKNOWN_STRIDE] * 3
-        multiples = [max(2, -(-n // stride)) * stride for n, stride in zip(shape, strides, strict=True)]
-        padding = [p for n, m in zip(reversed(shape), reversed(multiples), strict=True) for p in (0, m - n)]
-        padded_1Cdhw = F.pad(low_1Cdhw, padding)
+        padded_1Cdhw = padded_for(self.global_branch, low_1Cdhw)
         if self._convolves_one_slowly(padded_1Cdhw):
             padded_1Cdhw = padded_1Cdhw.expand(2, -1, -1, -1, -1)
         output = self.global_branch(padded_1Cdhw)[0].float()
         output = output[(slice(None), *(slice(n) for n in shape))]
-        logits_Cdhw = output[:-1]
-        score_map_dhw = self.sampler.score_map(output[-1], encoding.entropy(logits_Cdhw.detach()))
-        return CoarsePrediction(logits_Cdhw, score_map_dhw, encoding)
+        num_classes = self.fusion_parameters.shape[1]
+        logits_Cdhw, output_dhw, of_context_Gdhw = output[:num_classes], output[num_classes], output[num_classes + 1 :]
+        score_map_dhw = self.sampler.score_map(output_dhw, encoding.entropy(logits_Cdhw.detach()))
+        context_Gdhw = None if self.context is None else self.context.of_volume(of_context_Gdhw, logits_Cdhw, encoding)
+        return CoarsePrediction(logits_Cdhw, score_map_dhw, encoding, context_Gdhw)
+
+    def with_context(self, patches_BIDHW: Tensor, coarse: CoarsePrediction, starts_B3: Tensor) -> Tensor:
+        """Patches of a volume with what the local branch is told of the volume, where it is told.
+
+        Args:
+            patches_BIDHW: patches of the image.
+            coarse: prediction of the volume.
+            starts_B3: first voxels of the patches.
+        """
+        if self.context is None or coarse.context_Gdhw is None:
+            return patches_BIDHW
+        of_windows = (coarse.context_Gdhw, starts_B3, self.patch_size, self.settings.downsampling_factor)
+        return torch.cat([patches_BIDHW, self.context.of_windows(*of_windows).to(patches_BIDHW)], 1)
 
     def _convolves_one_slowly(self, volume_1Cdhw: Tensor) -> bool:
         """Whether PyTorch is faster with two volumes than with one: see `SLOW_ALONE`."""
@@ -241,11 +256,13 @@ class NMSWNetwork(nn.Module):
             Shape B, classes, D, H, W; with deep supervision a list of scales, the finest first.
         """
         at_once = self.settings.windows_at_once
+        if self.context is not None:
+            patches_BCDHW = self.context(patches_BCDHW)
         if at_once is None or at_once >= len(patches_BCDHW):
             logits: Tensor | list[Tensor] = self.local_branch(patches_BCDHW)
             return logits
         some_patches = patches_BCDHW.split(at_once)
-        if self.local_branch_is_frozen:  # no gradient, nothing kept
+        if self.local_branch_is_frozen and not patches_BCDHW.requires_grad:  # nothing kept
             parts = [self.local_branch(some) for some in some_patches]
         else:
             parts = [checkpoint(self.local_branch, some, use_reentrant=False) for some in some_patches]
@@ -254,10 +271,10 @@ class NMSWNetwork(nn.Module):
         return [torch.cat(scale) for scale in zip(*parts, strict=True)]
 
     def forward(self, x: Tensor | Step) -> Any:
-        """Local logits of a batch of patches, or what a step makes of this network."""
+        """Local logits of a batch of patches, with or without context, or what a step makes of this network."""
         if not isinstance(x, Tensor):
             return x(self)
-        logits = self.local_branch(x)
+        logits = self.local_branch(x if self.context is None else self.context(x))
         # bfloat16 has too few digits for nnU-Net's sums over mirrorings.
         return logits.float() if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16 else logits
 
@@ -280,16 +297,3 @@ def build_network(
     settings = settings_of(configuration.configuration)
     architecture = configuration.configuration["architecture"]
     return NMSWNetwork.from_architecture(architecture, (d, h, w), channels, deep_supervision, settings, parts)
-
-
-def total_stride(network: nn.Module) -> list[int] | None:
-    """By axis what a network's input must be a multiple of; None where it does not tell.
-
-    nnU-Net's networks tell it by their encoder's strides, others by an attribute `total_stride`, three integers.
-    """
-    strides = getattr(getattr(network, "encoder", None), "strides", None)
-    if strides is None:
-        stride: list[int] | None = getattr(network, "total_stride", None)
-        return stride
-    by_stage = [[stride] * 3 if isinstance(stride, int) else stride for stride in strides]
-    return [math.prod(of_axis) for of_axis in zip(*by_stage, strict=True)]

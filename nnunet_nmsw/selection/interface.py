@@ -1,7 +1,7 @@
 """What every way of choosing windows takes and gives.
 
-Tensor suffixes: C channels of the logits, d h w axes of the low-resolution view, N windows of the grid, K chosen
-windows, 3 one coordinate per axis.
+Tensor suffixes: C channels of the logits, G channels of the context, d h w axes of the low-resolution view, N windows
+of the grid, K chosen windows, 3 one coordinate per axis.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ class CoarsePrediction(NamedTuple):
         logits_Cdhw: coarse logits.
         score_map_dhw: predicted worth of a patch, by voxel; the mean over a window is the window's.
         encoding: of the labels that the channels stand for.
+        context_Gdhw: what the local branch is told of the volume; None where it is told nothing.
     """
 
     logits_Cdhw: Tensor
     score_map_dhw: Tensor
     encoding: LabelEncoding
+    context_Gdhw: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowChoice:
-    """FoldOfCase windows.
+    """Chosen windows.
 
     Attributes:
         starts_K3: their first voxels in the order of choice, int64 on the host.

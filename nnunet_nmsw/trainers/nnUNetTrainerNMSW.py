@@ -26,7 +26,7 @@ from nnunet_nmsw.nnunet.trainer import (
     log_under,
     pretrained_weights_of_command_line,
 )
-from nnunet_nmsw.settings import PLANS_KEY
+from nnunet_nmsw.settings import PLANS_KEY, NMSWSettings
 from nnunet_nmsw.trainers.augmentation import Augmentation, augmentations_of
 from nnunet_nmsw.trainers.batches import (
     LoaderProcesses,
@@ -87,6 +87,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         resolved = PlansManager(plans).get_configuration(configuration).configuration
         self.named = set(resolved.get(PLANS_KEY, {}))
         self.settings = settings_of(resolved, self.defaults)
+        self.check_settings(self.settings)
         branch_architectures(resolved["architecture"], self.settings)
         # Saved with the results and in the checkpoint, so that a model folder alone rebuilds the network.
         self.own_configuration = plans["configurations"][configuration]
@@ -101,6 +102,10 @@ class nnUNetTrainerNMSW(TrainerHooks):
             self.num_epochs = self.training_length
         self.encoding = LabelEncoding.of(self.label_manager)
         log_under(self, LOGGED_UNDER, REPORTED)
+
+    @classmethod
+    def check_settings(cls, settings: NMSWSettings) -> None:
+        """See that this trainer can do what the settings say; raises `UserError` where it cannot."""
 
     @property
     def nmsw_network(self) -> NMSWNetwork:
@@ -214,10 +219,8 @@ class nnUNetTrainerNMSW(TrainerHooks):
         workers = LoaderProcesses(get_allowed_n_proc_DA(), seed, self.device.type == "cuda")
         check_shared_memory(dataset_training, patch_size, workers)
         of_validation = (self.dataset_validation, windows, self.no_augmentation, workers, self.processes)
-        return (
-            training_batches(dataset_training, windows, self.augmentation, workers),
-            validation_batches(*of_validation),
-        )
+        training = training_batches(dataset_training, windows, self.augmentation, workers)
+        return training, validation_batches(*of_validation)
 
     def step_of(self, batch: dict[str, Any], augmentation: Augmentation) -> TrainingStep:
         """A batch of the loader as a step."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.model.safe_loading import read_checkpoint
+from nnunet_nmsw.settings import NMSWSettings, refused
 from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch
@@ -22,6 +23,17 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
     has_local_branch = False
 
     build_network_architecture = network_builder(freeze_local_branch=True)
+
+    @classmethod
+    def check_settings(cls, settings: NMSWSettings) -> None:
+        """See the parent.
+
+        Raises:
+            UserError: the local branch is to be told of the volume, and does not learn to listen.
+        """
+        if settings.context_channels:
+            allowed = f"0 with {cls.__name__}, whose patches stay the stock model's"
+            raise refused("context_channels", settings.context_channels, allowed)
 
     def initialize(self) -> None:
         """See the parent. There is nothing to supervise in the local branch."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
@@ -39,8 +40,8 @@ def load_pretrained(network: NMSWNetwork, weights: Mapping[str, Tensor], source:
         parts["global_branch."] = network.global_branch
     for prefix, part in parts.items():
         here = part.state_dict()
-        of_part = _local_weights(weights) if prefix == LOCAL_BRANCH else _without_prefix(weights, prefix)
-        # The global branch's last layer has a channel for each class, too.
+        of_part = _local_weights(network, weights) if prefix == LOCAL_BRANCH else _without_prefix(weights, prefix)
+        # The global branch's last layer has a channel for each class, too, and those of the context.
         taken = {name: of_part.get(name) for name in here if SEGMENTATION_LAYERS not in name}
         _check_fit({name: here[name] for name in taken}, taken, source)
         part.load_state_dict({**here, **taken})
@@ -57,7 +58,7 @@ def load_local_branch(network: NMSWNetwork, weights: Mapping[str, Tensor], sourc
     Raises:
         UserError: a layer is missing, has another shape, or is not in the network.
     """
-    here, there = network.local_branch.state_dict(), _local_weights(weights)
+    here, there = network.local_branch.state_dict(), _local_weights(network, weights)
     _check_fit(here, there, source)
     network.local_branch.load_state_dict(there)
 
@@ -80,9 +81,20 @@ def check_same_task(
             raise UserError(f"{source} was trained with other {what.replace('_', ' ')}: {there}, here they are {here}")
 
 
-def _local_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a stock model all, of an NMSW model the local branch's."""
-    return _without_prefix(weights, LOCAL_BRANCH) or dict(weights)
+def _local_weights(network: NMSWNetwork, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a stock model all, of an NMSW model the local branch's.
+
+    Where layers of the network take context and these were trained without, their weights for it are 0.
+    """
+    there, here = _without_prefix(weights, LOCAL_BRANCH) or dict(weights), network.local_branch.state_dict()
+    if network.context is None:
+        return there
+    images, context = network.context.num_image_channels, network.context.num_channels
+    for name, weight in there.items():
+        before, *shape = weight.shape[1:] or (0,)
+        if before == images and name in here and here[name].shape[1:] == (images + context, *shape):
+            there[name] = torch.cat([weight, weight.new_zeros(len(weight), context, *shape)], 1)
+    return there
 
 
 def _without_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ class TrainingStep:
         if weights_K is not None:
             weights_B = torch.cat([weights_K, weights_K.new_ones(num_random)])
             patches_BCDHW = patches_BCDHW * weights_B.view(-1, 1, 1, 1, 1)
-        logits = network.local(patches_BCDHW)
+        logits = network.local(network.with_context(patches_BCDHW, coarse, starts_B3))
         finest_BCDHW = finest_scale(logits)
 
         # Losses: of the patches, of the coarse prediction, of the two fused, and what trains the scores.

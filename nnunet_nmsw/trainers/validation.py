@@ -105,9 +105,10 @@ class InTraining:
         """Of the step."""
         return self.step.result.coarse
 
-    def patches(self, padded: Padded, starts_K3: Tensor) -> Tensor:
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
         """Logits of windows of the step's volume."""
         patches_KCDHW, _ = self.step.volume.windows(starts_K3, self.network.patch_size)
+        patches_KCDHW = self.network.with_context(patches_KCDHW, coarse, starts_K3)
         if self.device.type != "cpu":
             patches_KCDHW = filled_up(patches_KCDHW)
         with mixed_precision(self.device):

@@ -7,6 +7,7 @@ from typing import Any
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_paper import nnUNetTrainerNMSW_paper
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_retrofit import nnUNetTrainerNMSW_retrofit
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW_retrofit_context import nnUNetTrainerNMSW_retrofit_context
 
 TRAINING_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 2000)
 """In epochs."""
@@ -39,11 +40,14 @@ def variants_of(base: type[nnUNetTrainerNMSW]) -> dict[str, type[nnUNetTrainerNM
     return classes
 
 
-VARIANTS = {
-    name: variant
-    for base in (nnUNetTrainerNMSW, nnUNetTrainerNMSW_paper, nnUNetTrainerNMSW_retrofit)
-    for name, variant in variants_of(base).items()
-}
+BASES = (
+    nnUNetTrainerNMSW,
+    nnUNetTrainerNMSW_paper,
+    nnUNetTrainerNMSW_retrofit,
+    nnUNetTrainerNMSW_retrofit_context,
+)
+
+VARIANTS = {name: variant for base in BASES for name, variant in variants_of(base).items()}
 """Trainer classes by name."""
 
 globals().update(VARIANTS)

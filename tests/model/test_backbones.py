@@ -20,8 +20,9 @@ from training import ENCODING
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.model.network import NMSWNetwork, total_stride
+from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.plans import settings_of
+from nnunet_nmsw.model.strides import total_stride
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.step import TrainingStep
 from nnunet_nmsw.trainers.views import TrainingVolume
