@@ -21,6 +21,7 @@ class Method:
         selection: how windows are picked, a key of `WAYS`; None for the sliding window of the patch network alone.
         num_patches: K of the selection, "auto" among them; None where it decides itself, and for the sliding window.
         tile_step_size: step of the sliding window as a fraction of the patch size; None for a selection.
+        skips_background: the sliding window skips what is empty, see `evaluation.skipping`.
         mirrored: whether predictions are averaged over mirrorings.
         show_mirroring: whether the name tells so, because both are compared.
     """
@@ -29,6 +30,7 @@ class Method:
     selection: str | None = None
     num_patches: int | str | None = None
     tile_step_size: float | None = None
+    skips_background: bool = False
     mirrored: bool = False
     show_mirroring: bool = False
 
@@ -36,7 +38,7 @@ class Method:
     def key(self) -> str:
         """A name for folders and files."""
         if self.selection is None:
-            what = f"{self.model}_sliding_window_step_{self.tile_step_size}"
+            what = f"{self.model}_sliding_window_step_{self.tile_step_size}" + "_skipping" * self.skips_background
         else:
             selection = "global_branch" if self.selection == "none" else self.selection
             k = "" if self.num_patches is None else f"_{str(self.num_patches).replace('%', 'percent')}"
@@ -48,6 +50,7 @@ class Method:
         """Its name without K or step: what a line in a plot stands for."""
         if self.selection is None:
             name = "sliding window" + (" of the local branch" if self.model == "nmsw" else "")
+            name += ", empty windows skipped" * self.skips_background
         else:
             name = WAYS[self.selection].title + (", K = auto" if self.num_patches == "auto" else "")
         if self.show_mirroring:
@@ -68,12 +71,12 @@ class Method:
     def is_yardstick(self) -> bool:
         """Whether it is there to be measured against, and not to be used."""
         way = None if self.selection is None else WAYS[self.selection]
-        return way is not None and not (way.can_be_used and way.takes_k)
+        return self.skips_background or (way is not None and not (way.can_be_used and way.takes_k))
 
     @property
     def is_timed(self) -> bool:
         """Whether its time and memory are measured."""
-        return self.selection is None or WAYS[self.selection].can_be_used
+        return not self.skips_background if self.selection is None else WAYS[self.selection].can_be_used
 
 
 def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrored: Sequence[bool]) -> list[Method]:
@@ -83,6 +86,7 @@ def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrore
         method = partial(Method, mirrored=mirror, show_mirroring=len(mirrored) > 1)
         for model in ("baseline", "nmsw") if with_baseline else ("nmsw",):
             methods += [method(model, tile_step_size=step) for step in SLIDING_WINDOW_STEPS]
+            methods.append(method(model, tile_step_size=SLIDING_WINDOW_STEPS[-1], skips_background=True))
         for selection, way in WAYS.items():
             ks = [k for k in num_patches if (k != "all" or way.with_all) and (k != "auto" or way.with_auto)]
             for k in ks if way.takes_k else [None]:

@@ -216,8 +216,11 @@ class FoldPredictor:
     def _slide(self, method: Method, case: ComparedCase) -> Prediction:
         a, b, c = (slice(o, o + n) for o, n in zip(case.padded.offset, case.padded.inside, strict=True))
         self.sliding_window.tile_step_size = method.tile_step_size
+        self.sliding_window.skips_background = method.skips_background
         logits = self.sliding_window.predict_logits_from_preprocessed_data(case.padded.volume_CDHW[:, a, b, c])
+        looked_at = self.sliding_window.num_looked_at
         patches = self.sliding_window.num_windows(spatial_shape(case.padded.volume_CDHW))
+        patches = patches if looked_at is None else looked_at
         macs = patches * self.costs.per_patch[method.mirrored]
         return Prediction(method, logits.cpu(), None, case.properties, patches, macs)
 

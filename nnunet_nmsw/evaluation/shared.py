@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunet_nmsw.evaluation.skipping import Index, looked_at
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.tensor_file import TensorFile
 from nnunet_nmsw.inference.volume import Padded
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.nnunet.predictor import PatchHooks
 from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import Shape, WindowGrid
 
 Result = TypeVar("Result")
+
+CERTAIN = 10.0
+"""Logit of background in a window that is skipped."""
 
 Position = tuple[int, ...]
 """First voxel of a patch in the padded volume."""
@@ -91,9 +96,40 @@ class SharedSlidingWindow(PatchHooks):
         super().__init__(**kwargs)
         self.store: PatchStore | None = None
         self.costs = costs
+        self.skips_background = False
+        self._looked_at: dict[Position, Tensor] | None = None
+
+    @property
+    def num_looked_at(self) -> int | None:
+        """Windows of the last volume that were not skipped; None where none is skipped."""
+        return None if self._looked_at is None else len(self._looked_at)
+
+    def before_windows(self, starts: Sequence[Position], patch_logits: Callable[[Position], Tensor]) -> None:
+        """Find what to skip, where windows are skipped: see `evaluation.skipping`."""
+        self._looked_at = None
+        if not self.skips_background:
+            return
+        encoding, seen = LabelEncoding.of(self.label_manager), {}
+        along_axes = [sorted({start[axis] for start in starts}) for axis in range(3)]
+
+        def has_foreground(index: Index) -> bool:
+            start = tuple(positions[i] for positions, i in zip(along_axes, index, strict=True))
+            seen[start] = patch_logits(start).cpu()
+            return bool((encoding.decided(seen[start][0]) > 0).any())
+
+        looked_at([len(positions) for positions in along_axes], has_foreground)
+        self._looked_at = seen
 
     def patch_logits(self, patch_1CDHW: Tensor, start: Position, predict: Callable[[Tensor], Tensor]) -> Tensor:
-        """See the parent."""
+        """See the parent. A window that is skipped is background."""
+        if self._looked_at is not None:
+            if start in self._looked_at:
+                return self._looked_at[start].to(self.device)
+            classes = self.label_manager.num_segmentation_heads
+            logits_1CDHW = patch_1CDHW.new_full((1, classes, *patch_1CDHW.shape[2:]), -CERTAIN)
+            if not self.label_manager.has_regions:
+                logits_1CDHW[:, 0] = CERTAIN
+            return logits_1CDHW
         if self.store is not None and start in self.store:
             return self.store.get(start).to(self.device)[None]
         logits_1CDHW = self.costs.counted(self.use_mirroring, partial(predict, patch_1CDHW))

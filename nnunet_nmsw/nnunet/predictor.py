@@ -79,6 +79,16 @@ class PatchHooks(nnUNetPredictor):
         """
         raise NotImplementedError
 
+    def before_windows(
+        self, starts: Sequence[tuple[int, ...]], patch_logits: Callable[[tuple[int, ...]], Tensor]
+    ) -> None:
+        """Called before the patches of a volume are asked for.
+
+        Args:
+            starts: first voxels of the windows.
+            patch_logits: `patch_logits` of the window that starts there.
+        """
+
     def num_windows(self, volume_shape: tuple[int, ...]) -> int:
         """Windows over a padded volume."""
         return len(self._internal_get_sliding_window_slicers(volume_shape))
@@ -87,6 +97,13 @@ class PatchHooks(nnUNetPredictor):
         self, data: Tensor, slicers: Sequence[tuple[slice, ...]], do_on_device: bool = True
     ) -> Tensor:
         # The parent asks for the patches of the slicers one after the other, without saying which it asks for.
+        by_start = {tuple(axis.start for axis in slicer[1:]): slicer for slicer in slicers}
+
+        def patch_logits(start: tuple[int, ...]) -> Tensor:
+            patch_1CDHW = data[by_start[start]][None].to(self.device)
+            return self.patch_logits(patch_1CDHW, start, super(PatchHooks, self)._internal_maybe_mirror_and_predict)
+
+        self.before_windows(list(by_start), patch_logits)
         self._upcoming = iter(slicers)
         logits: Tensor = super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
         return logits
