@@ -3,10 +3,10 @@
     python experiments/ablation.py -d 4 902 -arms stock default paper -seeds 0 1 2 -o ablation -device cpu
 
 Each run trains one arm with one seed for a fixed number of steps and measures every way of choosing windows
-(`ablation_run.py`). What is there is kept: an interrupted grid goes on. Needs nnU-Net's folders and the preprocessed
-datasets of `DATASETS`. Arms are settings of NMSW on top of the defaults, or trainers of `arms.py`. Settings can be
-given on the spot as NAME='{"setting": value}'. `--document` puts the results into docs/ablations.md and the folder
-docs/ablations. Arms that only version 0.1.0 can run keep their rows there.
+(`ablation_run.py`). What is there is kept: an interrupted grid goes on, and so does an interrupted training. Needs
+nnU-Net's folders and the preprocessed datasets of `DATASETS`. Arms are settings of NMSW on top of the defaults, or
+trainers of `arms.py`. Settings can be given on the spot as NAME='{"setting": value}'. `--document` puts the results
+into docs/ablations.md and the folder docs/ablations. Arms that only version 0.1.0 can run keep their rows there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("-epochs", type=int, default=10, help="of a training")
     parser.add_argument("-steps", type=int, default=250, help="of an epoch")
     parser.add_argument("-jobs", type=int, default=1, help="runs at the same time, sharing the processor's cores")
+    parser.add_argument("--minutes", type=float, help="stop after these. The same command goes on where it stopped")
     parser.add_argument("--folds", action="store_true", help="train fold S with seed S, and not fold 0 with each seed")
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-o", type=Path, required=True, help="folder of the results")
@@ -138,6 +140,7 @@ def main() -> None:
     if args.document:
         document(args.o, args.d)
         return
+    args.end = time.monotonic() + 60 * args.minutes if args.minutes else None
     arms = dict(map(parse_arm, args.arms))
     runs = [(d, name, seed) for seed in args.seeds for d in args.d for name in arms]
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -176,7 +179,7 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
     folder = args.o / dataset.name / f"{args.epochs}_epochs"
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / f"{name}__seed_{seed}.json"
-    if results.is_file() != args.evaluate:
+    if results.is_file() != args.evaluate or (args.end and time.monotonic() > args.end):
         return
     plans = f"nnUNetPlans_{name}_{seed}"
     nmsw = {} if name == STOCK else {**arm.settings, "seed": seed}
@@ -196,8 +199,12 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
     command += ["-f", str(seed if args.folds else 0), "-device", args.device, "-o", str(results)]
     command += [] if dataset.mirrors else ["--no_mirroring"]
     print(f"{dataset.name} {name} seed {seed}", flush=True)
-    with open(results.with_suffix(".log"), "w") as log:
-        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    left = args.end and args.end - time.monotonic()
+    with open(results.with_suffix(".log"), "a") as log:
+        try:
+            subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=left)
+        except subprocess.TimeoutExpired:
+            print(f"{dataset.name} {name} seed {seed} is not finished", flush=True)
 
 
 KS = tuple(map(str, NUM_PATCHES))

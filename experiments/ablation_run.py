@@ -1,6 +1,7 @@
 """One run of the ablations: train one arm with one seed, measure every way of choosing windows, write JSON.
 
-`ablation.py` calls this. On a CPU everything runs in bfloat16, as in `benchmarks/bfloat16.py`.
+`ablation.py` calls this. On a CPU everything runs in bfloat16, as in `benchmarks/bfloat16.py`. A training that was
+interrupted goes on after its last whole epoch.
 
 Tensor suffixes: C channels or classes, D H W axes of the volume.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -73,19 +73,23 @@ def main() -> None:
         trainer.initialize()
         if device.type == "cpu":
             keep_gradients_finite(trainer.network)
-        if args.evaluate:
-            trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
+        trainer.save_every = 1
+        latest, final = (Path(trainer.output_folder, f"checkpoint_{name}.pth") for name in ("latest", "final"))
+        if latest.is_file() and not args.evaluate:
+            trainer.load_checkpoint(str(latest))
+            seed_everything(args.seed, trainer.current_epoch)
+        if args.evaluate or final.is_file():
+            trainer.load_checkpoint(str(final))
         else:
-            started = time.perf_counter()
             trainer.run_training()
-            seconds = time.perf_counter() - started
         results = evaluate(trainer, args.own_selection)
     if args.evaluate:
         results = {**json.loads(args.o.read_text()), **results}
     else:
         logging = trainer.logger.local_logger.my_fantastic_logging
         results["training"] = {name: logging[f"nmsw_{name}"] for name in LOGGED if f"nmsw_{name}" in logging}
-        results["seconds_of_training"] = seconds
+        ends, starts = (np.array(logging[f"epoch_{what}_timestamps"]) for what in ("end", "start"))
+        results["seconds_of_training"] = float((ends - starts).sum())
     unfinished = args.o.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=1))
     unfinished.rename(args.o)

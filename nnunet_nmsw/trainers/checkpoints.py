@@ -12,8 +12,11 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.settings import PLANS_KEY, NMSWSettings, without_retired
 
-OF_BATCH = ("sampled_windows", "random_windows")
-"""Settings whose default follows the plans' batch size since version 0.2.0. It was 2 before."""
+NEW_DEFAULTS = ("sampled_windows", "random_windows", "context_channels")
+"""Settings whose default is another one since version 0.2.0."""
+
+WITHOUT_CONTEXT = {"context_channels": 0}
+"""How version 0.1.0 trained, which had no such setting."""
 
 
 def save_whole(save: Callable[[str], None], file: Path) -> None:
@@ -46,8 +49,9 @@ def settings_of_training(
         checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
         assert isinstance(checkpoint, dict)
     # An earlier version may have trained with settings that are gone.
-    before = without_retired(checkpoint["init_args"]["plans"]["configurations"][configuration][PLANS_KEY])
-    taken = {name: before[name] for name in OF_BATCH if name in before and name not in named}
+    given = checkpoint["init_args"]["plans"]["configurations"][configuration][PLANS_KEY]
+    before = {**WITHOUT_CONTEXT, **without_retired(given)}
+    taken = {name: before[name] for name in NEW_DEFAULTS if name in before and name not in named}
     settings = settings.model_copy(update=taken)
     for name, value in settings.to_dict().items():
         if before.get(name, value) != value:
