@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 DATASET = "Dataset990_Stock"
 PLANS = "-p nnUNetPlans_small -device cpu"
 PREDICT = "-device cpu -npp 0 -nps 0 --disable_tta"
-RETROFIT = "nnUNetTrainerNMSW_retrofit_tiny"
+RETROFIT, WITH_CONTEXT = "nnUNetTrainerNMSW_retrofit_tiny", "nnUNetTrainerNMSW_retrofit_context_tiny"
 
 
 def labels(folder: Path) -> np.ndarray:
@@ -51,9 +51,11 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"nnUNetv2_train 990 3d_lowres 0 {PLANS} -tr nnUNetTrainer_tiny",
         f"-nnUNetv2_train 990 3d_fullres 0 {PLANS} -tr {RETROFIT}",
         f"nnUNetv2_train 990 3d_fullres 0 {PLANS} -tr {RETROFIT} {weights}",
+        f"nnUNetv2_train 990 3d_fullres 0 {PLANS} -tr {WITH_CONTEXT} {weights}",
         f"nnUNetv2_train 990 3d_fullres 0 {PLANS} -tr nnUNetTrainerNMSW_tiny {weights}",
         f"{predict} -tr nnUNetTrainer_tiny -o stock",
         f"{predict} -tr {RETROFIT} -o retrofit",
+        f"nmsw_predict -i {images} -o context -d 990 -c 3d_fullres -f 0 {PLANS} -tr {WITH_CONTEXT} -npp 0 -nps 0 -k 3",
         f"nnUNet_results= nmsw_predict -i {images} -o two_models --global_model {coarse} --local_model {fine} "
         f"{PREDICT} -k 3 --save_patches",
         workspace=folder,
@@ -72,6 +74,16 @@ def test_retrofit(stock):
     before, after = weights(model_of(stock, "nnUNetTrainer_tiny")), weights(model_of(stock, RETROFIT))
     assert all(torch.equal(weight, after[f"local_branch.{name}"]) for name, weight in before.items())
     assert np.array_equal(labels(stock / "stock"), labels(stock / "retrofit"))
+
+
+@pytest.mark.compatibility("pretrained weights", "a stock model's network, told of the whole volume by an addition")
+def test_retrofit_with_context(stock):
+    before, after = weights(model_of(stock, "nnUNetTrainer_tiny")), weights(model_of(stock, WITH_CONTEXT))
+    start = torch.cat([weight.flatten() for weight in before.values()])
+    end = torch.cat([after[f"local_branch.{name}"].flatten() for name in before])
+    assert 0 < (end - start).norm() / start.norm() < 0.2  # with a low rate
+    assert (after["context.addition.2.weight"] != 0).all()  # which is 0 at the start
+    assert labels(stock / "context").shape == labels(stock / "stock").shape
 
 
 @pytest.mark.compatibility("pretrained weights", "a stock model's network, trained on")

@@ -7,7 +7,12 @@ from unittest import mock
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_nmsw.trainers import nnUNetTrainerNMSW, nnUNetTrainerNMSW_paper, nnUNetTrainerNMSW_retrofit
+from nnunet_nmsw.trainers import (
+    nnUNetTrainerNMSW,
+    nnUNetTrainerNMSW_paper,
+    nnUNetTrainerNMSW_retrofit,
+    nnUNetTrainerNMSW_retrofit_context,
+)
 from nnunet_nmsw.trainers.variants import NoMirroring
 
 
@@ -37,6 +42,10 @@ class nnUNetTrainerNMSW_short(nnUNetTrainerNMSW):
 
 class nnUNetTrainerNMSW_retrofit_tiny(Tiny, nnUNetTrainerNMSW_retrofit):
     """NMSW around a trained stock model."""
+
+
+class nnUNetTrainerNMSW_retrofit_context_tiny(Tiny, nnUNetTrainerNMSW_retrofit_context):
+    """The same, told of the whole volume."""
 
 
 class nnUNetTrainerNMSW_paper_tiny(Tiny, nnUNetTrainerNMSW_paper):
