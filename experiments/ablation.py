@@ -95,6 +95,8 @@ ARMS = {
     # the default with one thing changed: trainers of arms.py,
     **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in PARTS},
     # what the local branch is told of the volume,
+    "context": Arm(settings={"context_channels": 4}),
+    "context_width_050": Arm(settings={"context_channels": 4, "global_width": 0.5}),
     "context_4": Arm(settings={**ONE_EACH, "context_channels": 4}),
     "context_8": Arm(settings={**ONE_EACH, "context_channels": 8}),
     **{name: Arm(f"nnUNetTrainerNMSW_{name}", {**ONE_EACH, "context_channels": 4}) for name in CONTEXTS},

@@ -1,7 +1,6 @@
 """One run of the ablations: train one arm with one seed, measure every way of choosing windows, write JSON.
 
-`ablation.py` calls this. On a CPU everything runs in bfloat16, as in `benchmarks/bfloat16.py`. A training that was
-interrupted goes on after its last whole epoch.
+`ablation.py` calls this, and `training_run.py` trains.
 
 Tensor suffixes: C channels or classes, D H W axes of the volume.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
+from training_run import flags_of_training, precision_of, trained
 
 from nnunet_nmsw.evaluation.oracle import Oracle
 from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold
@@ -32,8 +30,6 @@ from nnunet_nmsw.selection.by_score import TopK, full_trust, placement_grid
 from nnunet_nmsw.selection.calibration import THRESHOLDS
 from nnunet_nmsw.trainers.cases import read_cases
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
-from nnunet_nmsw.trainers.randomness import seed_everything
-from nnunet_nmsw.trainers.variants import NoMirroring
 from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.volume.labels import LabelEncoding
 
@@ -45,43 +41,15 @@ SLIDING_WINDOW, ALONE, ALL = "sliding window", "global branch", "all windows"
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True, help="dataset")
-    parser.add_argument("-p", required=True, help="plans")
-    parser.add_argument("-tr", required=True, help="trainer")
-    parser.add_argument("-f", type=int, default=0, help="fold")
-    parser.add_argument("-steps", type=int, default=250, help="of an epoch")
-    parser.add_argument("-epochs", type=int, required=True)
-    parser.add_argument("-seed", type=int, required=True)
-    parser.add_argument("-device", default="cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[flags_of_training()]
+    )
     parser.add_argument("-o", type=Path, required=True, help="JSON file")
-    parser.add_argument("--no_mirroring", action="store_true", help="do not augment by mirroring")
     parser.add_argument("--evaluate", action="store_true", help="only measure again what was trained")
     parser.add_argument("--own_selection", action="store_true", help="leave out the ways to pick windows of other arms")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    # The cache of cast weights lives until autocast ends, which here is after the last optimiser step.
-    precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if device.type == "cpu" else nullcontext()
-    with precision:
-        trainer = get_trainer_from_args(args.d, "3d_fullres", args.f, args.tr, args.p, device=device)
-        if args.no_mirroring:
-            # By the mixin of our variants, whatever the trainer; checkpoints keep the trainer's own name.
-            kind = type(trainer)
-            trainer.__class__ = type(kind.__name__, (NoMirroring, kind), {})
-        trainer.num_epochs, trainer.num_iterations_per_epoch = args.epochs, args.steps
-        seed_everything(args.seed)
-        trainer.initialize()
-        if device.type == "cpu":
-            keep_gradients_finite(trainer.network)
-        trainer.save_every = 1
-        latest, final = (Path(trainer.output_folder, f"checkpoint_{name}.pth") for name in ("latest", "final"))
-        if latest.is_file() and not args.evaluate:
-            trainer.load_checkpoint(str(latest))
-            seed_everything(args.seed, trainer.current_epoch)
-        if args.evaluate or final.is_file():
-            trainer.load_checkpoint(str(final))
-        else:
-            trainer.run_training()
+    with precision_of(args.device):
+        trainer = trained(args, args.evaluate)
         results = evaluate(trainer, args.own_selection)
     if args.evaluate:
         results = {**json.loads(args.o.read_text()), **results}
@@ -93,16 +61,6 @@ def main() -> None:
     unfinished = args.o.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=1))
     unfinished.rename(args.o)
-
-
-def keep_gradients_finite(network: torch.nn.Module) -> None:
-    """Replace what is not finite in the gradients by 0.
-
-    oneDNN's bfloat16 weight gradient of some small convolutions reads memory that nobody wrote (seen with 24 features
-    on 2×7×7 voxels): usually noise of 0.1%, now and then NaN. In float32 it does not happen.
-    """
-    for parameter in network.parameters():
-        parameter.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
 
 
 @torch.inference_mode()
