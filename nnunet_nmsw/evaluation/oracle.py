@@ -6,7 +6,7 @@ positives, then predicted voxels; 2 × C).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -43,28 +43,26 @@ class Oracle:
     ) -> None:
         self.patch_logits, self.weights, self.reference_DHW = patch_logits, weights, reference_DHW
         self.devices = list(dict.fromkeys(devices))
-        self._choice: tuple[list[int], list[float]] | None = None
+        self._chosen: list[tuple[int, float]] = []
+        self._further: Iterator[tuple[int, float]] | None = None
 
     def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
         """See `Selector`. Of the same case each time."""
-        if self._choice is None:
-            self._choice = self._ask(coarse, grid)
-        order, gains = self._choice
-        indices_K = torch.tensor(order[: budget.num_windows], dtype=torch.int64)
-        return WindowChoice.fully_trusted(grid.starts_N3[indices_K], torch.tensor(gains[: budget.num_windows]))
-
-    def _ask(self, coarse: CoarsePrediction, grid: WindowGrid) -> tuple[list[int], list[float]]:
-        *others, last = self.devices
-        for device in others:
+        while self._further is None or len(self._chosen) < budget.num_windows:
             try:
-                return self._ask_on(device, coarse, grid)
+                self._further = self._further or self._ask_on(self.devices[0], coarse, grid)
+                self._chosen.append(next(self._further))
+            except StopIteration:
+                break
             except torch.OutOfMemoryError:
-                continue
-        return self._ask_on(last, coarse, grid)
+                if len(self.devices) == 1:
+                    raise
+                self.devices, self._chosen, self._further = self.devices[1:], [], None
+        chosen = self._chosen[: budget.num_windows]
+        indices_K = torch.tensor([window for window, _ in chosen], dtype=torch.int64)
+        return WindowChoice.fully_trusted(grid.starts_N3[indices_K], torch.tensor([gain for _, gain in chosen]))
 
-    def _ask_on(
-        self, device: torch.device, coarse: CoarsePrediction, grid: WindowGrid
-    ) -> tuple[list[int], list[float]]:
+    def _ask_on(self, device: torch.device, coarse: CoarsePrediction, grid: WindowGrid) -> Iterator[tuple[int, float]]:
         def patch_logits(window: int) -> Tensor:
             return self.patch_logits(grid.starts_N3[window].tolist()).to(device)
 
@@ -78,7 +76,7 @@ def oracle_windows(
     weights: FusionWeights,
     reference_DHW: Tensor,
     grid: WindowGrid,
-) -> tuple[list[int], list[float]]:
+) -> Iterator[tuple[int, float]]:
     """Take the window that raises the mean Dice of the foreground classes most, until none raises it.
 
     The Dice is that of the prediction that follows from the windows taken so far, blended and fused. The choice is
@@ -92,8 +90,9 @@ def oracle_windows(
         reference_DHW: the truth, integer labels.
         grid: the windows.
 
-    Returns:
-        Window indices in the order of choice, and by how much each raised the mean Dice.
+    Yields:
+        A window's index in the order of choice, and by how much it raises the mean Dice. What is not asked for is not
+        worked out.
     """
     num_classes, device = len(coarse_logits_Cdhw), coarse_logits_Cdhw.device
     gaussian_DHW = gaussian_weights(grid.patch_size, device)
@@ -136,7 +135,6 @@ def oracle_windows(
         return ((2 * true_positives + 1) / (predicted + reference_C[1:] + 1)).mean(-1)
 
     order: list[int] = []
-    gains: list[float] = []
     while len(order) < len(grid):
         gain_N = mean_dice(sums_S + changes_NS) - mean_dice(sums_S)
         gain_N[order] = -torch.inf
@@ -144,7 +142,7 @@ def oracle_windows(
         if gain_N[best] <= 0:
             break
         order.append(best)
-        gains.append(float(gain_N[best]))
+        yield best, float(gain_N[best])
         sums_S = sums_S + changes_NS[best]
         labels_DHW[boxes[best]] = labels_with(best)
         sum_CDHW[(slice(None), *boxes[best])] += gaussian_DHW * patch_logits(best).float()
@@ -152,4 +150,3 @@ def oracle_windows(
         distance_N3 = (grid.starts_N3 - grid.starts_N3[best]).abs()
         for window in (distance_N3 < torch.tensor(grid.patch_size)).all(1).nonzero()[:, 0].tolist():
             changes_NS[window] = change(window)
-    return order, gains

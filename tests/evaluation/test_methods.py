@@ -114,7 +114,7 @@ def test_the_oracle_does_what_trying_everything_does():
             values.append((2 * tp + 1) / ((labels == c).sum() + (reference == c).sum() + 1))
         return float(sum(values) / 2)
 
-    order, gains = oracle_windows(patches.__getitem__, coarse, weights, reference, grid)
+    order, gains = map(list, zip(*oracle_windows(patches.__getitem__, coarse, weights, reference, grid), strict=True))
     taken: list[int] = []
     while True:
         best = max((w for w in range(len(grid)) if w not in taken), key=lambda w: dice([*taken, w]), default=None)
