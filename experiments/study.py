@@ -4,8 +4,8 @@
 
 Fold S is trained with seed S: a replicate differs in its cases, too, and every case counts once. Arms that start from
 a stock model take the one of their own fold. What is there is kept: an interrupted study goes on, a training after its
-last whole epoch. `--minutes` stops in time. In the end tables are written into `study.md` of the folder. Needs nnU-Net's
-folders and the preprocessed datasets of `ablation.py`.
+last whole epoch. `--minutes` stops in time. In the end tables are written into `study.md` of the folder. Needs
+nnU-Net's folders and the preprocessed datasets of `ablation.py`.
 """
 
 from __future__ import annotations
