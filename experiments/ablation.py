@@ -64,8 +64,8 @@ DATASETS = {
     902: Dataset("Dataset902_KiTSPhantom6mm", [16, 16, 16], [8, 16, 32]),
     # make_kits_phantom.py --spacing 3 --train 100 --test 0
     903: Dataset("Dataset903_KiTSPhantom3mm", [32, 32, 32], [16, 32, 64, 128], 2),
-    # nnUNetv2_plan_experiment -overwrite_target_spacing 3 3 3 -overwrite_plans_name nnUNetPlans3mm
-    731: Dataset("Dataset731_BTCV", [32, 32, 32], [16, 32, 64, 128], 2, "nnUNetPlans3mm", mirrors=False),
+    # nnUNetv2_plan_experiment -overwrite_target_spacing 4 4 4 -overwrite_plans_name nnUNetPlans4mm
+    731: Dataset("Dataset731_BTCV", [24, 24, 24], [16, 32, 64], 2, "nnUNetPlans4mm", mirrors=False),
 }
 
 

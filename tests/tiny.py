@@ -9,7 +9,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.model.network import NMSWNetwork
-from nnunet_nmsw.trainers import nnUNetTrainerNMSW, nnUNetTrainerNMSW_paper
+from nnunet_nmsw.trainers import (
+    nnUNetTrainerNMSW,
+    nnUNetTrainerNMSW_paper,
+    nnUNetTrainerNMSW_retrofit_context,
+)
 
 DATASET_JSON = {
     "channel_names": {"0": "CT"},
@@ -102,6 +106,11 @@ def build_network(
 def build_paper_network(patch_size: tuple[int, ...] = (8, 8, 8), **nmsw: Any) -> NMSWNetwork:
     """The network of the paper's method."""
     return build_network(patch_size, trainer=nnUNetTrainerNMSW_paper, **nmsw)
+
+
+def build_retrofit_network(patch_size: tuple[int, ...] = (8, 8, 8), **nmsw: Any) -> NMSWNetwork:
+    """The network of a retrofit with context."""
+    return build_network(patch_size, trainer=nnUNetTrainerNMSW_retrofit_context, **nmsw)
 
 
 def make_trainer(plans: dict[str, Any]) -> nnUNetTrainerNMSW:

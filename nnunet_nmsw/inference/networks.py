@@ -155,28 +155,25 @@ class Fold:
 
     def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
         """Logits of windows, mirrored where that is on; in halves where the device has too little memory."""
-        network = self.network
-        patches_KCDHW = crop_windows(padded.volume_CDHW[None], starts_K3, network.patch_size)
-        if coarse.context_Gdhw is not None:
-            coarse = coarse._replace(context_Gdhw=coarse.context_Gdhw.to(patches_KCDHW.device))
-        return self.patch_logits(network.with_context(patches_KCDHW, coarse, starts_K3))
-
-    def patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
-        """Logits of a batch of patches, of shape K, classes, patch size."""
-        network, ensemble = self.network, self.ensemble
-        device, number = ensemble.device, len(patches_KCDHW)
+        network, device = self.network, self.ensemble.device
         try:
-            patches_KCDHW = patches_KCDHW.to(device)
-            if device.type == "cpu":
-                patches_KCDHW = patches_KCDHW.contiguous(memory_format=torch.channels_last_3d)
-                return ensemble.mirrored(network, patches_KCDHW)
-            return ensemble.mirrored(network, filled_up(patches_KCDHW))[:number]
+            patches_KCDHW = crop_windows(padded.volume_CDHW[None], starts_K3, network.patch_size).to(device)
+            return self.patch_logits(network.with_context(patches_KCDHW, coarse, starts_K3))
         except RuntimeError as error:
-            if number == 1 or not is_out_of_memory(error):
+            if len(starts_K3) == 1 or not is_out_of_memory(error):
                 raise
         empty_cache(device)
-        half = number // 2
-        return torch.cat([self.patch_logits(part) for part in (patches_KCDHW[:half], patches_KCDHW[half:])])
+        half = len(starts_K3) // 2
+        return torch.cat([self.patches(padded, coarse, part_K3) for part_K3 in (starts_K3[:half], starts_K3[half:])])
+
+    def patch_logits(self, patches_KCDHW: Tensor) -> Tensor:
+        """Logits of a batch of patches, with or without context, of shape K, classes, patch size."""
+        network, ensemble = self.network, self.ensemble
+        patches_KCDHW = patches_KCDHW.to(ensemble.device)
+        if ensemble.device.type == "cpu":
+            patches_KCDHW = patches_KCDHW.contiguous(memory_format=torch.channels_last_3d)
+            return ensemble.mirrored(network, patches_KCDHW)
+        return ensemble.mirrored(network, filled_up(patches_KCDHW))[: len(patches_KCDHW)]
 
 
 def filled_up(patches_KCDHW: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.inference.export import reason_for_logits, write_labels
 from nnunet_nmsw.inference.networks import filled_up, to_channels_last_
-from nnunet_nmsw.inference.volume import ChosenWindows
+from nnunet_nmsw.inference.volume import ChosenWindows, Padded
 from nnunet_nmsw.inference.windows import edges_in_image, index_to_world, write_windows
 from nnunet_nmsw.inference.writing import Done
 from nnunet_nmsw.model.fusion import FusionForm, FusionWeights
 from nnunet_nmsw.selection.by_score import TopK, full_trust
+from nnunet_nmsw.volume.windows import crop_windows
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -249,12 +250,15 @@ def test_batches_are_halved_until_they_fit(tiny_network):
                 raise torch.OutOfMemoryError
             return tiny_network.local_branch.original(patches)
 
-    original, patches = tiny_network.local_branch, torch.randn(7, 1, 8, 8, 8)
+    original, volume = tiny_network.local_branch, torch.randn(1, 8, 8, 20)
+    starts = torch.tensor([[0, 0, start] for start in range(0, 14, 2)])
     tiny_network.local_branch = TooLarge()
     tiny_network.local_branch.original = original
-    predictor = initialized(nmsw(), tiny_network)
+    (fold,) = initialized(nmsw(), tiny_network).folds()
     with torch.inference_mode():
-        assert torch.allclose(predictor.folds()[0].patch_logits(patches), original(patches), atol=1e-5)
+        padded = Padded.of(volume, (8, 8, 8))
+        logits = fold.patches(padded, fold.coarse(padded), starts)
+        assert torch.allclose(logits, original(crop_windows(volume[None], starts, (8, 8, 8))), atol=1e-5)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from predictors import nmsw, stock
-from tiny import build_network, initialized, make_plans
+from tiny import build_network, build_retrofit_network, initialized, make_plans
 from torch import Tensor
 from training import ENCODING, training_step
 
@@ -27,8 +27,7 @@ def with_context(channels: int = 2, **settings) -> NMSWNetwork:
 
 
 def retrofit() -> NMSWNetwork:
-    settings = {"downsampling_factor": list(FACTOR), "context_channels": 2}
-    return build_network(PATCH, trainer=nnUNetTrainerNMSW_retrofit_context, **settings)
+    return build_retrofit_network(PATCH, downsampling_factor=list(FACTOR), context_channels=2)
 
 
 def coarse_of(network: NMSWNetwork, volume_1CDHW: Tensor, encoding: LabelEncoding = ENCODING):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from tiny import build_network, build_paper_network
+from tiny import build_network, build_paper_network, build_retrofit_network
 from torch import nn
 from training import NONE, PATCH, Cases, nnunet_augmentation
 
@@ -120,9 +120,10 @@ def prediction(
     logits: bool = False,
     classes: int = 3,
     mirror_axes: tuple[int, ...] = (),
+    **nmsw: Any,
 ) -> None:
     """A volume, after one of the same shape."""
-    network = build_network((8, 8, 8), num_classes=classes, downsampling_factor=FACTOR)
+    network = build_network((8, 8, 8), num_classes=classes, downsampling_factor=FACTOR, **nmsw)
     weights = [{name: w * (1 + 0.5 * fold) for name, w in network.state_dict().items()} for fold in range(folds)]
     volume_CDHW = torch.randn(1, 24, 28, 32, generator=torch.Generator().manual_seed(0))
     volume_CDHW[:, 6:12, 8:16, 8:20] += 4
@@ -181,12 +182,16 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "training by the paper's method": partial(training, build=build_paper_network),
     "training of a cascade": partial(training, cascade=True),
     "training with one window at once": partial(training, windows_at_once=1),
+    "training with context": partial(training, context_channels=2),
+    "training with an addition": partial(training, build=build_retrofit_network, context_channels=2),
     "validation of an epoch": validation,
     "prediction": prediction,
     "prediction, mirrored": partial(prediction, mirror_axes=(0, 1, 2)),
     "prediction of 30 classes": partial(prediction, classes=30),
     "prediction of an ensemble": partial(prediction, folds=2),
     "prediction with results on the host": partial(prediction, results_on=device.CPU),
+    "prediction with context": partial(prediction, context_channels=2, mirror_axes=(0, 1, 2)),
+    "prediction with context, results on the host": partial(prediction, context_channels=2, results_on=device.CPU),
     "prediction short of memory": prediction_short_of_memory,
     "prediction of logits": partial(prediction, logits=True),
     "prediction with -k auto": partial(prediction, num_patches="auto"),

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -29,7 +30,9 @@ class nnUNetTrainer_tiny(Tiny, nnUNetTrainer):
 
 
 class nnUNetTrainerNMSW_tiny(Tiny, nnUNetTrainerNMSW):
-    """NMSW."""
+    """NMSW, its local branch told of the whole volume: what works with context works without."""
+
+    defaults: ClassVar = {"context_channels": 2}
 
 
 class nnUNetTrainerNMSW_short(nnUNetTrainerNMSW):
