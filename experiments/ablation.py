@@ -48,6 +48,7 @@ class Dataset:
         batch_size: patches of a step.
         plans: whose preprocessed data is taken.
         mirrors: whether left and right look alike to the labels. Where not, no arm mirrors.
+        variant: tells apart what is made of one dataset.
     """
 
     name: str
@@ -56,6 +57,17 @@ class Dataset:
     batch_size: int = 4
     plans: str = "nnUNetPlans"
     mirrors: bool = True
+    variant: str = ""
+
+    @property
+    def number(self) -> int:
+        """nnU-Net's."""
+        return int(self.name.removeprefix("Dataset")[:3])
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its results."""
+        return self.name + self.variant
 
 
 DATASETS = {
@@ -66,6 +78,10 @@ DATASETS = {
     903: Dataset("Dataset903_KiTSPhantom3mm", [32, 32, 32], [16, 32, 64, 128], 2),
     # nnUNetv2_plan_experiment -overwrite_target_spacing 4 4 4 -overwrite_plans_name nnUNetPlans4mm
     731: Dataset("Dataset731_BTCV", [24, 24, 24], [16, 32, 64], 2, "nnUNetPlans4mm", mirrors=False),
+    # the same with 3 3 3 and nnUNetPlans3mm, at nnU-Net's full width: for a GPU
+    7313: Dataset(
+        "Dataset731_BTCV", [64, 64, 64], [32, 64, 128, 256, 320], 2, "nnUNetPlans3mm", mirrors=False, variant="_3mm"
+    ),
 }
 
 
@@ -126,7 +142,7 @@ SELECTION_ARMS = ("default",)
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", type=int, nargs="+", default=list(DATASETS), choices=DATASETS, help="dataset ids")
+    parser.add_argument("-d", type=int, nargs="+", default=[4, 902], choices=DATASETS, help="datasets")
     parser.add_argument("-arms", nargs="+", default=[STOCK, "default"], help=f"of {', '.join(ARMS)}, or NAME=JSON")
     parser.add_argument("-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("-epochs", type=int, default=10, help="of a training")
@@ -161,7 +177,7 @@ def document(folder: Path, dataset_ids: list[int]) -> None:
     docs, version = HERE.parent / "docs", nnunet_nmsw.__version__
     of_version = docs / "ablations" / version
     for dataset_id in dataset_ids:
-        for file in sorted(folder.glob(f"{DATASETS[dataset_id].name}/*_epochs/*.json")):
+        for file in sorted(folder.glob(f"{DATASETS[dataset_id].folder}/*_epochs/*.json")):
             copy = of_version / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
@@ -178,14 +194,15 @@ def parse_arm(text: str) -> tuple[str, Arm]:
 def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: argparse.Namespace) -> None:
     """One run, in a process of its own with a log, unless its results are there."""
     dataset = DATASETS[dataset_id]
-    folder = args.o / dataset.name / f"{args.epochs}_epochs"
+    folder = args.o / dataset.folder / f"{args.epochs}_epochs"
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / f"{name}__seed_{seed}.json"
     if results.is_file() != args.evaluate or (args.end and time.monotonic() > args.end):
         return
-    plans = f"nnUNetPlans_{name}_{seed}"
+    plans = f"nnUNetPlans_{name}_{seed}{dataset.variant}"
     nmsw = {} if name == STOCK else {**arm.settings, "seed": seed}
-    write_small_plans(dataset_id, dataset.patch_size, dataset.features, plans, nmsw, dataset.batch_size, dataset.plans)
+    of_network = (dataset.patch_size, dataset.features)
+    write_small_plans(dataset.number, *of_network, plans, nmsw, dataset.batch_size, dataset.plans)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     environment = {
         **os.environ,
@@ -194,19 +211,19 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
         "OMP_NUM_THREADS": str(threads),
         "nnUNet_extTrainer": str(HERE),
     }
-    command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset_id), "-p", plans]
+    command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset.number), "-p", plans]
     command += ["--evaluate"] if args.evaluate else []
     command += [] if name in SELECTION_ARMS else ["--own_selection"]
     command += ["-tr", arm.trainer, "-epochs", str(args.epochs), "-steps", str(args.steps), "-seed", str(seed)]
     command += ["-f", str(seed if args.folds else 0), "-device", args.device, "-o", str(results)]
     command += [] if dataset.mirrors else ["--no_mirroring"]
-    print(f"{dataset.name} {name} seed {seed}", flush=True)
+    print(f"{dataset.folder} {name} seed {seed}", flush=True)
     left = args.end and args.end - time.monotonic()
     with open(results.with_suffix(".log"), "a") as log:
         try:
             subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=left)
         except subprocess.TimeoutExpired:
-            print(f"{dataset.name} {name} seed {seed} is not finished", flush=True)
+            print(f"{dataset.folder} {name} seed {seed} is not finished", flush=True)
 
 
 KS = tuple(map(str, NUM_PATCHES))
@@ -271,9 +288,9 @@ def table(folder: Path, dataset_ids: list[int]) -> str:
         "foreground: share of the windows drawn in the first and in the last epoch that hold foreground."
     ]
     for dataset_id in dataset_ids:
-        for length in sorted((folder / DATASETS[dataset_id].name).glob("*_epochs")):
+        for length in sorted((folder / DATASETS[dataset_id].folder).glob("*_epochs")):
             runs = load_runs(length)
-            lines += [f"\n### {DATASETS[dataset_id].name}, {length.name.replace('_', ' ')}\n", *arms_table(runs)]
+            lines += [f"\n### {DATASETS[dataset_id].folder}, {length.name.replace('_', ' ')}\n", *arms_table(runs)]
             for arm in SELECTION_ARMS:
                 if arm in runs:
                     lines += [f"\nWays to pick windows with the networks of `{arm}`:\n", *selections_table(runs[arm])]
@@ -345,7 +362,7 @@ def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
     counts = [k for k in KS if not k.endswith("%")]
     lines: dict[str, Any] = {}
     for axis, dataset_id in zip(axes, dataset_ids, strict=True):
-        lengths = (folder / DATASETS[dataset_id].name).glob("*_epochs")
+        lengths = (folder / DATASETS[dataset_id].folder).glob("*_epochs")
         for length in sorted(lengths, key=lambda length: int(length.name.split("_")[0]))[-1:]:
             runs = load_runs(length)
             if STOCK in runs:
@@ -359,7 +376,7 @@ def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
                 spread = [value.std(ddof=1) if len(value) > 1 else 0 for value in values]
                 style = {"color": COLOURS[index % len(COLOURS)], "marker": "osD^vPX*"[index % 8], "capsize": 3}
                 lines[label] = axis.errorbar([int(k) for k in counts], means, spread, **style)
-        axis.set(title=DATASETS[dataset_id].name, xlabel="patches a case (K)", ylabel="mean Dice, %", xscale="log")
+        axis.set(title=DATASETS[dataset_id].folder, xlabel="patches a case (K)", ylabel="mean Dice, %", xscale="log")
         axis.set_xticks([int(k) for k in counts], counts)
         axis.minorticks_off()
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, frameon=False)

@@ -58,6 +58,11 @@ ARMS = {
 }
 
 
+def plans_of(dataset: Dataset, arm: str) -> str:
+    """Name of an arm's plans."""
+    return f"nnUNetPlans_{arm}{dataset.variant}"
+
+
 class Study:
     """The folders and flags of a study.
 
@@ -79,7 +84,7 @@ class Study:
 
     def model(self, dataset: Dataset, name: str) -> Path:
         """Folder of an arm's models."""
-        return self.results / dataset.name / f"{ARMS[name].trainer}__nnUNetPlans_{name}__3d_fullres"
+        return self.results / dataset.name / f"{ARMS[name].trainer}__{plans_of(dataset, name)}__3d_fullres"
 
     def checkpoint(self, dataset: Dataset, name: str, fold: int) -> Path:
         """Of a training that is done."""
@@ -90,17 +95,28 @@ class Study:
         dataset, arm, args = DATASETS[dataset_id], ARMS[name], self.args
         if self.checkpoint(dataset, name, fold).is_file() or self.is_over():
             return
-        command = [sys.executable, str(HERE / "training_run.py"), "-d", str(dataset_id), "-p", f"nnUNetPlans_{name}"]
-        command += ["-tr", arm.trainer, "-f", str(fold), "-seed", str(fold), "-device", args.device]
+        command = [sys.executable, str(HERE / "training_run.py"), "-d", str(dataset.number)]
+        command += [
+            "-p",
+            plans_of(dataset, name),
+            "-tr",
+            arm.trainer,
+            "-f",
+            str(fold),
+            "-seed",
+            str(fold),
+            "-device",
+            args.device,
+        ]
         command += ["-epochs", str(args.epochs), "-steps", str(args.steps)]
         command += [] if dataset.mirrors else ["--no_mirroring"]
         if arm.start is not None:
             start = self.checkpoint(dataset, arm.start, fold)
             if not start.is_file():
-                print(f"{dataset.name} {name} fold {fold} waits for {arm.start}", flush=True)
+                print(f"{dataset.folder} {name} fold {fold} waits for {arm.start}", flush=True)
                 return
             command += ["-pretrained_weights", str(start)]
-        self.call(command, args.o / dataset.name / f"{args.epochs}_epochs" / f"{name}_fold_{fold}.log")
+        self.call(command, args.o / dataset.folder / f"{args.epochs}_epochs" / f"{name}_fold_{fold}.log")
 
     def compare(self, dataset_id: int, name: str, folds: list[int]) -> None:
         """The report of an NMSW arm, once all of its folds and stock's are trained."""
@@ -108,16 +124,16 @@ class Study:
         needed = [self.checkpoint(dataset, of, fold) for of in (STOCK, name) for fold in folds]
         if self.is_over() or not all(checkpoint.is_file() for checkpoint in needed):
             return
-        command = [str(Path(sys.executable).with_name("nmsw_compare")), "-d", str(dataset_id), "-f", *map(str, folds)]
-        command += ["-p", f"nnUNetPlans_{name}", "-tr", ARMS[name].trainer]
-        command += ["-p_baseline", f"nnUNetPlans_{STOCK}", "-tr_baseline", ARMS[STOCK].trainer]
+        command = [sys.executable, "-m", "nnunet_nmsw.commands.compare", "-d", str(dataset.number)]
+        command += ["-f", *map(str, folds), "-p", plans_of(dataset, name), "-tr", ARMS[name].trainer]
+        command += ["-p_baseline", plans_of(dataset, STOCK), "-tr_baseline", ARMS[STOCK].trainer]
         command += ["-k", "5%", "10%", "20%", "auto", "all", "--disable_tta", "-nps", "1", "-timed_cases", "0"]
         command += ["-device", args.device, "-o", str(self.report(dataset, name)), "--disable_progress_bar"]
         self.call(command, self.report(dataset, name).with_suffix(".log"))
 
     def report(self, dataset: Dataset, name: str) -> Path:
         """Folder of an arm's comparison."""
-        folder: Path = self.args.o / dataset.name / f"{self.args.epochs}_epochs" / f"{name}_compared"
+        folder: Path = self.args.o / dataset.folder / f"{self.args.epochs}_epochs" / f"{name}_compared"
         return folder
 
     def is_over(self) -> bool:
@@ -127,7 +143,7 @@ class Study:
     def call(self, command: list[str], log: Path) -> None:
         """Run a command with a log. One that fails is reported, and the others go on."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        print(shlex.join(command[1:]), flush=True)
+        print(shlex.join(command), flush=True)
         left = None if self.end is None else max(1.0, self.end - time.monotonic())
         with open(log, "a") as file:
             try:
@@ -143,7 +159,7 @@ class Study:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", type=int, nargs="+", default=[4, 903, 731], choices=DATASETS, help="dataset ids")
+    parser.add_argument("-d", type=int, nargs="+", default=[4, 902, 731], choices=DATASETS, help="datasets")
     parser.add_argument("-arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("-folds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("-epochs", type=int, required=True, help="of a training")
@@ -158,10 +174,8 @@ def main() -> None:
         dataset = DATASETS[dataset_id]
         of_network = (dataset.patch_size, dataset.features)
         for name in args.arms:
-            settings = ARMS[name].settings
-            write_small_plans(
-                dataset_id, *of_network, f"nnUNetPlans_{name}", settings, dataset.batch_size, dataset.plans
-            )
+            plans, settings = plans_of(dataset, name), ARMS[name].settings
+            write_small_plans(dataset.number, *of_network, plans, settings, dataset.batch_size, dataset.plans)
     # Fold by fold, so that there is a result early; what others start from comes first.
     for started in (False, True):
         names = [name for name in args.arms if (ARMS[name].start is not None) is started]
@@ -198,7 +212,7 @@ OF_STOCK = (
 
 def table(study: Study, dataset: Dataset, arms: list[str]) -> str:
     """Markdown of what is compared of a dataset."""
-    lines = [f"### {dataset.name}, {study.args.epochs} epochs", ""]
+    lines = [f"### {dataset.folder}, {study.args.epochs} epochs", ""]
     columns = ("arm", "method", "Dice, %", "difference to stock (95%)", "NSD, %", "missed objects", "patches")
     lines += head(*columns)
     first = True
