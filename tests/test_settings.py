@@ -77,7 +77,7 @@ def test_the_documented_table_is_that_of_the_settings():
     """`python -m nnunet_nmsw.settings` prints it."""
     documented = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
     assert table() in documented
-    assert len(ALLOWED) == 9
+    assert len(ALLOWED) == 10
 
 
 def test_a_2d_configuration_is_refused():
