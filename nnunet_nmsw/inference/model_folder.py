@@ -89,7 +89,7 @@ def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust
     """
     checked_folder(folder)
     read_document(folder, "dataset.json")
-    channels: dict[str, dict[Path, int]] = {}
+    channels: dict[str, dict[Path, int | None]] = {}
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():
@@ -105,12 +105,12 @@ def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust
         _check_context(configuration, channels[name], where)
 
 
-def _check_context(configuration: dict[str, Any], trained: dict[Path, int], where: str) -> None:
+def _check_context(configuration: dict[str, Any], trained: dict[Path, int | None], where: str) -> None:
     """See that the local branch is told of the volume as in training.
 
     Args:
         configuration: of the plans.
-        trained: channels of the context by checkpoint.
+        trained: channels of the context by checkpoint; None of a stock model's, whose plans may be shared.
         where: the configuration stands, for the message.
 
     Raises:
@@ -121,7 +121,7 @@ def _check_context(configuration: dict[str, Any], trained: dict[Path, int], wher
         return  # the settings' own check says more
     wanted = given.get("context_channels", 0)
     for file, number in trained.items():
-        if number != wanted:
+        if number not in (None, wanted):
             raise UserError(
                 f'{where}: "context_channels" under "{PLANS_KEY}" is {wanted!r}, and {file} was trained with {number}: '
                 "set it back"

@@ -27,12 +27,14 @@ WEIGHTS = "context.of_probabilities.weight"
 """In the state of an NMSW network with context: one row a channel."""
 
 
-def channels_of_context(weights: Mapping[str, Tensor]) -> int:
-    """How many channels the context of a trained network has; 0 without context.
+def channels_of_context(weights: Mapping[str, Tensor]) -> int | None:
+    """How many channels the context of a trained network has: 0 without context, None of a network that is no NMSW's.
 
     Args:
-        weights: state of an NMSW or of a stock network.
+        weights: state of the network.
     """
+    if not any(name.startswith("global_branch.") for name in weights):
+        return None
     return len(weights[WEIGHTS]) if WEIGHTS in weights else 0
 
 

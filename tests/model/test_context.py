@@ -1,19 +1,25 @@
 """What the local branch is told of the whole volume."""
 
+import json
+from contextlib import nullcontext
+
 import pytest
 import torch
 from predictors import nmsw, stock
 from tiny import build_network, build_retrofit_network, initialized, make_plans
 from torch import Tensor
 from training import ENCODING, training_step
+from untrained import write_model
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.model_folder import check_model
 from nnunet_nmsw.inference.networks import Ensemble
 from nnunet_nmsw.inference.volume import Padded
 from nnunet_nmsw.model.context import Context, channels_of_context
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW_retrofit, nnUNetTrainerNMSW_retrofit_context
+from nnunet_nmsw.trainers.checkpoints import settings_of_training
 from nnunet_nmsw.trainers.pretrained import load_local_branch, load_pretrained
 from nnunet_nmsw.volume.interpolation import upsample_window
 from nnunet_nmsw.volume.labels import LabelEncoding
@@ -163,6 +169,7 @@ def test_weights_of_a_network_without_context_ignore_it(load):
 
 
 def test_the_state_tells_how_many_channels_there_are():
+    assert channels_of_context(build_network().local_branch.state_dict()) is None
     assert channels_of_context(build_network().state_dict()) == 0
     assert channels_of_context(with_context(5).state_dict()) == 5
 
@@ -178,3 +185,25 @@ def test_a_retrofit_says_what_it_cannot(trainer, channels, says):
     settings = settings_of(make_plans(context_channels=channels)["configurations"]["3d_fullres"])
     with pytest.raises(UserError, match=says):
         trainer.check_settings(settings)
+
+
+@pytest.mark.parametrize(("trainer", "refused"), [("nnUNetTrainerNMSW", True), ("nnUNetTrainer", False)])
+def test_plans_and_checkpoint_of_a_model_have_the_same_context(trainer, refused, tmp_path):
+    model = write_model(tmp_path / "model", trainer)
+    check_model(model, [0], "checkpoint_final.pth", False)
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"].setdefault("nmsw", {})["context_channels"] = 4
+    (model / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(UserError, match=r"is 4, and .*fold_0.* was trained with 0") if refused else nullcontext():
+        check_model(model, [0], "checkpoint_final.pth", False)
+
+
+def test_a_training_of_an_earlier_version_goes_on_without_context():
+    settings = settings_of(make_plans(context_channels=4)["configurations"]["3d_fullres"])
+    before = settings.to_dict()
+    del before["context_channels"]
+    checkpoint = {"init_args": {"plans": {"configurations": {"3d_fullres": {"nmsw": before}}}}}
+    goes_on = settings_of_training(checkpoint, "3d_fullres", settings, set(), "fold_0")
+    assert goes_on.context_channels == 0
+    with pytest.raises(UserError, match='"context_channels" under "nmsw" in the plans is 4, and was 0'):
+        settings_of_training(checkpoint, "3d_fullres", settings, {"context_channels"}, "fold_0")
