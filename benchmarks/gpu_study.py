@@ -12,7 +12,6 @@ folder of an earlier call, trainings go on after their last whole epoch. What el
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -94,7 +93,7 @@ def prepare(data: Path, work: Path, environment: dict[str, str]) -> None:
         # As functions: on a machine without the installed commands there is only the package.
         code = f"from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints as e\ne.{entry}()"
         subprocess.run([sys.executable, "-c", code, "-d", number, *flags], env=environment, check=True)
-    (work / "ready").write_text(json.dumps({"spacing": SPACING}))
+    (work / "ready").touch()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import numpy as np
 from ablation_run import NUM_PATCHES
 from arms import CONTEXTS, PARTS
 from matplotlib.figure import Figure
+from training_run import environment_of, values_of_flags
 
 import nnunet_nmsw
 from nnunet_nmsw.demo.small_plans import write_small_plans
@@ -203,19 +203,12 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
     nmsw = {} if name == STOCK else {**arm.settings, "seed": seed}
     of_network = (dataset.patch_size, dataset.features)
     write_small_plans(dataset.number, *of_network, plans, nmsw, dataset.batch_size, dataset.plans)
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    environment = {
-        **os.environ,
-        "nnUNet_results": str((args.o / "models" / f"{args.epochs}_epochs").resolve()),
-        "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"),
-        "OMP_NUM_THREADS": str(threads),
-        "nnUNet_extTrainer": str(HERE),
-    }
-    command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset.number), "-p", plans]
+    results_of_nnunet = args.o / "models" / f"{args.epochs}_epochs"
+    environment = {**environment_of(results_of_nnunet, args.jobs), "nnUNet_extTrainer": str(HERE)}
+    command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset.number), "-o", str(results)]
+    command += values_of_flags(args, arm.trainer, plans, seed if args.folds else 0, seed)
     command += ["--evaluate"] if args.evaluate else []
     command += [] if name in SELECTION_ARMS else ["--own_selection"]
-    command += ["-tr", arm.trainer, "-epochs", str(args.epochs), "-steps", str(args.steps), "-seed", str(seed)]
-    command += ["-f", str(seed if args.folds else 0), "-device", args.device, "-o", str(results)]
     command += [] if dataset.mirrors else ["--no_mirroring"]
     print(f"{dataset.folder} {name} seed {seed}", flush=True)
     left = args.end and args.end - time.monotonic()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation import DATASETS, Dataset, head, row
+from training_run import environment_of, values_of_flags
 
 from nnunet_nmsw.demo.small_plans import write_small_plans
 
@@ -74,13 +74,7 @@ class Study:
         self.args = args
         self.end = time.monotonic() + 60 * args.minutes if args.minutes else None
         self.results = args.o / "models" / f"{args.epochs}_epochs"
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        self.environment = {
-            **os.environ,
-            "nnUNet_results": str(self.results.resolve()),
-            "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"),
-            "OMP_NUM_THREADS": str(threads),
-        }
+        self.environment = environment_of(self.results, args.jobs)
 
     def model(self, dataset: Dataset, name: str) -> Path:
         """Folder of an arm's models."""
@@ -96,19 +90,7 @@ class Study:
         if self.checkpoint(dataset, name, fold).is_file() or self.is_over():
             return
         command = [sys.executable, str(HERE / "training_run.py"), "-d", str(dataset.number)]
-        command += [
-            "-p",
-            plans_of(dataset, name),
-            "-tr",
-            arm.trainer,
-            "-f",
-            str(fold),
-            "-seed",
-            str(fold),
-            "-device",
-            args.device,
-        ]
-        command += ["-epochs", str(args.epochs), "-steps", str(args.steps)]
+        command += values_of_flags(args, arm.trainer, plans_of(dataset, name), fold, fold)
         command += [] if dataset.mirrors else ["--no_mirroring"]
         if arm.start is not None:
             start = self.checkpoint(dataset, arm.start, fold)

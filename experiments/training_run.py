@@ -8,6 +8,7 @@ A training that was interrupted goes on after its last whole epoch. On a CPU it 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -39,6 +40,36 @@ def flags_of_training() -> argparse.ArgumentParser:
     parser.add_argument("-device", default="cpu")
     parser.add_argument("--no_mirroring", action="store_true", help="do not augment by mirroring")
     return parser
+
+
+def values_of_flags(args: argparse.Namespace, trainer: str, plans: str, fold: int, seed: int) -> list[str]:
+    """Such flags as a list of arguments, but for the dataset's.
+
+    Args:
+        args: of `study.py` or `ablation.py`, which have the length and the device.
+        trainer: name of the trainer.
+        plans: name of the plans.
+        fold: to train.
+        seed: of the training.
+    """
+    flags = {"-p": plans, "-tr": trainer, "-f": fold, "-seed": seed}
+    flags |= {"-epochs": args.epochs, "-steps": args.steps, "-device": args.device}
+    return [str(part) for flag in flags.items() for part in flag]
+
+
+def environment_of(results: Path, jobs: int) -> dict[str, str]:
+    """Variables for trainings that share the processor's cores.
+
+    Args:
+        results: nnU-Net's folder of models.
+        jobs: trainings at the same time.
+    """
+    return {
+        **os.environ,
+        "nnUNet_results": str(results.resolve()),
+        "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
+    }
 
 
 def main() -> None:
