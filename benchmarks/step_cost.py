@@ -1,6 +1,6 @@
 """What a training step costs by multiply-accumulates, against nnU-Net's on the same plans. Computes nothing.
 
-    python benchmarks/step_cost.py -width 0.75 0.5
+    python benchmarks/step_cost.py -width 0.5 0.75
 
 Networks of nnU-Net's full width for patches of 128³, and its batch of two patches; volumes of several median shapes. A
 step of NMSW has as many windows as the batch has patches, and the global branch.
@@ -27,7 +27,7 @@ SHAPES = ([256, 288, 288], [384, 480, 480], [128, 512, 512], [160, 192, 192], [3
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-width", type=float, nargs="+", default=[0.75])
+    parser.add_argument("-width", type=float, nargs="+", default=[0.5])
     parser.add_argument("-patch", type=int, default=128)
     args = parser.parse_args()
     print("| median volume | width | factor | global branch, in patches | step, in stock's |\n|---|---|---|---|---|")

@@ -75,7 +75,7 @@ DATASETS = {
     # make_kits_phantom.py --spacing 6 --train 120 --test 0
     902: Dataset("Dataset902_KiTSPhantom6mm", [16, 16, 16], [8, 16, 32]),
     # make_kits_phantom.py --spacing 3 --train 100 --test 0
-    903: Dataset("Dataset903_KiTSPhantom3mm", [32, 32, 32], [16, 32, 64, 128], 2),
+    903: Dataset("Dataset903_KiTSPhantom3mm", [24, 24, 24], [16, 32, 64], 2),
     # nnUNetv2_plan_experiment -overwrite_target_spacing 4 4 4 -overwrite_plans_name nnUNetPlans4mm
     731: Dataset("Dataset731_BTCV", [24, 24, 24], [16, 32, 64], 2, "nnUNetPlans4mm", mirrors=False),
     # the same with 3 3 3 and nnUNetPlans3mm, at nnU-Net's full width: for a GPU
@@ -112,21 +112,19 @@ ARMS = {
     **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in PARTS},
     # what the local branch is told of the volume,
     "context": Arm(settings={"context_channels": 4}),
-    "context_width_050": Arm(settings={"context_channels": 4, "global_width": 0.5}),
     "context_4": Arm(settings={**ONE_EACH, "context_channels": 4}),
     "context_8": Arm(settings={**ONE_EACH, "context_channels": 8}),
     **{name: Arm(f"nnUNetTrainerNMSW_{name}", {**ONE_EACH, "context_channels": 4}) for name in CONTEXTS},
     # which windows a step looks at, and how often the global branch is trained,
     "windows_1_1": Arm(settings=ONE_EACH),
-    "windows_2_0_width_050": Arm(settings={"sampled_windows": 2, "random_windows": 0, "global_width": 0.5}),
-    "windows_1_1_width_050": Arm(settings={**ONE_EACH, "global_width": 0.5}),
+    "windows_2_0": Arm(settings={"sampled_windows": 2, "random_windows": 0}),
     "windows_1_1_in_turns": Arm("nnUNetTrainerNMSW_global_in_turns", ONE_EACH),
     "windows_1_3": Arm(settings={"sampled_windows": 1, "random_windows": 3}),
     "windows_3_1": Arm(settings={"sampled_windows": 3, "random_windows": 1}),
     # how the view of the global branch is augmented,
     "augmentation_in_mm": Arm("nnUNetTrainerNMSW_augmentation_in_mm"),
     # and the global branch
-    "width_050": Arm(settings={"global_width": 0.5}),
+    "width_075": Arm(settings={"global_width": 0.75}),
     "width_100": Arm(settings={"global_width": 1.0}),
     "factor_2": Arm(settings={"downsampling_factor": [2, 2, 2]}),
     "factor_4": Arm(settings={"downsampling_factor": [4, 4, 4]}),

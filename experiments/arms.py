@@ -99,7 +99,7 @@ PARTS = {
 def trainer_of(name: str, parts: Parts) -> type[nnUNetTrainerNMSW]:
     """The trainer of an arm."""
 
-    attributes = {"__module__": __name__, "build_network_architecture": network_builder(parts)}
+    attributes = {"__module__": __name__, "build_network_architecture": network_builder(lambda settings: parts)}
     return type(f"nnUNetTrainerNMSW_{name}", (nnUNetTrainerNMSW,), attributes)
 
 

@@ -101,8 +101,8 @@ class NMSWSettings(pydantic.BaseModel):
         BeforeValidator(_as_tuple),
     ] = Field(
         description="Voxels of the volume per voxel of the global branch's view, by axis in the order of the plans' "
-        "patch size. Default: the smallest, as isotropic in mm as integers allow, at which the global branch costs a "
-        "median volume no more than two patches.",
+        "patch size. Default: the smallest, as isotropic in mm as integers allow, at which the view of a "
+        "median volume has no more voxels than 3.6 patches.",
         json_schema_extra=_allowed("three integers of at least 1, e.g. [3, 3, 3]"),
     )
     num_patches: Annotated[int | str, BeforeValidator(_num_patches)] = Field(
@@ -120,7 +120,7 @@ class NMSWSettings(pydantic.BaseModel):
         json_schema_extra=_allowed(f"an integer from 0 to {MOST_WINDOWS}"),
     )
     global_width: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.75,
+        default=0.5,
         description="Features per stage of the global branch as a fraction of the local branch's.",
         json_schema_extra=_allowed("a number above 0 and up to 1"),
     )

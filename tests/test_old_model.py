@@ -75,9 +75,9 @@ def test_a_seeded_training_draws_the_same_windows_and_reaches_the_same_weights(n
     seed_everything(3)
     torch.manual_seed(0)
     training = {"score_training": "contribution"} if name == "contribution" else {}
-    windows = {"sampled_windows": 2, "random_windows": 2}
-    plans = PlansManager(make_plans(PATCH, downsampling_factor=[2, 2, 2], **windows, **training))
-    parts = Parts(RelaxedOnInput(), CLASS_WEIGHTS) if name == "paper" else None
+    defaults = {"sampled_windows": 2, "random_windows": 2, "global_width": 0.75}
+    plans = PlansManager(make_plans(PATCH, downsampling_factor=[2, 2, 2], **defaults, **training))
+    parts = (lambda settings: Parts(RelaxedOnInput(), CLASS_WEIGHTS)) if name == "paper" else Parts.of
     network = build_network(plans.get_configuration("3d_fullres"), (1, 3), False, parts)
     optimizer, augmentation = torch.optim.SGD(network.parameters(), 0.01), nnunet_augmentation()
     losses, starts = [], []

@@ -86,11 +86,11 @@ def test_a_2d_configuration_is_refused():
 
 
 def test_the_papers_setting_gets_the_papers_downsampling():
-    assert default_downsampling_factor([480, 480, 384], [128, 128, 128], [1, 1, 1], 1.0) == (3, 3, 3)
+    assert default_downsampling_factor([480, 480, 384], [128, 128, 128], [1, 1, 1]) == (3, 3, 3)
 
 
 def test_downsampling_is_isotropic_in_space():
-    factor = default_downsampling_factor([40, 512, 512], [16, 128, 128], [5.0, 1.0, 1.0], 1.0)
+    factor = default_downsampling_factor([40, 512, 512], [16, 128, 128], [5.0, 1.0, 1.0])
     assert factor[0] == 1
     assert factor[1] == factor[2] > 2
 

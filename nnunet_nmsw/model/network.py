@@ -283,7 +283,7 @@ def build_network(
     configuration: ConfigurationManager,
     channels: tuple[int, int],
     deep_supervision: bool,
-    parts: Parts | None = None,
+    parts_of: Callable[[NMSWSettings], Parts] = Parts.of,
 ) -> NMSWNetwork:
     """The network of a configuration of the plans.
 
@@ -291,9 +291,10 @@ def build_network(
         configuration: with the settings under `nmsw`.
         channels: of the input and of the logits.
         deep_supervision: whether the local branch is asked for several scales.
-        parts: what is made of the settings; ours where None.
+        parts_of: what is made of the settings; ours by default.
     """
     d, h, w = configuration.patch_size
     settings = settings_of(configuration.configuration)
     architecture = configuration.configuration["architecture"]
+    parts = parts_of(settings)
     return NMSWNetwork.from_architecture(architecture, (d, h, w), channels, deep_supervision, settings, parts)

@@ -19,8 +19,9 @@ from nnunet_nmsw.settings import PLANS_KEY, NMSWSettings, refused, settings_from
 SMALLEST_BATCH = 2
 """Of nnU-Net's plans; plans that were made for inference may have none."""
 
-MAX_GLOBAL_COST_IN_PATCHES = 2.0
-"""A median volume may cost the global branch as much as this many patches cost the local one."""
+MAX_VIEW_IN_PATCHES = 3.6
+"""The global branch's view of a median volume may have as many voxels as this many patches. At half of the local
+branch's features such a view costs what 0.9 patches cost."""
 
 
 def settings_of(configuration: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> NMSWSettings:
@@ -46,12 +47,9 @@ def settings_of(configuration: dict[str, Any], defaults: Mapping[str, Any] | Non
         **without_retired(configuration.get(PLANS_KEY, {})),
     }
     if "downsampling_factor" not in given:
-        # Checks the width, on which the factor depends, before it is used.
-        width = settings_from({**given, "downsampling_factor": [1, 1, 1]}).global_width
-        factor = default_downsampling_factor(
-            configuration["median_image_size_in_voxels"], patch_size, configuration["spacing"], width
+        given["downsampling_factor"] = default_downsampling_factor(
+            configuration["median_image_size_in_voxels"], patch_size, configuration["spacing"]
         )
-        given["downsampling_factor"] = factor
     settings, local = settings_from(given), configuration["architecture"]
     if any(f > n for f, n in zip(settings.downsampling_factor, patch_size, strict=True)):
         allowed = f"no more voxels than a patch has by axis, {list(patch_size)}"
@@ -94,20 +92,18 @@ def windows_of_batch(batch_size: int) -> dict[str, int]:
 
 
 def default_downsampling_factor(
-    median_shape: Sequence[float], patch_size: Sequence[int], spacing: Sequence[float], global_width: float
+    median_shape: Sequence[float], patch_size: Sequence[int], spacing: Sequence[float]
 ) -> tuple[int, int, int]:
     """The smallest factors, as isotropic in space as integers allow, at which the global branch is cheap.
 
-    Cheap means that a median volume costs the global branch at most `MAX_GLOBAL_COST_IN_PATCHES` patches of the local
-    one, the cost of a convolution going with voxels times features squared.
+    Cheap means that its view of a median volume has no more voxels than `MAX_VIEW_IN_PATCHES` patches.
 
     Args:
         median_shape: voxels by axis, at the plans' spacing.
         patch_size: voxels by axis.
         spacing: mm by axis.
-        global_width: features of the global branch relative to the local branch's.
     """
-    budget = MAX_GLOBAL_COST_IN_PATCHES * math.prod(patch_size) / global_width**2
+    budget = MAX_VIEW_IN_PATCHES * math.prod(patch_size)
     # Each low-resolution spacing at which some axis steps to its next integer factor, from fine to coarse.
     steps = sorted({step * axis_spacing for axis_spacing in spacing for step in range(1, 65)})
     for low_spacing in steps:

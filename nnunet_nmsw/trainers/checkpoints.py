@@ -57,6 +57,7 @@ def settings_of_training(
         if before.get(name, value) != value:
             raise UserError(
                 f'setting "{name}" under "{PLANS_KEY}" in the plans is {value!r}, and was {before[name]!r} when '
-                f"the training of {output_folder} started: set it back, or train anew without --c and --val"
+                f"the training of {output_folder} started: write {before[name]!r} there, or train anew without "
+                "--c and --val"
             )
     return settings

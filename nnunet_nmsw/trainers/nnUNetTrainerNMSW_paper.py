@@ -67,4 +67,4 @@ class nnUNetTrainerNMSW_paper(nnUNetTrainerNMSW):
 
     defaults: ClassVar[dict[str, Any]] = {"sampled_windows": 4, "random_windows": 1}
 
-    build_network_architecture = network_builder(Parts(PaperSampler(), CLASS_WEIGHTS))
+    build_network_architecture = network_builder(lambda settings: Parts(PaperSampler(), CLASS_WEIGHTS))

@@ -346,7 +346,7 @@ def test_plans_of_the_residual_encoder_planners(planner_class, folders):
         d, h, w = map(int, planned["patch_size"])
         network = NMSWNetwork.from_architecture(configuration["architecture"], (d, h, w), (1, 3), True, config)
         assert type(network.local_branch).__name__ == "ResidualEncoderUNet"
-        assert features(network.global_branch) == [round(0.75 * n) for n in features(network.local_branch)]
+        assert features(network.global_branch) == [round(0.5 * n) for n in features(network.local_branch)]
         stages = len(features(network.local_branch))
         assert len(network.deep_supervision_scales(1)) == stages - 1
         low_shape = [-(-n // f) for n, f in zip((250, 512, 512), config.downsampling_factor, strict=True)]
