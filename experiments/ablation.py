@@ -47,6 +47,7 @@ class Dataset:
         features: of the stages, from the finest.
         batch_size: patches of a step.
         plans: whose preprocessed data is taken.
+        low_plans: the same of a spacing that is about the global branch's.
         mirrors: whether left and right look alike to the labels. Where not, no arm mirrors.
         variant: tells apart what is made of one dataset.
     """
@@ -56,6 +57,7 @@ class Dataset:
     features: list[int]
     batch_size: int = 4
     plans: str = "nnUNetPlans"
+    low_plans: str = ""
     mirrors: bool = True
     variant: str = ""
 
@@ -70,15 +72,17 @@ class Dataset:
         return self.name + self.variant
 
 
+# nnUNetPlans4mm: nnUNetv2_plan_experiment -overwrite_target_spacing 4 4 4 -overwrite_plans_name nnUNetPlans4mm
 DATASETS = {
-    4: Dataset("Dataset004_Hippocampus", [16, 16, 16], [16, 32, 64]),
+    4: Dataset("Dataset004_Hippocampus", [16, 16, 16], [16, 32, 64], low_plans="nnUNetPlans2mm"),
     # make_kits_phantom.py --spacing 6 --train 120 --test 0
     902: Dataset("Dataset902_KiTSPhantom6mm", [16, 16, 16], [8, 16, 32]),
     # make_kits_phantom.py --spacing 3 --train 100 --test 0
-    903: Dataset("Dataset903_KiTSPhantom3mm", [24, 24, 24], [16, 32, 64], 2),
-    # nnUNetv2_plan_experiment -overwrite_target_spacing 4 4 4 -overwrite_plans_name nnUNetPlans4mm
-    731: Dataset("Dataset731_BTCV", [24, 24, 24], [16, 32, 64], 2, "nnUNetPlans4mm", mirrors=False),
-    # the same with 3 3 3 and nnUNetPlans3mm, at nnU-Net's full width: for a GPU
+    903: Dataset("Dataset903_KiTSPhantom3mm", [24, 24, 24], [16, 32, 64], 2, low_plans="nnUNetPlans12mm"),
+    731: Dataset(
+        "Dataset731_BTCV", [24, 24, 24], [16, 32, 64], 2, "nnUNetPlans4mm", low_plans="nnUNetPlans12mm", mirrors=False
+    ),
+    # at nnU-Net's full width: for a GPU
     7313: Dataset(
         "Dataset731_BTCV", [64, 64, 64], [32, 64, 128, 256, 320], 2, "nnUNetPlans3mm", mirrors=False, variant="_3mm"
     ),

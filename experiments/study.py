@@ -3,16 +3,16 @@
     python experiments/study.py -d 731 -arms stock nmsw context retrofit -epochs 50 -o study -device cpu -jobs 2
 
 Fold S is trained with seed S: a replicate differs in its cases, too, and every case counts once. Arms that start from
-a stock model take the one of their own fold. What is there is kept: an interrupted study goes on, a training after its
-last whole epoch. `--minutes` stops in time. In the end tables are written into `study.md` of the folder. Needs
-nnU-Net's folders and the preprocessed datasets of `ablation.py`.
+a stock model take the one of their own fold. `lowres` is stock nnU-Net at about the resolution of the global branch;
+with `stock` it also makes two stock models without further training. What is there is kept: an interrupted study goes
+on, a training after its last whole epoch. `--minutes` stops in time. In the end tables are written into `study.md` of
+the folder. Needs nnU-Net's folders and the preprocessed datasets of `ablation.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import subprocess
 import sys
@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ablation import DATASETS, Dataset, head, row
+from ablation import DATASETS, Dataset
+from study_tables import LOWRES, STOCK, TWO_STOCK, table
 from training_run import environment_of, values_of_flags
 
 from nnunet_nmsw.demo.small_plans import write_small_plans
@@ -40,16 +41,18 @@ class Arm:
         trainer: its name.
         settings: under `nmsw` in the plans.
         start: the arm whose checkpoint of the same fold is the start.
+        is_low: trained at the low resolution of the dataset.
     """
 
     trainer: str = "nnUNetTrainerNMSW"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: str | None = None
+    is_low: bool = False
 
 
-STOCK = "stock"
 ARMS = {
     STOCK: Arm("nnUNetTrainer"),
+    LOWRES: Arm("nnUNetTrainer", is_low=True),
     "paper": Arm("nnUNetTrainerNMSW_paper"),
     "nmsw": Arm(settings={"context_channels": 0}),
     "context": Arm(settings={"context_channels": 4}),
@@ -113,6 +116,36 @@ class Study:
         command += ["-device", args.device, "-o", str(self.report(dataset, name)), "--disable_progress_bar"]
         self.call(command, self.report(dataset, name).with_suffix(".log"))
 
+    def predict(self, dataset_id: int, name: str, fold: int) -> None:
+        """Predict and measure a fold's cases by what no report has, once its models are trained.
+
+        Args:
+            dataset_id: number in `DATASETS`.
+            name: `LOWRES`, or a number of patches of two stock models.
+            fold: the fold.
+        """
+        dataset, args = DATASETS[dataset_id], self.args
+        needed = [self.checkpoint(dataset, of, fold) for of in ((LOWRES,) if name == LOWRES else (LOWRES, STOCK))]
+        folder = self.predicted(dataset, name, fold)
+        if self.is_over() or (folder / "metrics.csv").is_file() or not all(file.is_file() for file in needed):
+            return
+        command = [sys.executable, str(HERE / "fold_prediction.py"), "-d", str(dataset.number), "-f", str(fold)]
+        command += ["-o", str(folder), "--"]
+        if name == LOWRES:
+            command += ["nnUNetv2_predict", "-d", str(dataset.number), "-p", plans_of(dataset, LOWRES)]
+            command += ["-tr", ARMS[LOWRES].trainer, "-c", "3d_fullres"]
+        else:
+            command += ["nmsw_predict", "--global_model", str(self.model(dataset, LOWRES)), "-k", name]
+            command += ["--local_model", str(self.model(dataset, STOCK))]
+        command += ["-f", str(fold), "--disable_tta", "-device", args.device, "-npp", "1", "-nps", "1"]
+        self.call(command, folder.with_suffix(".log"))
+
+    def predicted(self, dataset: Dataset, name: str, fold: int) -> Path:
+        """Folder of a fold's metrics."""
+        what = LOWRES if name == LOWRES else f"two_stock_{name.replace('%', 'percent')}"
+        folder: Path = self.args.o / dataset.folder / f"{self.args.epochs}_epochs" / f"{what}_fold_{fold}"
+        return folder
+
     def report(self, dataset: Dataset, name: str) -> Path:
         """Folder of an arm's comparison."""
         folder: Path = self.args.o / dataset.folder / f"{self.args.epochs}_epochs" / f"{name}_compared"
@@ -157,75 +190,22 @@ def main() -> None:
         of_network = (dataset.patch_size, dataset.features)
         for name in args.arms:
             plans, settings = plans_of(dataset, name), ARMS[name].settings
-            write_small_plans(dataset.number, *of_network, plans, settings, dataset.batch_size, dataset.plans)
+            source = dataset.low_plans if ARMS[name].is_low else dataset.plans
+            write_small_plans(dataset.number, *of_network, plans, settings, dataset.batch_size, source)
     # Fold by fold, so that there is a result early; what others start from comes first.
     for started in (False, True):
         names = [name for name in args.arms if (ARMS[name].start is not None) is started]
         runs = [(d, name, fold) for fold in args.folds for d in args.d for name in names]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: study.train(*run), runs))
-    reports = [(d, name) for d in args.d for name in args.arms if name != STOCK]
+    reports = [(d, name) for d in args.d for name in args.arms if name not in (STOCK, LOWRES)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda of: study.compare(*of, args.folds), reports))
+        list(pool.map(lambda of: study.compare(of[0], of[1], args.folds), reports))
+        others = [(d, name, fold) for fold in args.folds for d in args.d for name in (LOWRES, *TWO_STOCK)]
+        list(pool.map(lambda of: study.predict(*of), others))
     text = "\n\n".join(table(study, DATASETS[d], args.arms) for d in args.d)
     (args.o / "study.md").write_text(text + "\n")
     print(text)
-
-
-ROWS = (
-    "nmsw_sliding_window_step_0.5",
-    "nmsw_global_branch",
-    "nmsw_greedy_benefit_5percent",
-    "nmsw_greedy_benefit_10percent",
-    "nmsw_greedy_benefit_20percent",
-    "nmsw_greedy_benefit_auto",
-    "nmsw_greedy_benefit_all",
-    "nmsw_entropy_10percent",
-    "nmsw_random_10percent",
-    "nmsw_objects",
-    "nmsw_oracle_10percent",
-)
-OF_STOCK = (
-    "baseline_sliding_window_step_0.5",
-    "baseline_sliding_window_step_1.0",
-    "baseline_sliding_window_step_1.0_skipping",
-)
-
-
-def table(study: Study, dataset: Dataset, arms: list[str]) -> str:
-    """Markdown of what is compared of a dataset."""
-    lines = [f"### {dataset.folder}, {study.args.epochs} epochs", ""]
-    columns = ("arm", "method", "Dice, %", "difference to stock (95%)", "NSD, %", "missed objects", "patches")
-    lines += head(*columns)
-    first = True
-    for name in arms:
-        file = study.report(dataset, name) / "results.json"
-        if not file.is_file():
-            continue
-        methods = json.loads(file.read_text())["methods"]
-        for key in OF_STOCK if first else ():
-            lines.append(table_row(STOCK, methods[key]))
-        lines += [table_row(name, methods[key]) for key in ROWS if key in methods]
-        first = False
-    return "\n".join(lines)
-
-
-def table_row(arm: str, method: dict[str, Any]) -> str:
-    """A method in the table."""
-    mean, difference = method["mean"], method["difference"]
-    between = ""
-    if difference:
-        numbers = (100 * difference[key] for key in ("mean", "low", "high"))
-        between = "{:+.1f} ({:+.1f} to {:+.1f})".format(*numbers)
-    return row(
-        arm,
-        method["method"]["name"],
-        f"{100 * mean['Dice']:.1f}",
-        between,
-        f"{100 * mean['NSD']:.1f}",
-        f"{method['missed_objects']} of {method['objects']}",
-        f"{method['patches']:.1f}",
-    )
 
 
 if __name__ == "__main__":
