@@ -12,6 +12,7 @@ import torch
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from nnunet_nmsw.model.context import Context
@@ -151,3 +152,27 @@ class nnUNetTrainerNMSW_augmentation_in_mm(nnUNetTrainerNMSW):
         """See the parent."""
         step = super().step_of(batch, augmentation)
         return TrainingStep(CoarseInMillimetres(**vars(step.volume)), step.local_loss)
+
+
+class nnUNetTrainer_any_network(nnUNetTrainer):
+    """Stock nnU-Net for networks of other classes than its own: MONAI's, by the package's adapters."""
+
+    def initialize(self) -> None:
+        """See the parent. SwinUNETR has one output."""
+        network_class = self.configuration_manager.network_arch_class_name
+        self.enable_deep_supervision = not network_class.endswith("SwinUNETR")
+        super().initialize()
+
+    @torch.no_grad()
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        """By the network's outputs; None with one output."""
+        if not self.enable_deep_supervision:
+            return None
+        patch_size = self.configuration_manager.patch_size
+        outputs = self.network(torch.zeros(1, self.num_input_channels, *patch_size, device=self.device))
+        return [[n / p for n, p in zip(output.shape[2:], patch_size, strict=True)] for output in outputs]
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """The parent's, where the network has the switch."""
+        if hasattr(self.network, "decoder"):
+            super().set_deep_supervision_enabled(enabled)

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ablation import DATASETS, Dataset
+from backbones import BACKBONES, UNET, write_plans
 from study_tables import LOWRES, STOCK, TWO_STOCK, table
 from training_run import environment_of, values_of_flags
-
-from nnunet_nmsw.demo.small_plans import write_small_plans
 
 HERE = Path(__file__).resolve().parent
 FINAL = "checkpoint_final.pth"
@@ -61,11 +60,6 @@ ARMS = {
 }
 
 
-def plans_of(dataset: Dataset, arm: str) -> str:
-    """Name of an arm's plans."""
-    return f"nnUNetPlans_{arm}{dataset.variant}"
-
-
 class Study:
     """The folders and flags of a study.
 
@@ -76,12 +70,27 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.end = time.monotonic() + 60 * args.minutes if args.minutes else None
+        self.backbone = "" if args.backbone == UNET else f"_{args.backbone}"
         self.results = args.o / "models" / f"{args.epochs}_epochs"
-        self.environment = environment_of(self.results, args.jobs)
+        self.environment = {**environment_of(self.results, args.jobs), "nnUNet_extTrainer": str(HERE)}
+
+    def plans_of(self, dataset: Dataset, arm: str) -> str:
+        """Name of an arm's plans."""
+        return f"nnUNetPlans_{arm}{self.backbone}{dataset.variant}"
+
+    def folder(self, dataset: Dataset) -> Path:
+        """Folder of a dataset's reports and logs."""
+        folder: Path = self.args.o / f"{dataset.folder}{self.backbone}" / f"{self.args.epochs}_epochs"
+        return folder
+
+    def trainer(self, name: str) -> str:
+        """Name of an arm's trainer. The stock trainer takes nnU-Net's own networks alone."""
+        trainer = ARMS[name].trainer
+        return "nnUNetTrainer_any_network" if trainer == "nnUNetTrainer" and self.backbone else trainer
 
     def model(self, dataset: Dataset, name: str) -> Path:
         """Folder of an arm's models."""
-        return self.results / dataset.name / f"{ARMS[name].trainer}__{plans_of(dataset, name)}__3d_fullres"
+        return self.results / dataset.name / f"{self.trainer(name)}__{self.plans_of(dataset, name)}__3d_fullres"
 
     def checkpoint(self, dataset: Dataset, name: str, fold: int) -> Path:
         """Of a training that is done."""
@@ -93,7 +102,7 @@ class Study:
         if self.checkpoint(dataset, name, fold).is_file() or self.is_over():
             return
         command = [sys.executable, str(HERE / "training_run.py"), "-d", str(dataset.number)]
-        command += values_of_flags(args, arm.trainer, plans_of(dataset, name), fold, fold)
+        command += values_of_flags(args, self.trainer(name), self.plans_of(dataset, name), fold, fold)
         command += [] if dataset.mirrors else ["--no_mirroring"]
         if arm.start is not None:
             start = self.checkpoint(dataset, arm.start, fold)
@@ -101,7 +110,7 @@ class Study:
                 print(f"{dataset.folder} {name} fold {fold} waits for {arm.start}", flush=True)
                 return
             command += ["-pretrained_weights", str(start)]
-        self.call(command, args.o / dataset.folder / f"{args.epochs}_epochs" / f"{name}_fold_{fold}.log")
+        self.call(command, self.folder(dataset) / f"{name}_fold_{fold}.log")
 
     def compare(self, dataset_id: int, name: str, folds: list[int]) -> None:
         """The report of an NMSW arm, once all of its folds and stock's are trained."""
@@ -110,8 +119,8 @@ class Study:
         if self.is_over() or not all(checkpoint.is_file() for checkpoint in needed):
             return
         command = [sys.executable, "-m", "nnunet_nmsw.commands.compare", "-d", str(dataset.number)]
-        command += ["-f", *map(str, folds), "-p", plans_of(dataset, name), "-tr", ARMS[name].trainer]
-        command += ["-p_baseline", plans_of(dataset, STOCK), "-tr_baseline", ARMS[STOCK].trainer]
+        command += ["-f", *map(str, folds), "-p", self.plans_of(dataset, name), "-tr", self.trainer(name)]
+        command += ["-p_baseline", self.plans_of(dataset, STOCK), "-tr_baseline", self.trainer(STOCK)]
         command += ["-k", "5%", "10%", "20%", "auto", "all", "--disable_tta", "-nps", "1", "-timed_cases", "0"]
         command += ["-device", args.device, "-o", str(self.report(dataset, name)), "--disable_progress_bar"]
         self.call(command, self.report(dataset, name).with_suffix(".log"))
@@ -132,8 +141,8 @@ class Study:
         command = [sys.executable, str(HERE / "fold_prediction.py"), "-d", str(dataset.number), "-f", str(fold)]
         command += ["-o", str(folder), "--"]
         if name == LOWRES:
-            command += ["nnUNetv2_predict", "-d", str(dataset.number), "-p", plans_of(dataset, LOWRES)]
-            command += ["-tr", ARMS[LOWRES].trainer, "-c", "3d_fullres"]
+            command += ["nnUNetv2_predict", "-d", str(dataset.number), "-p", self.plans_of(dataset, LOWRES)]
+            command += ["-tr", self.trainer(LOWRES), "-c", "3d_fullres"]
         else:
             command += ["nmsw_predict", "--global_model", str(self.model(dataset, LOWRES)), "-k", name]
             command += ["--local_model", str(self.model(dataset, STOCK))]
@@ -143,13 +152,11 @@ class Study:
     def predicted(self, dataset: Dataset, name: str, fold: int) -> Path:
         """Folder of a fold's metrics."""
         what = LOWRES if name == LOWRES else f"two_stock_{name.replace('%', 'percent')}"
-        folder: Path = self.args.o / dataset.folder / f"{self.args.epochs}_epochs" / f"{what}_fold_{fold}"
-        return folder
+        return self.folder(dataset) / f"{what}_fold_{fold}"
 
     def report(self, dataset: Dataset, name: str) -> Path:
         """Folder of an arm's comparison."""
-        folder: Path = self.args.o / dataset.folder / f"{self.args.epochs}_epochs" / f"{name}_compared"
-        return folder
+        return self.folder(dataset) / f"{name}_compared"
 
     def is_over(self) -> bool:
         """Whether the time is used up."""
@@ -176,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", type=int, nargs="+", default=[4, 902, 731], choices=DATASETS, help="datasets")
     parser.add_argument("-arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("-backbone", default=UNET, choices=BACKBONES, help="network of both branches")
     parser.add_argument("-folds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("-epochs", type=int, required=True, help="of a training")
     parser.add_argument("-steps", type=int, default=STEPS, help="of an epoch")
@@ -187,11 +195,9 @@ def main() -> None:
     study = Study(args)
     for dataset_id in args.d:
         dataset = DATASETS[dataset_id]
-        of_network = (dataset.patch_size, dataset.features)
         for name in args.arms:
-            plans, settings = plans_of(dataset, name), ARMS[name].settings
             source = dataset.low_plans if ARMS[name].is_low else dataset.plans
-            write_small_plans(dataset.number, *of_network, plans, settings, dataset.batch_size, source)
+            write_plans(dataset, study.plans_of(dataset, name), ARMS[name].settings, source, args.backbone)
     # Fold by fold, so that there is a result early; what others start from comes first.
     for started in (False, True):
         names = [name for name in args.arms if (ARMS[name].start is not None) is started]
@@ -204,7 +210,7 @@ def main() -> None:
         others = [(d, name, fold) for fold in args.folds for d in args.d for name in (LOWRES, *TWO_STOCK)]
         list(pool.map(lambda of: study.predict(*of), others))
     text = "\n\n".join(table(study, DATASETS[d], args.arms) for d in args.d)
-    (args.o / "study.md").write_text(text + "\n")
+    (args.o / f"study{study.backbone}.md").write_text(text + "\n")
     print(text)
 
 

@@ -42,7 +42,7 @@ OF_STOCK = (
 
 def table(study: Study, dataset: Dataset, arms: list[str]) -> str:
     """Markdown of what is compared of a dataset."""
-    lines = [f"### {dataset.folder}, {study.args.epochs} epochs", ""]
+    lines = [f"### {dataset.folder}{study.backbone}, {study.args.epochs} epochs", ""]
     columns = ("arm", "method", "Dice, %", "difference to stock (95%)", "NSD, %", "missed objects", "patches")
     lines += head(*columns)
     first = True
