@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from ablation import Dataset
+from grid import Dataset
 
 from nnunet_nmsw.demo.small_plans import write_small_plans
 from nnunet_nmsw.files import write_json

@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ablation import DATASETS, Dataset
 from backbones import BACKBONES, UNET, write_plans
+from grid import DATASETS, Dataset
 from study_tables import LOWRES, STOCK, TWO_STOCK, table
 from training_run import environment_of, values_of_flags
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from ablation import Dataset, head, row
+from ablation_tables import head, row
+from grid import Dataset
 
 from nnunet_nmsw.evaluation.statistics import paired_difference
 
