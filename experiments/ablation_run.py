@@ -8,6 +8,7 @@ Tensor suffixes: C channels or classes, D H W axes of the volume.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -16,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from training_run import flags_of_training, precision_of, trained
 
 from nnunet_nmsw.evaluation.oracle import Oracle
-from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold
-from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Nothing
+from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold, SharedSlidingWindow
+from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Nothing, Objects
 from nnunet_nmsw.inference.networks import Ensemble, unbounded
 from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels, spatial_shape
 from nnunet_nmsw.selection.by_score import TopK, full_trust, placement_grid
@@ -36,7 +36,9 @@ from nnunet_nmsw.volume.labels import LabelEncoding
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
 MOST_CASES = 12
 LOGGED = ("foreground_share", "entropy", "benefit", "loss_local", "loss_global", "loss_fused", "benefit_loss")
-SLIDING_WINDOW, ALONE, ALL = "sliding window", "global branch", "all windows"
+SLIDING_WINDOW, ALONE, ALL, AUTOMATIC = "sliding window", "global branch", "all windows", "automatic"
+SLIDES = {"all": (0.5, False), "step 1.0": (1.0, False), "step 1.0, empty windows skipped": (1.0, True)}
+"""Step, and whether empty windows are skipped, by the name in the place of K."""
 
 
 def main() -> None:
@@ -72,40 +74,41 @@ def evaluate(trainer: nnUNetTrainer, own_selection: bool) -> dict[str, Any]:
         own_selection: pick windows as the model itself does, and by the oracle.
 
     Returns:
-        `dice`: by method and K, a list of Dice by class, means over the cases that have a value; `windows`: mean number
-        of windows of a case; `automatic_windows`: mean number taken by threshold.
+        `dice`: by method and K, a list of Dice by class, means over the cases that have a value; `taken`: by method and
+        K, mean number of windows; `windows`: mean number of windows of a case; `automatic_windows`: mean number taken
+        by threshold.
     """
     trainer.set_deep_supervision_enabled(False)
     encoding = LabelEncoding.of(trainer.label_manager)
     dice: dict[str, dict[str, list[np.ndarray]]] = {}
-    taken: dict[str, list[int]] = {}
-    sizes: list[int] = []
+    taken: dict[str, dict[str, list[int]]] = {}
     _, dataset = trainer.get_tr_and_val_datasets()
     for case in read_cases(dataset, dataset.identifiers[:MOST_CASES], encoding):
         reference_DHW = torch.from_numpy(np.asarray(case.segmentation[0], dtype=np.int64)).clamp_min(0)
-        predictions: Iterator[tuple[str, str, Tensor, int]] = iter([(SLIDING_WINDOW, "all", slid(trainer, case), 0)])
+        predictions = slid(trainer, case)
         if isinstance(trainer, nnUNetTrainerNMSW):
-            predictions = predicted(trainer, case, reference_DHW, own_selection)
+            predictions = itertools.chain(predictions, predicted(trainer, case, reference_DHW, own_selection))
         for method, k, labels_DHW, windows in predictions:
             scores = encoding.dice(reference_DHW, labels_DHW).numpy()
             dice.setdefault(method, {}).setdefault(k, []).append(scores)
-            if method == "automatic":
-                taken.setdefault(k, []).append(windows)
-            if method == ALL:
-                sizes.append(windows)
+            taken.setdefault(method, {}).setdefault(k, []).append(windows)
     means = {
         method: {k: np.nanmean(np.stack(values), 0).tolist() for k, values in by_k.items()}
         for method, by_k in dice.items()
     }
-    automatic = {threshold: float(np.mean(windows)) for threshold, windows in taken.items()}
-    cases = len(next(iter(next(iter(dice.values())).values())))
-    windows = float(np.mean(sizes)) if sizes else 0.0
-    return {"dice": means, "windows": windows, "automatic_windows": automatic, "cases": cases}
+    numbers = {method: {k: float(np.mean(of)) for k, of in by_k.items()} for method, by_k in taken.items()}
+    return {
+        "dice": means,
+        "taken": numbers,
+        "windows": numbers[SLIDING_WINDOW]["all"],
+        "automatic_windows": numbers.get(AUTOMATIC, {}),
+        "cases": len(dice[SLIDING_WINDOW]["all"]),
+    }
 
 
-def slid(trainer: nnUNetTrainer, case: Any) -> Tensor:
-    """Labels of nnU-Net's sliding window."""
-    predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, allow_tqdm=False)
+def slid(trainer: nnUNetTrainer, case: Any) -> Iterator[tuple[str, str, Tensor, int]]:
+    """Method, K, labels and number of windows of nnU-Net's sliding window, with `SLIDES` in the place of K."""
+    predictor = SharedSlidingWindow(Costs(), use_mirroring=False, device=trainer.device, allow_tqdm=False)
     predictor.manual_initialization(
         trainer.network.eval(),
         trainer.plans_manager,
@@ -115,9 +118,13 @@ def slid(trainer: nnUNetTrainer, case: Any) -> Tensor:
         type(trainer).__name__,
         None,
     )
-    logits_CDHW = predictor.predict_logits_from_preprocessed_data(case.volume_CDHW).cpu()
     encoding = LabelEncoding.of(trainer.label_manager)
-    return encoding.labels_of(encoding.decided(logits_CDHW))
+    shape = spatial_shape(Padded.of(case.volume_CDHW, trainer.configuration_manager.patch_size).volume_CDHW)
+    for name, (predictor.tile_step_size, predictor.skips_background) in SLIDES.items():
+        logits_CDHW = predictor.predict_logits_from_preprocessed_data(case.volume_CDHW).cpu()
+        looked_at = predictor.num_looked_at
+        windows = predictor.num_windows(shape) if looked_at is None else looked_at
+        yield SLIDING_WINDOW, name, encoding.labels_of(encoding.decided(logits_CDHW)), windows
 
 
 def predicted(
@@ -141,7 +148,6 @@ def predicted(
         decided = predict_labels(padded, [chosen], axes, work)
         return encoding.labels_of(decided), len(chosen.windows.starts_K3)
 
-    yield SLIDING_WINDOW, "all", slid(trainer, case), 0
     yield ALONE, "0", *labels(Spending(Nothing(), 1))
     yield ALL, "all", *labels(Spending(TopK(full_trust), "all"))
     names = (own.name, Oracle.name) if own_selection else [name for name, way in WAYS.items() if way.takes_k]
@@ -149,8 +155,9 @@ def predicted(
         for k in NUM_PATCHES:
             yield name, str(k), *labels(Spending(WAYS[name].selector(facts), k))
     if not own_selection:
+        yield Objects.name, "own", *labels(Spending(Objects(), "all"))
         for threshold in THRESHOLDS:
-            yield "automatic", str(threshold), *labels(Spending(own, "auto", threshold))
+            yield AUTOMATIC, str(threshold), *labels(Spending(own, "auto", threshold))
     fold.store.close()
 
 

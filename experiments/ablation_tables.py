@@ -171,6 +171,49 @@ def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
     figure.savefig(file)
 
 
+BY_LENGTH = (
+    ("stock nnU-Net, sliding window, step 0.5", STOCK, "sliding window", "all"),
+    ("stock nnU-Net, step 1", STOCK, "sliding window", "step 1.0"),
+    ("stock nnU-Net, step 1, empty windows skipped", STOCK, "sliding window", "step 1.0, empty windows skipped"),
+    ("NMSW, K = 5%", "default", "greedy_benefit", "5%"),
+    ("NMSW, K = 10%", "default", "greedy_benefit", "10%"),
+    ("NMSW, all windows", "default", "all windows", "all"),
+    ("NMSW, predicted benefit above 0.05", "default", "automatic", "0.05"),
+    ("global branch alone", "default", "global branch", "0"),
+    ("local branch, sliding window, step 0.5", "default", "sliding window", "all"),
+    ("random windows with predicted foreground, K = 10%", "default", "random", "10%"),
+    ("windows by entropy, K = 10%", "default", "entropy", "10%"),
+    ("zoom-in on predicted objects", "default", "objects", "own"),
+    ("oracle, K = 10%", "default", "oracle", "10%"),
+)
+"""Label, arm, way to pick windows and K of the rows of `lengths_table`."""
+
+
+def lengths_table(folder: Path, dataset_id: int) -> str:
+    """Dice, and windows a case, by method and length of the training, in Markdown."""
+    runs = runs_by_length(folder, dataset_id)
+    lines = head("", *(f"{epochs} epochs" for epochs in runs))
+    for label, arm, method, k in BY_LENGTH:
+        cells = []
+        for of_length in runs.values():
+            of_arm = of_length.get(arm, [])
+            value = cell(dice(of_arm, method, k))
+            windows = [run["taken"][method][k] for run in of_arm if k in run.get("taken", {}).get(method, {})]
+            cells.append(f"{value} ({np.mean(windows):.0f})" if value and windows and any(windows) else value)
+        lines += [row(label, *cells)] if any(cells) else []
+    for name, arm in (("stock nnU-Net", STOCK), ("NMSW", "default")):
+        seconds = [[run["seconds_of_training"] / 60 for run in of.get(arm, [])] for of in runs.values()]
+        lines += [row(f"minutes of training, {name}", *(f"{np.mean(of):.0f}" if of else "" for of in seconds))]
+    return "\n".join(lines)
+
+
+def runs_by_length(folder: Path, dataset_id: int) -> dict[int, Runs]:
+    """Results by number of epochs."""
+    folders = (folder / DATASETS[dataset_id].folder).glob("*_epochs")
+    lengths = {int(of_length.name.split("_")[0]): of_length for of_length in folders}
+    return {epochs: load_runs(lengths[epochs]) for epochs in sorted(lengths)}
+
+
 LEARNING_CURVES = (
     ("stock, sliding window", STOCK, "sliding window", "all"),
     ("NMSW, K = 10%", "default", "greedy_benefit", "10%"),
@@ -187,8 +230,7 @@ def learning_curves(folder: Path, dataset_ids: list[int], file: Path) -> None:
     axes: list[Axes] = list(figure.subplots(1, len(dataset_ids), squeeze=False)[0])
     lines: dict[str, Any] = {}
     for axis, dataset_id in zip(axes, dataset_ids, strict=True):
-        lengths = {int(d.name.split("_")[0]): d for d in (folder / DATASETS[dataset_id].folder).glob("*_epochs")}
-        runs = {epochs: load_runs(lengths[epochs]) for epochs in sorted(lengths)}
+        runs = runs_by_length(folder, dataset_id)
         for index, (label, arm, method, k) in enumerate(LEARNING_CURVES):
             points = {epochs: dice(of.get(arm, []), method, k) for epochs, of in runs.items()}
             points = {epochs: values for epochs, values in points.items() if len(values)}
