@@ -13,6 +13,10 @@ DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nn
 DEFAULT_MAX_DROP = 0.005
 """Dice, of 1, that may be lost for fewer patches."""
 
+PYTORCH, OPENVINO = "pytorch", "openvino"
+BACKENDS = (PYTORCH, OPENVINO)
+"""What computes the networks of a prediction."""
+
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 

@@ -4,13 +4,12 @@
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from old_model import CASES, FLAGS, FOLDER, read
 from tiny import make_plans
 from training import PATCH, loader, nnunet_augmentation, step_on
 
@@ -20,15 +19,6 @@ from nnunet_nmsw.model.network import Parts, build_network
 from nnunet_nmsw.trainers.batches import training_volume
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_paper import PaperSampler
 from nnunet_nmsw.trainers.randomness import seed_everything
-
-FOLDER = Path(__file__).parent / "model_of_version_0_1"
-CASES = ("case_008", "case_009")
-FLAGS = ["-m", str(FOLDER / "model"), "-device", "cpu", "--disable_progress_bar", "-npp", "1", "-nps", "1"]
-
-
-def read(file: Path) -> np.ndarray:
-    image: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-    return image
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -12,10 +12,12 @@ from typing import Any
 from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import (
+    BACKENDS,
     DEFAULT_CONFIGURATION,
     DEFAULT_MAX_DROP,
     DEFAULT_PLANS,
     DEFAULT_TRAINER,
+    PYTORCH,
     parse_memory,
 )
 from nnunet_nmsw.selection.budget import parse_num_patches
@@ -58,6 +60,8 @@ def check_flags(args: argparse.Namespace) -> None:
         parse_memory(args.max_memory)
     if args.bfloat16 and args.device != "cpu":
         raise UserError(f"--bfloat16 is for -device cpu; -device {args.device} computes as nnU-Net does there")
+    if args.backend != PYTORCH and args.device != "cpu":
+        raise UserError(f"--backend {args.backend} is for -device cpu: leave it out with -device {args.device}")
     if args.engine != "ray" and (args.ray_address is not None or args.cores_per_worker is not None):
         raise UserError("--ray_address and --cores_per_worker are for --engine ray")
     if args.engine == "ray" and args.device == "mps":
@@ -145,6 +149,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with -device cpu: let the networks compute in bfloat16, much faster on processors that have it "
         "(AVX512-BF16 or AMX). Labels that are close calls change",
+    )
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default=PYTORCH,
+        help="what computes the networks: pytorch, or with -device cpu openvino, which is faster there "
+        "(pip install 'nnunet-nmsw[openvino]'). Default: pytorch",
     )
     add(
         "--engine",

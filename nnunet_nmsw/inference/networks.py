@@ -6,6 +6,7 @@ the low-resolution view, K windows, 3 one coordinate per axis.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import sys
@@ -34,6 +35,9 @@ VOXELS_AT_ONCE, VOXELS_AT_ONCE_ON_CPU = 1 << 21, 1 << 19
 a time take 59 ms each, eight take 88 (docs/performance.md)."""
 
 
+Backend = Callable[[NMSWNetwork], NMSWNetwork]
+
+
 class Ensemble:
     """The folds of a model, whose weights take turns in one network.
 
@@ -44,6 +48,7 @@ class Ensemble:
         device: to compute on.
         mirror_axes: axes of a volume, 0 to 2, over whose mirrorings predictions are averaged.
         bfloat16: compute in it where the device is a CPU.
+        backend: replaces what computes a fold's network, in place; PyTorch computes it where None.
     """
 
     def __init__(
@@ -54,8 +59,10 @@ class Ensemble:
         device: torch.device,
         mirror_axes: Sequence[int] = (),
         bfloat16: bool = False,
+        backend: Backend | None = None,
     ) -> None:
         self.encoding, self.device, self.bfloat16 = encoding, device, bfloat16
+        self.backend = backend
         self.mirror_axes = tuple(mirror_axes)
         self.network = network.to(device)
         self.network.eval()
@@ -64,6 +71,7 @@ class Ensemble:
         self._parameters = parameters
         self._fold: int | None = None
         self._on_device: dict[int, list[Tensor]] = {}
+        self._of_backend: dict[int, NMSWNetwork] = {}
 
     def folds(self) -> list[Fold]:
         """The folds."""
@@ -71,6 +79,12 @@ class Ensemble:
 
     def with_weights_of(self, fold: int) -> NMSWNetwork:
         """The network with a fold's weights."""
+        if self.backend is not None:
+            if fold not in self._of_backend:
+                network = copy.deepcopy(self.network)
+                network.load_state_dict(self._parameters[fold])
+                self._of_backend[fold] = self.backend(network)
+            return self._of_backend[fold]
         if self._fold != fold:
             if self.device.type == "cpu" or len(self._parameters) == 1:
                 self.network.load_state_dict(self._parameters[fold])

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.flags import DEFAULT_MAX_DROP
+from nnunet_nmsw.flags import DEFAULT_MAX_DROP, PYTORCH
 from nnunet_nmsw.inference.case_model import CaseModel, OfModel, Segmented, WithLogits
 from nnunet_nmsw.inference.cases import Case, Cases
 from nnunet_nmsw.inference.export import labels_from_logits, reason_for_logits, write_labels, write_logits
@@ -27,6 +27,7 @@ from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.memory import share_within
 from nnunet_nmsw.inference.model_folder import initialize, trained_folds
 from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
+from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
 from nnunet_nmsw.inference.volume import ChosenWindows, Networks, Share, Spending, Work
 from nnunet_nmsw.inference.windows import write_windows
@@ -50,6 +51,7 @@ class NMSWPredictor(FilesPredictor):
         max_drop: with "auto", how much Dice, of 1, may be lost for fewer patches.
         max_memory: bytes that this process may have on the host while it predicts files; see `inference.memory`.
         bfloat16: let the networks compute in it where the device is a CPU.
+        backend: "pytorch", or "openvino" on a CPU.
         trust_model: let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.model.safe_loading`.
         selector: chooses windows; the model's own where None.
         threshold: with "auto", in the place of what `max_drop` and the calibration say.
@@ -70,15 +72,15 @@ class NMSWPredictor(FilesPredictor):
         selector: Selector | None = None,
         threshold: float | None = None,
         take_logits: Callable[[Case, Tensor], None] | None = None,
+        backend: str = PYTORCH,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_patches = num_patches
-        if num_patches is not None:
-            self.num_patches = parse_num_patches(num_patches, "num_patches", auto=True)
+        self.num_patches = None if num_patches is None else parse_num_patches(num_patches, "num_patches", auto=True)
         self.save_patches, self.max_drop, self.max_memory = save_patches, max_drop, max_memory
-        self.bfloat16, self.trust_model = bfloat16, trust_model
-        self.selector, self.threshold, self.take_logits = selector, threshold, take_logits
+        self.bfloat16, self.backend = bfloat16, backend_named(backend, self.device, bfloat16)
+        self.selector, self.threshold, self.trust_model = selector, threshold, trust_model
+        self.take_logits = take_logits
         self._bounds: tuple[set[str], Share] | None = None
         self._folds_of_run: list[Fold] | None = None
 
@@ -152,6 +154,7 @@ class NMSWPredictor(FilesPredictor):
             self.device,
             (self.allowed_mirroring_axes or ()) if self.use_mirroring else (),
             self.bfloat16,
+            self.backend,
         ).folds()
         if parameters is None and self._folds_of_run is not None:
             self._folds_of_run = folds

@@ -1,0 +1,123 @@
+"""Branches that OpenVINO computes on a CPU, converted from PyTorch's weights: the extra `openvino`.
+
+Tensor suffixes: B batch, C channels, D H W axes of the input.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.flags import BACKENDS, PYTORCH
+from nnunet_nmsw.inference.openvino_models import IMPOSSIBLE, Converted, Shape, cache_folder, import_openvino
+from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.model.strides import total_stride
+
+MOST_PROGRAMS = 4
+"""Compiled for different sizes and kept."""
+
+
+def backend_named(name: str, device: torch.device, bfloat16: bool) -> Callable[[NMSWNetwork], NMSWNetwork] | None:
+    """What replaces what computes a network; None for PyTorch.
+
+    Args:
+        name: one of `BACKENDS`.
+        device: to compute on.
+        bfloat16: compute in it.
+
+    Raises:
+        UserError: there is no such backend, not on this device, or it is not installed.
+    """
+    if name not in BACKENDS:
+        raise UserError(f"backend is {name!r}: give one of {', '.join(BACKENDS)}")
+    if name == PYTORCH:
+        return None
+    if device.type != "cpu":
+        raise UserError(f"backend openvino is for the device cpu, and this is {device.type}: leave it out there")
+    import_openvino()
+    return partial(with_openvino, bfloat16=bfloat16)
+
+
+def with_openvino(network: NMSWNetwork, bfloat16: bool, cache: Path | None = None) -> NMSWNetwork:
+    """Let OpenVINO compute the branches of a network, which keeps its fusion and context.
+
+    Args:
+        network: its branches are replaced.
+        bfloat16: compute in it.
+        cache: folder of converted branches; `cache_folder` where None.
+
+    Raises:
+        UserError: OpenVINO is not installed, or the processor has no bfloat16.
+    """
+    openvino = import_openvino()
+    if bfloat16 and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UserError("bfloat16: this processor does not have it; compute in float32")
+    for name in ("global_branch", "local_branch"):
+        branch = OpenVINOBranch(getattr(network, name), bfloat16, cache or cache_folder())
+        setattr(network, name, branch)
+    return network
+
+
+class OpenVINOBranch(nn.Module):
+    """A branch as OpenVINO computes it; as PyTorch does where it cannot be converted, which is said in one line.
+
+    Called as the branch is: float32 of shape B, C, D, H, W in, logits of shape B, classes, D, H, W out.
+
+    Args:
+        branch: in evaluation mode, with one output.
+        bfloat16: compute in it.
+        cache: folder of converted branches.
+    """
+
+    def __init__(self, branch: nn.Module, bfloat16: bool, cache: Path) -> None:
+        super().__init__()
+        self.total_stride = total_stride(branch)
+        self._branch = (branch,)  # not a submodule: its weights are no longer this network's
+        self._converted = Converted(branch, cache)
+        self._precision = "bf16" if bfloat16 else "f32"
+        self._is_refused = False
+        self._programs: OrderedDict[Shape | None, Any] = OrderedDict()
+
+    @torch.no_grad()
+    def forward(self, x_BCDHW: Tensor) -> Tensor:
+        """Logits."""
+        program = None if self._is_refused else self._program(tuple(x_BCDHW.shape))
+        if program is not None:
+            found: np.ndarray = program(x_BCDHW.detach().float().contiguous().numpy())[0]
+            return torch.from_numpy(found.copy())  # the next call writes there
+        (branch,) = self._branch
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._precision == "bf16"):
+            logits: Tensor = branch(x_BCDHW)
+        return logits
+
+    def _program(self, shape: Shape) -> Any:
+        """The branch compiled for inputs of this shape; None where it cannot be."""
+        try:
+            key = None if self._converted.is_free(shape[1]) else shape
+            if key not in self._programs:
+                self._programs[key] = self._compiled(self._converted.model(shape))
+        except IMPOSSIBLE as error:
+            self._is_refused = True
+            (branch,) = self._branch
+            print(f"OpenVINO does not take {type(branch).__name__} ({reason(error)}); PyTorch computes it")
+            return None
+        self._programs.move_to_end(key)
+        if len(self._programs) > MOST_PROGRAMS:
+            self._programs.popitem(last=False)
+        return self._programs[key]
+
+    def _compiled(self, model: Any) -> Any:
+        settings = {
+            "INFERENCE_PRECISION_HINT": self._precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        return import_openvino().Core().compile_model(model, "CPU", settings)

@@ -1,0 +1,139 @@
+"""Branches computed by OpenVINO: PyTorch's logits, of every backbone, from the cache and without it."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from architectures import BACKBONES, build, plans_with, unet
+from old_model import CASES, FLAGS, FOLDER, read
+from tiny import build_network, initialized
+
+from nnunet_nmsw.commands.predict import main
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference import openvino_models
+from nnunet_nmsw.inference.openvino_branches import OpenVINOBranch, with_openvino
+from nnunet_nmsw.inference.openvino_models import DIGEST, MODEL, WEIGHTS, Converted, cache_folder
+from nnunet_nmsw.inference.predictor import NMSWPredictor
+
+pytest.importorskip("openvino")
+SHAPES = ((1, 1, 16, 16, 16), (3, 1, 16, 8, 24), (1, 1, 32, 16, 8))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of converted branches, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return cache_folder()
+
+
+def branch_of(network, cache):
+    return OpenVINOBranch(network, False, cache)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_gives_pytorchs_logits(name, cache, capsys):
+    architecture, patch, _ = BACKBONES[name]
+    setting = unet("PlainConvUNet") if name in ("SwinUNETR", "Primus") else None
+    plans = plans_with(architecture, patch, downsampling_factor=[2, 2, 2], global_architecture=setting)
+    network = build(plans).eval()
+    branch = branch_of(network.local_branch, cache)
+    patches = torch.randn(2, 1, patch, patch, patch)
+    with torch.no_grad():
+        torch.testing.assert_close(branch(patches), network.local_branch(patches), atol=1e-4, rtol=1e-3)
+    assert "does not take" not in capsys.readouterr().out
+
+
+def test_volumes_of_any_size_take_one_conversion(cache):
+    network = build_network().eval()
+    branch = branch_of(network.global_branch, cache)
+    for shape in SHAPES:
+        volume = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(branch(volume), network.global_branch(volume), atol=1e-4, rtol=1e-3)
+    assert [folder.name.endswith("_free") for folder in cache.iterdir()] == [True]
+
+
+def test_the_cache_is_used_and_a_broken_one_is_made_again(cache, monkeypatch):
+    network, volume = build_network().eval().global_branch, torch.randn(SHAPES[0])
+    expected = branch_of(network, cache)(volume)
+    (folder,) = cache.iterdir()
+    conversions = []
+    convert = openvino_models.converted
+
+    def counted(*args):
+        conversions.append(args)
+        return convert(*args)
+
+    monkeypatch.setattr(openvino_models, "converted", counted)
+    assert torch.equal(branch_of(network, cache)(volume), expected)
+    assert not conversions
+    for number, broken in enumerate((WEIGHTS, MODEL, DIGEST), 1):
+        size = (folder / broken).stat().st_size
+        os.truncate(folder / broken, size // 2)
+        assert torch.equal(branch_of(network, cache)(volume), expected)
+        assert len(conversions) == number
+        assert (folder / broken).stat().st_size == size
+
+
+def test_other_weights_are_another_branch(cache):
+    network = build_network().eval().global_branch
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        next(iter(other.parameters())).add_(1)
+    names = {Converted(of, cache).name for of in (network, other, copy.deepcopy(network))}
+    assert len(names) == 2
+
+
+def test_a_branch_that_does_not_convert_is_pytorchs(cache, capsys):
+    class Sorting(torch.nn.Module):
+        def forward(self, x):
+            return x @ torch.linalg.qr(x[0, 0, 0])[0]
+
+    branch, volume = branch_of(Sorting(), cache), torch.randn(1, 1, 8, 8, 8)
+    assert torch.equal(branch(volume), Sorting()(volume))
+    assert torch.equal(branch(volume), Sorting()(volume))
+    assert capsys.readouterr().out.count("PyTorch computes it") == 1
+
+
+@pytest.mark.parametrize(("folds", "context"), [(1, 2), (2, 0)])
+def test_a_prediction_is_pytorchs(folds, context, cache):
+    predictions = []
+    for backend in ("pytorch", "openvino"):
+        predictor = NMSWPredictor(num_patches=3, device=torch.device("cpu"), allow_tqdm=False, backend=backend)
+        initialized(predictor, build_network(context_channels=context), folds)
+        volume = torch.randn(1, 20, 16, 12, generator=torch.Generator().manual_seed(0))
+        predictions.append(predictor.predict_case_logits({"data": volume}))
+    logits = [prediction.logits_CDHW.float().numpy() for prediction in predictions]
+    np.testing.assert_allclose(*logits, atol=2e-3)
+    starts = [[windows.starts.tolist() for windows in prediction.windows] for prediction in predictions]
+    assert starts[0] == starts[1]
+
+
+def test_what_cannot_be_is_said_in_one_line(monkeypatch, cache):
+    with pytest.raises(UserError, match=r"backend.*cpu"):
+        NMSWPredictor(backend="openvino", device=torch.device("meta"))
+    with pytest.raises(UserError, match=r"pytorch.*openvino"):
+        NMSWPredictor(backend="tensorflow", device=torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError, match=r"pip install 'nnunet-nmsw\[openvino\]'"):
+        with_openvino(build_network().eval(), False, cache)
+
+
+def test_the_command_predicts_what_pytorch_does(cache, tmp_path):
+    flags = [*FLAGS, "-k", "10%", "--disable_tta", "--backend", "openvino"]
+    main(["-i", str(FOLDER / "images"), "-o", str(tmp_path / "predictions"), *flags])
+    assert list(cache.iterdir())
+    for case in CASES:
+        expected = read(FOLDER / "expected" / "10_percent_plain" / f"{case}.nii.gz")
+        assert (read(tmp_path / "predictions" / f"{case}.nii.gz") != expected).sum() <= 5
+
+
+def test_usage_is_not_reported():
+    code = "from nnunet_nmsw.inference.openvino_models import import_openvino; import_openvino(); import sys; "
+    code += "print(sys.modules['openvino_telemetry'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "None"
