@@ -20,16 +20,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ablation_tables import learning_curves, plot, table
+from ablation_tables import learning_curves, lengths_table, plot, table
 from grid import ARMS, DATASETS, SELECTION_ARMS, STOCK, Arm
+from markers import replace_between_markers
 from training_run import environment_of, values_of_flags
 
 import nnunet_nmsw
 from nnunet_nmsw.demo.small_plans import write_small_plans
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "benchmarks"))
-from results import replace_between_markers  # noqa: E402
 
 
 def main() -> None:
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def document(folder: Path, dataset_ids: list[int]) -> None:
-    """Put the tables between the markers of docs/ablations.md, and plot and JSON files into docs/ablations/.
+    """Put the tables between the markers of docs/ablations.md and docs/results.md, plots and JSON into docs/ablations/.
 
     All under the number of this version: what an arm's name means, and what it learns, changes with versions.
     """
@@ -75,8 +74,9 @@ def document(folder: Path, dataset_ids: list[int]) -> None:
             copy = of_version / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-    plot(of_version, dataset_ids, of_version / "dice_by_patches.svg")
     learning_curves(of_version, dataset_ids, of_version / "learning_curves.svg")
+    for dataset_id in dataset_ids:
+        replace_between_markers(docs / "results.md", DATASETS[dataset_id].folder, lengths_table(of_version, dataset_id))
     replace_between_markers(docs / "ablations.md", f"results of {version}", table(of_version, dataset_ids))
 
 
