@@ -66,6 +66,7 @@ FLAGS = {
     "--engine ray -device mps": "on GPUs or processors",
     "--engine ray --cores_per_worker 0": "--cores_per_worker is 0",
     "--cores_per_worker 2": "are for --engine ray",
+    "--backend openvino -device cuda": "--backend openvino is for -device cpu",
     "--ray_address x:1": "are for --engine ray",
     "--local_model {model}": "go together",
     "--global_model {model}": "go together",
