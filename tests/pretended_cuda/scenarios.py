@@ -28,6 +28,7 @@ from nnunet_nmsw.inference.networks import Ensemble, unbounded
 from nnunet_nmsw.inference.planes import FusedPrediction
 from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels, predict_logits, where_it_fits
 from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.selection.interface import SCORE_SCALE
 from nnunet_nmsw.trainers.augmentation import Augmentation
 from nnunet_nmsw.trainers.batches import training_volume
 from nnunet_nmsw.trainers.loader import WholeVolumeLoader
@@ -113,6 +114,14 @@ def validation() -> None:
         predicted_in_training(network, step, device.CUDA)
 
 
+def few_windows(network: Any, volume_CDHW: torch.Tensor, number: int = 8) -> float:
+    """A threshold for "auto" by which about so many windows are taken, whatever the weights."""
+    ensemble = Ensemble(network, [network.state_dict()], LabelEncoding(network.fusion_parameters.shape[1]), device.CPU)
+    padded = Padded.of(volume_CDHW, network.patch_size)
+    chosen = choose(ensemble.folds()[0], padded, Spending(network.sampler.at_inference, number))
+    return float(chosen.windows.scores_K.min()) / SCORE_SCALE
+
+
 def prediction(
     folds: int = 1,
     num_patches: int | str = 4,
@@ -129,7 +138,7 @@ def prediction(
     volume_CDHW[:, 6:12, 8:16, 8:20] += 4
 
     def predicted(on: torch.device, results_on: torch.device) -> Any:
-        encoding, threshold = LabelEncoding(classes), 0.0 if num_patches == "auto" else None
+        encoding = LabelEncoding(classes)
         ensemble = Ensemble(network, weights, encoding, on, mirror_axes)
         padded = Padded.of(volume_CDHW, network.patch_size).on(results_on)
         spending = Spending(network.sampler.at_inference, num_patches, threshold)
@@ -141,6 +150,7 @@ def prediction(
         return where_it_fits(lambda work: predict_labels(padded, chosen, axes, work), work)
 
     with torch.no_grad():
+        threshold = few_windows(network, volume_CDHW) if num_patches == "auto" else None
         expected = predicted(device.CPU, device.CPU)
         device.to_device(network)
         weights = [{name: device.OnDevice(w) for name, w in of_fold.items()} for of_fold in weights]
