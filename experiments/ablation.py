@@ -99,7 +99,7 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
     of_network = (dataset.patch_size, dataset.features)
     write_small_plans(dataset.number, *of_network, plans, nmsw, dataset.batch_size, dataset.plans)
     results_of_nnunet = args.o / "models" / f"{args.epochs}_epochs"
-    environment = {**environment_of(results_of_nnunet, args.jobs), "nnUNet_extTrainer": str(HERE)}
+    environment = environment_of(results_of_nnunet, args.jobs)
     command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset.number), "-o", str(results)]
     command += values_of_flags(args, arm.trainer, plans, seed if args.folds else 0, seed)
     command += ["--evaluate"] if args.evaluate else []

@@ -19,7 +19,7 @@ from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_nmsw.evaluation.metrics import case_metrics
+from nnunet_nmsw.evaluation.metrics import case_metrics, evaluated_labels
 from nnunet_nmsw.evaluation.models import Case, dataset_name, find_cases
 
 TOLERANCE = 2.0
@@ -58,13 +58,12 @@ def measured(cases: list[Case], predictions: Path) -> pd.DataFrame:
     dataset_json = json.loads((predictions / "dataset.json").read_text())
     labels = PlansManager(str(predictions / "plans.json")).get_label_manager(dataset_json)
     reader_writer = determine_reader_writer_from_dataset_json(dataset_json, cases[0].images[0])()
-    of_interest = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    by_label = {tuple(v) if isinstance(v, list) else v: name for name, v in dataset_json["labels"].items()}
-    names = {label_or_region_to_key(label): by_label[label] for label in of_interest}
+    evaluated = evaluated_labels(labels, dataset_json)
+    names = {label_or_region_to_key(label): name for label, name in evaluated.items()}
     rows = []
     for case in cases:
         files = (case.reference, str(predictions / f"{case.name}{dataset_json['file_ending']}"))
-        metrics = case_metrics(*files, reader_writer, of_interest, labels.ignore_label, TOLERANCE)
+        metrics = case_metrics(*files, reader_writer, list(evaluated), labels.ignore_label, TOLERANCE)
         rows += [
             {
                 "case": case.name,

@@ -72,7 +72,7 @@ class Study:
         self.end = time.monotonic() + 60 * args.minutes if args.minutes else None
         self.backbone = "" if args.backbone == UNET else f"_{args.backbone}"
         self.results = args.o / "models" / f"{args.epochs}_epochs"
-        self.environment = {**environment_of(self.results, args.jobs), "nnUNet_extTrainer": str(HERE)}
+        self.environment = environment_of(self.results, args.jobs)
 
     def plans_of(self, dataset: Dataset, arm: str) -> str:
         """Name of an arm's plans."""

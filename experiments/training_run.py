@@ -67,6 +67,7 @@ def environment_of(results: Path, jobs: int) -> dict[str, str]:
     return {
         **os.environ,
         "nnUNet_results": str(results.resolve()),
+        "nnUNet_extTrainer": str(Path(__file__).resolve().parent),  # the trainers of arms.py
         "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0"),
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
     }

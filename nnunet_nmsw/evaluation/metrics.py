@@ -16,10 +16,23 @@ from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.surface_dice import compute_surface_dice
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, label_or_region_to_key, region_or_label_to_mask
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
 from torch import Tensor
 
 Label = int | tuple[int, ...]
+
+
+def evaluated_labels(manager: LabelManager, dataset_json: dict[str, Any]) -> dict[Label, str]:
+    """Names of the labels or regions that are evaluated, in nnU-Net's order.
+
+    Args:
+        manager: of the labels.
+        dataset_json: nnU-Net's description of the dataset.
+    """
+    by_label = {tuple(v) if isinstance(v, list) else v: name for name, v in dataset_json["labels"].items()}
+    evaluated = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    return {label: by_label[label] for label in evaluated}
 
 
 def case_metrics(

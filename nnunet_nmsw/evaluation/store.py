@@ -22,7 +22,7 @@ from nnunet_nmsw.console import at_end
 from nnunet_nmsw.documents import COMPARISON, RECORD, TIMING, read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.evaluation.methods import Method, primary_method, reference_method
-from nnunet_nmsw.evaluation.metrics import METRICS
+from nnunet_nmsw.evaluation.metrics import METRICS, Label, evaluated_labels
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.timing import measurement_order
 from nnunet_nmsw.files import PREFIX, remove_leftovers, write_json
@@ -97,15 +97,19 @@ class Comparison:
     @cached_property
     def label_names(self) -> dict[str, str]:
         """Name of each evaluated label or region, by nnU-Net's key of it in JSON."""
-        names = self.nmsw.json("dataset.json")["labels"]
-        by_label = {tuple(v) if isinstance(v, list) else v: name for name, v in names.items()}
-        return {label_or_region_to_key(label): by_label[label] for label in self.labels}
+        return {label_or_region_to_key(label): name for label, name in self._evaluated.items()}
 
     @cached_property
     def labels(self) -> list[int | tuple[int, ...]]:
         """Labels or regions that are evaluated."""
-        manager = PlansManager(self.nmsw.json("plans.json")).get_label_manager(self.nmsw.json("dataset.json"))
-        return list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+        return list(self._evaluated)
+
+    @cached_property
+    def _evaluated(self) -> dict[Label, str]:
+        dataset_json = self.nmsw.json("dataset.json")
+        return evaluated_labels(
+            PlansManager(self.nmsw.json("plans.json")).get_label_manager(dataset_json), dataset_json
+        )
 
     def open(self) -> None:
         """Make the folder, or go on in it.

@@ -36,6 +36,7 @@ a time take 59 ms each, eight take 88 (docs/performance.md)."""
 
 
 Backend = Callable[[NMSWNetwork], NMSWNetwork]
+"""Replaces what computes a network, in place."""
 
 
 class Ensemble:

@@ -6,7 +6,6 @@ Tensor suffixes: B batch, C channels, D H W axes of the input.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.flags import BACKENDS, PYTORCH
+from nnunet_nmsw.inference.networks import Backend
 from nnunet_nmsw.inference.openvino_models import IMPOSSIBLE, Converted, Shape, cache_folder, import_openvino
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.strides import total_stride
@@ -25,7 +25,7 @@ MOST_PROGRAMS = 4
 """Compiled for different sizes and kept."""
 
 
-def backend_named(name: str, device: torch.device, bfloat16: bool) -> Callable[[NMSWNetwork], NMSWNetwork] | None:
+def backend_named(name: str, device: torch.device, bfloat16: bool) -> Backend | None:
     """What replaces what computes a network; None for PyTorch.
 
     Args:
@@ -34,7 +34,8 @@ def backend_named(name: str, device: torch.device, bfloat16: bool) -> Callable[[
         bfloat16: compute in it.
 
     Raises:
-        UserError: there is no such backend, not on this device, or it is not installed.
+        UserError: there is no such backend, not on this device, or it is not installed; or the processor has no
+            bfloat16.
     """
     if name not in BACKENDS:
         raise UserError(f"backend is {name!r}: give one of {', '.join(BACKENDS)}")
@@ -42,7 +43,9 @@ def backend_named(name: str, device: torch.device, bfloat16: bool) -> Callable[[
         return None
     if device.type != "cpu":
         raise UserError(f"backend openvino is for the device cpu, and this is {device.type}: leave it out there")
-    import_openvino()
+    openvino = import_openvino()
+    if bfloat16 and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UserError("bfloat16: this processor does not have it; compute in float32")
     return partial(with_openvino, bfloat16=bfloat16)
 
 
@@ -53,13 +56,7 @@ def with_openvino(network: NMSWNetwork, bfloat16: bool, cache: Path | None = Non
         network: its branches are replaced.
         bfloat16: compute in it.
         cache: folder of converted branches; `cache_folder` where None.
-
-    Raises:
-        UserError: OpenVINO is not installed, or the processor has no bfloat16.
     """
-    openvino = import_openvino()
-    if bfloat16 and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise UserError("bfloat16: this processor does not have it; compute in float32")
     for name in ("global_branch", "local_branch"):
         branch = OpenVINOBranch(getattr(network, name), bfloat16, cache or cache_folder())
         setattr(network, name, branch)

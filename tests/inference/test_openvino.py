@@ -15,7 +15,7 @@ from tiny import build_network, initialized
 from nnunet_nmsw.commands.predict import main
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference import openvino_models
-from nnunet_nmsw.inference.openvino_branches import OpenVINOBranch, with_openvino
+from nnunet_nmsw.inference.openvino_branches import OpenVINOBranch
 from nnunet_nmsw.inference.openvino_models import DIGEST, MODEL, WEIGHTS, Converted, cache_folder
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
@@ -113,14 +113,14 @@ def test_a_prediction_is_pytorchs(folds, context, cache):
     assert starts[0] == starts[1]
 
 
-def test_what_cannot_be_is_said_in_one_line(monkeypatch, cache):
+def test_what_cannot_be_is_said_in_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"backend.*cpu"):
         NMSWPredictor(backend="openvino", device=torch.device("meta"))
     with pytest.raises(UserError, match=r"pytorch.*openvino"):
         NMSWPredictor(backend="tensorflow", device=torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match=r"pip install 'nnunet-nmsw\[openvino\]'"):
-        with_openvino(build_network().eval(), False, cache)
+        NMSWPredictor(backend="openvino", device=torch.device("cpu"))
 
 
 def test_the_command_predicts_what_pytorch_does(cache, tmp_path):
