@@ -33,12 +33,14 @@ from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.volume.labels import LabelEncoding
 
-NUM_PATCHES = (2, 5, 10, 30, "5%", "10%")
+NUM_PATCHES = (2, 5, 10, 30, "5%", "10%", "20%")
 MOST_CASES = 12
 LOGGED = ("foreground_share", "entropy", "benefit", "loss_local", "loss_global", "loss_fused", "benefit_loss")
 SLIDING_WINDOW, ALONE, ALL, AUTOMATIC = "sliding window", "global branch", "all windows", "automatic"
 SLIDES = {"all": (0.5, False), "step 1.0": (1.0, False), "step 1.0, empty windows skipped": (1.0, True)}
 """Step, and whether empty windows are skipped, by the name in the place of K."""
+AS_OBJECTS = "as objects"
+"""In the place of K: in each case as many windows as zoom-in takes there."""
 
 
 def main() -> None:
@@ -75,8 +77,7 @@ def evaluate(trainer: nnUNetTrainer, own_selection: bool) -> dict[str, Any]:
 
     Returns:
         `dice`: by method and K, a list of Dice by class, means over the cases that have a value; `taken`: by method and
-        K, mean number of windows; `windows`: mean number of windows of a case; `automatic_windows`: mean number taken
-        by threshold.
+        K, mean number of windows; `cases`: their number.
     """
     trainer.set_deep_supervision_enabled(False)
     encoding = LabelEncoding.of(trainer.label_manager)
@@ -97,13 +98,7 @@ def evaluate(trainer: nnUNetTrainer, own_selection: bool) -> dict[str, Any]:
         for method, by_k in dice.items()
     }
     numbers = {method: {k: float(np.mean(of)) for k, of in by_k.items()} for method, by_k in taken.items()}
-    return {
-        "dice": means,
-        "taken": numbers,
-        "windows": numbers[SLIDING_WINDOW]["all"],
-        "automatic_windows": numbers.get(AUTOMATIC, {}),
-        "cases": len(dice[SLIDING_WINDOW]["all"]),
-    }
+    return {"dice": means, "taken": numbers, "cases": len(dice[SLIDING_WINDOW]["all"])}
 
 
 def slid(trainer: nnUNetTrainer, case: Any) -> Iterator[tuple[str, str, Tensor, int]]:
@@ -155,7 +150,12 @@ def predicted(
         for k in NUM_PATCHES:
             yield name, str(k), *labels(Spending(WAYS[name].selector(facts), k))
     if not own_selection:
-        yield Objects.name, "own", *labels(Spending(Objects(), "all"))
+        zoomed_in_DHW, windows = labels(Spending(Objects(), "all"))
+        yield Objects.name, "own", zoomed_in_DHW, windows
+        for name in names:
+            # as many as one that finds no object takes: none, and no way to pick windows takes K = 0
+            at_equal_number = labels(Spending(WAYS[name].selector(facts), windows)) if windows else (zoomed_in_DHW, 0)
+            yield name, AS_OBJECTS, *at_equal_number
         for threshold in THRESHOLDS:
             yield AUTOMATIC, str(threshold), *labels(Spending(own, "auto", threshold))
     fold.store.close()

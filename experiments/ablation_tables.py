@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation_run import NUM_PATCHES
+from ablation_run import AS_OBJECTS, AUTOMATIC, NUM_PATCHES
 from grid import ARMS, DATASETS, PICKED_BY_TOP_K, SELECTION_ARMS, STOCK
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -126,9 +126,10 @@ def selections_table(of_arm: list[dict[str, Any]]) -> list[str]:
 def automatic_table(of_arm: list[dict[str, Any]]) -> list[str]:
     """Dice and number of windows by threshold of the predicted benefit."""
     lines = head("threshold", "windows a case", "mean Dice")
-    for threshold in of_arm[0]["automatic_windows"]:
-        windows = np.array([run["automatic_windows"][threshold] for run in of_arm])
-        lines += [row(threshold, cell(windows), cell(dice(of_arm, "automatic", threshold)))]
+    taken = [run.get("taken", {}).get(AUTOMATIC, {}) for run in of_arm]
+    for threshold in taken[0]:
+        windows = np.array([of_run[threshold] for of_run in taken])
+        lines += [row(threshold, cell(windows), cell(dice(of_arm, AUTOMATIC, threshold)))]
     return lines
 
 
@@ -177,13 +178,16 @@ BY_LENGTH = (
     ("stock nnU-Net, step 1, empty windows skipped", STOCK, "sliding window", "step 1.0, empty windows skipped"),
     ("NMSW, K = 5%", "default", "greedy_benefit", "5%"),
     ("NMSW, K = 10%", "default", "greedy_benefit", "10%"),
+    ("NMSW, K = 20%", "default", "greedy_benefit", "20%"),
     ("NMSW, all windows", "default", "all windows", "all"),
-    ("NMSW, predicted benefit above 0.05", "default", "automatic", "0.05"),
+    ("NMSW, predicted benefit above 0.05", "default", AUTOMATIC, "0.05"),
     ("global branch alone", "default", "global branch", "0"),
     ("local branch, sliding window, step 0.5", "default", "sliding window", "all"),
     ("random windows with predicted foreground, K = 10%", "default", "random", "10%"),
     ("windows by entropy, K = 10%", "default", "entropy", "10%"),
     ("zoom-in on predicted objects", "default", "objects", "own"),
+    ("NMSW, as many windows as zoom-in", "default", "greedy_benefit", AS_OBJECTS),
+    ("windows by entropy, as many as zoom-in", "default", "entropy", AS_OBJECTS),
     ("oracle, K = 10%", "default", "oracle", "10%"),
 )
 """Label, arm, way to pick windows and K of the rows of `lengths_table`."""
