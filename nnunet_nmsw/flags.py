@@ -13,9 +13,13 @@ DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nn
 DEFAULT_MAX_DROP = 0.005
 """Dice, of 1, that may be lost for fewer patches."""
 
-PYTORCH, OPENVINO = "pytorch", "openvino"
-BACKENDS = (PYTORCH, OPENVINO)
-"""What computes the networks of a prediction."""
+AUTO, PYTORCH, OPENVINO = "auto", "pytorch", "openvino"
+BACKENDS = (AUTO, PYTORCH, OPENVINO)
+"""What computes the networks of a prediction. `AUTO` is OpenVINO where it is installed and the device is a CPU."""
+
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+PRECISIONS = (FLOAT32, BFLOAT16)
+"""What networks compute in on a CPU. On a GPU they compute in nnU-Net's mixed precision."""
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

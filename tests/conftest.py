@@ -1,5 +1,6 @@
 """Fixtures that tests of all kinds share, options, and the document of `compatibility.py`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     check_markers(items)
     if hasattr(config, "workerinput"):  # one of several processes: what takes long begins first
         items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real_data", "integration")])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Networks that OpenVINO has converted are not left in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.flags import FLOAT32, OPENVINO, PYTORCH
 from nnunet_nmsw.selection.budget import parse_num_patches
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_nmsw.evaluation.models import dataset_name, find_cases, find_models
     from nnunet_nmsw.evaluation.store import Comparison
     from nnunet_nmsw.inference.device import prepare_device
+    from nnunet_nmsw.inference.openvino_branches import backend_named
 
-    prepare_device(args.device)
     dataset = dataset_name(args.d)
     models = find_models(args, dataset)
     if "auto" in num_patches:
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             models[-1].threshold(fold)  # raises where nothing is calibrated
     cases = find_cases(dataset, args.f, models)
     mirrored = {"on": [True], "off": [False], "both": [True, False]}["off" if args.disable_tta else args.tta]
-    methods = build_methods(len(models) > 1, num_patches, mirrored)
+    backend_named(args.backend, FLOAT32, prepare_device(args.device))
+    methods = build_methods(len(models) > 1, num_patches, mirrored, args.backend)
     comparison = Comparison(
         args.o, dataset, models, methods, cases, args.tolerance, args.device, args.timed_cases, args.rounds
     )
@@ -137,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         help="test time augmentation by mirroring, for all methods. Default: on, as in nnUNetv2_predict",
     )
     add("--disable_tta", action="store_true", help="the same as -tta off")
+    add(
+        "--backend",
+        choices=(PYTORCH, OPENVINO),
+        default=PYTORCH,
+        help="with -device cpu: openvino compares NMSW computed by OpenVINO, too. All other methods are computed by "
+        "PyTorch. Default: pytorch",
+    )
     add("-tolerance", type=float, default=2.0, help="mm, of the normalised surface Dice. Default: 2")
     add("-margin", type=float, default=0.5, help="loss in Dice points (per cent) that would matter. Default: 0.5")
     add("-timed_cases", type=int, default=3, help="cases of the first fold to time; 0: no timing. Default: 3")

@@ -102,7 +102,7 @@ def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str
     }
     of_nmsw: dict[str, Any] = {"num_patches": args.k, "save_patches": args.save_patches, **of_stock}
     of_nmsw |= {"max_drop": args.max_drop, "max_memory": args.max_memory and parse_memory(args.max_memory)}
-    of_nmsw |= {"bfloat16": args.bfloat16, "trust_model": args.trust_model, "backend": args.backend}
+    of_nmsw |= {"precision": args.precision, "trust_model": args.trust_model, "backend": args.backend}
     if args.global_model is None:
         predictor = NMSWPredictor(**of_nmsw)
     else:

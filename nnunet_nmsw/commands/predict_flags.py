@@ -12,12 +12,16 @@ from typing import Any
 from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import (
+    AUTO,
     BACKENDS,
+    BFLOAT16,
     DEFAULT_CONFIGURATION,
     DEFAULT_MAX_DROP,
     DEFAULT_PLANS,
     DEFAULT_TRAINER,
-    PYTORCH,
+    FLOAT32,
+    OPENVINO,
+    PRECISIONS,
     parse_memory,
 )
 from nnunet_nmsw.selection.budget import parse_num_patches
@@ -58,9 +62,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
     if args.max_memory is not None:
         parse_memory(args.max_memory)
-    if args.bfloat16 and args.device != "cpu":
-        raise UserError(f"--bfloat16 is for -device cpu; -device {args.device} computes as nnU-Net does there")
-    if args.backend != PYTORCH and args.device != "cpu":
+    if args.precision == BFLOAT16 and args.device != "cpu":
+        raise UserError(
+            f"--precision bfloat16 is for -device cpu; -device {args.device} computes as nnU-Net does there"
+        )
+    if args.backend == OPENVINO and args.device != "cpu":
         raise UserError(f"--backend {args.backend} is for -device cpu: leave it out with -device {args.device}")
     if args.engine != "ray" and (args.ray_address is not None or args.cores_per_worker is not None):
         raise UserError("--ray_address and --cores_per_worker are for --engine ray")
@@ -145,17 +151,19 @@ def parser() -> argparse.ArgumentParser:
         help="memory of the host to keep within, such as 8G: fewer things go on at a time. Default: no bound",
     )
     add(
-        "--bfloat16",
-        action="store_true",
-        help="with -device cpu: let the networks compute in bfloat16, much faster on processors that have it "
-        "(AVX512-BF16 or AMX). Labels that are close calls change",
+        "--precision",
+        choices=PRECISIONS,
+        default=FLOAT32,
+        help="with -device cpu: what the networks compute in. bfloat16 is much faster on processors that have it "
+        "(AVX512-BF16 or AMX), and labels that are close calls change. Default: float32",
     )
+    add("--bfloat16", dest="precision", action="store_const", const=BFLOAT16, help="the same as --precision bfloat16")
     add(
         "--backend",
         choices=BACKENDS,
-        default=PYTORCH,
+        default=AUTO,
         help="what computes the networks: pytorch, or with -device cpu openvino, which is faster there "
-        "(pip install 'nnunet-nmsw[openvino]'). Default: pytorch",
+        "(pip install 'nnunet-nmsw[openvino]'). Default: auto, openvino where it is installed",
     )
     add(
         "--engine",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from nnunet_nmsw.evaluation.yardsticks import WAYS
+from nnunet_nmsw.flags import OPENVINO, PYTORCH
+from nnunet_nmsw.selection.by_score import GreedyBenefit
 
 SLIDING_WINDOW_STEPS = (0.5, 0.75, 1.0)
 """nnU-Net's default step and the two that are used to save time."""
@@ -24,6 +26,7 @@ class Method:
         skips_background: the sliding window skips what is empty, see `evaluation.skipping`.
         mirrored: whether predictions are averaged over mirrorings.
         show_mirroring: whether the name tells so, because both are compared.
+        backend: what computes the networks.
     """
 
     model: str
@@ -33,6 +36,7 @@ class Method:
     skips_background: bool = False
     mirrored: bool = False
     show_mirroring: bool = False
+    backend: str = PYTORCH
 
     @property
     def key(self) -> str:
@@ -43,7 +47,7 @@ class Method:
             selection = "global_branch" if self.selection == "none" else self.selection
             k = "" if self.num_patches is None else f"_{str(self.num_patches).replace('%', 'percent')}"
             what = f"{self.model}_{selection}{k}"
-        return what + ("_mirrored" if self.mirrored else "")
+        return what + (f"_{OPENVINO}" if self.backend == OPENVINO else "") + ("_mirrored" if self.mirrored else "")
 
     @property
     def series(self) -> str:
@@ -53,6 +57,8 @@ class Method:
             name += ", empty windows skipped" * self.skips_background
         else:
             name = WAYS[self.selection].title + (", K = auto" if self.num_patches == "auto" else "")
+        if self.backend == OPENVINO:
+            name += ", by OpenVINO"
         if self.show_mirroring:
             name += ", mirrored" if self.mirrored else ", not mirrored"
         return name
@@ -79,8 +85,17 @@ class Method:
         return not self.skips_background if self.selection is None else WAYS[self.selection].can_be_used
 
 
-def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrored: Sequence[bool]) -> list[Method]:
-    """Every method of a comparison, models one after the other, sliding windows first."""
+def build_methods(
+    with_baseline: bool, num_patches: Sequence[int | str], mirrored: Sequence[bool], backend: str = PYTORCH
+) -> list[Method]:
+    """Every method of a comparison, models one after the other, sliding windows first.
+
+    Args:
+        with_baseline: whether there is a stock model.
+        num_patches: K of the selections.
+        mirrored: with mirroring, without, or both.
+        backend: computes NMSW's own way to choose windows once more, where it is not PyTorch.
+    """
     methods = []
     for mirror in mirrored:
         method = partial(Method, mirrored=mirror, show_mirroring=len(mirrored) > 1)
@@ -91,6 +106,8 @@ def build_methods(with_baseline: bool, num_patches: Sequence[int | str], mirrore
             ks = [k for k in num_patches if (k != "all" or way.with_all) and (k != "auto" or way.with_auto)]
             for k in ks if way.takes_k else [None]:
                 methods.append(method("nmsw", selection, k))
+        if backend != PYTORCH:
+            methods += [method("nmsw", GreedyBenefit.name, k, backend=backend) for k in num_patches]
     return sorted(methods, key=lambda method: method.model)
 
 
@@ -99,7 +116,7 @@ def reference_method(methods: Sequence[Method]) -> Method:
     return next(m for m in methods if m.tile_step_size == SLIDING_WINDOW_STEPS[0])
 
 
-def primary_method(methods: Sequence[Method], num_patches: int | str, selection: str = "greedy_benefit") -> Method:
+def primary_method(methods: Sequence[Method], num_patches: int | str, selection: str = GreedyBenefit.name) -> Method:
     """The method that the report is about: NMSW as the model is set, else at the smallest percentage asked for.
 
     Args:
@@ -108,8 +125,9 @@ def primary_method(methods: Sequence[Method], num_patches: int | str, selection:
         selection: the way in which the model chooses windows.
     """
     # Of all windows alone there is but one selection, whatever the model's is.
-    candidates = [m for m in methods if m.selection == selection] or [
-        m for m in methods if m.selection == "greedy_benefit"
+    by_pytorch = [m for m in methods if m.backend == PYTORCH]
+    candidates = [m for m in by_pytorch if m.selection == selection] or [
+        m for m in by_pytorch if m.selection == GreedyBenefit.name
     ]
     own = [m for m in candidates if m.num_patches == num_patches]
     percentages = [m for m in candidates if str(m.num_patches).endswith("%")]

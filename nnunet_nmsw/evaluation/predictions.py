@@ -25,9 +25,11 @@ from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.oracle import Oracle
 from nnunet_nmsw.evaluation.shared import Costs, PatchStore, Position, SharedFold, SharedSlidingWindow
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts
+from nnunet_nmsw.flags import FLOAT32, PYTORCH
 from nnunet_nmsw.inference.export import can_stream
 from nnunet_nmsw.inference.loading import load_model
 from nnunet_nmsw.inference.networks import Ensemble
+from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import is_stock, read_images, read_labels
 from nnunet_nmsw.inference.volume import (
@@ -147,30 +149,36 @@ class FoldPredictor:
         """
         of_case = self._preprocess(case)
         for mirrored, of_one_kind in itertools.groupby(methods, lambda method: method.mirrored):
+            of_kind = list(of_one_kind)
             store = PatchStore(self._shared_positions(of_case.padded))
+            # What another backend computes is not shared with PyTorch's methods.
+            of_backend = PatchStore(store.positions)
             # Patches of a sliding window are patches of the image alone.
             with_context = self.nmsw is not None and self.nmsw.nmsw_network.context is not None
             of_image = PatchStore(store.positions) if with_context else store
             try:
                 self.sliding_window.store, self.sliding_window.use_mirroring = of_image, mirrored
                 fold = self._fold(mirrored, store)
+                others = {method.backend for method in of_kind} - {PYTORCH}
+                folds = {PYTORCH: fold, **{name: self._fold(mirrored, of_backend, name) for name in others}}
                 facts = self._facts(of_case, fold)
-                for method in of_one_kind:
+                for method in of_kind:
                     if method.selection is None:
                         yield self._slide(method, of_case)
                     else:
-                        assert fold is not None
-                        yield self._select(method, of_case, fold, facts)
+                        yield self._select(method, of_case, folds, facts)
             finally:
-                store.close()
-                of_image.close()
+                for opened in (store, of_backend, of_image):
+                    opened.close()
 
-    def _fold(self, mirrored: bool, store: PatchStore) -> SharedFold | None:
+    def _fold(self, mirrored: bool, store: PatchStore, backend: str = PYTORCH) -> SharedFold | None:
         if self.nmsw is None:
             return None
         axes = (self.nmsw.allowed_mirroring_axes or ()) if mirrored else ()
         encoding = LabelEncoding.of(self.nmsw.label_manager)
-        ensemble = Ensemble(self.nmsw.nmsw_network, self.nmsw.list_of_parameters, encoding, self.device, axes)
+        network, weights = self.nmsw.nmsw_network, self.nmsw.list_of_parameters
+        computes = backend_named(backend, FLOAT32, self.device)
+        ensemble = Ensemble(network, weights, encoding, self.device, axes, backend=computes)
         return SharedFold(ensemble.folds()[0], mirrored, store, self.costs)
 
     def _facts(self, case: ComparedCase, fold: SharedFold | None) -> CaseFacts:
@@ -224,9 +232,14 @@ class FoldPredictor:
         macs = patches * self.costs.per_patch[method.mirrored]
         return Prediction(method, logits.cpu(), None, case.properties, patches, macs)
 
-    def _select(self, method: Method, case: ComparedCase, fold: SharedFold, facts: CaseFacts) -> Prediction:
+    def _select(
+        self, method: Method, case: ComparedCase, folds: dict[str, SharedFold | None], facts: CaseFacts
+    ) -> Prediction:
+        fold, counted = folds[method.backend], folds[PYTORCH]  # no other backend's operations can be counted
         assert method.selection is not None
         assert self.nmsw is not None
+        assert fold is not None
+        assert counted is not None
         selector = WAYS[method.selection].selector(facts)
         # A way that decides itself may take as many as there are.
         spending = Spending(selector, method.num_patches or "all", self.threshold)
@@ -249,7 +262,7 @@ class FoldPredictor:
             segmentation,
             case.properties,
             len(starts),
-            len(starts) * self.costs.per_patch.get(method.mirrored, 0) + fold.coarse_macs,
+            len(starts) * self.costs.per_patch.get(method.mirrored, 0) + counted.coarse_macs,
             float((foreground_DHW & covered_DHW).sum()) / foreground if foreground else float("nan"),
             chosen,
             chosen.in_volume(case.padded),

@@ -158,7 +158,7 @@ def _predictor(task: TimingTask, device: torch.device) -> TimedSlidingWindow | T
         return sliding_window
     threshold = task.model.threshold(fold) if method.num_patches == "auto" else None
     # A way that decides itself may take as many as there are.
-    nmsw = TimedNMSW(method.num_patches or "all", threshold=threshold, **common)
+    nmsw = TimedNMSW(method.num_patches or "all", threshold=threshold, backend=method.backend, **common)
     load_model(nmsw, *of_model)
     nmsw.selector = WAYS[method.selection].selector(CaseFacts(nmsw.nmsw_network.sampler.trust))
     return nmsw

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -31,6 +33,15 @@ def prepare_device(name: str) -> torch.device:
     elif name == "cpu":
         torch.set_num_threads(multiprocessing.cpu_count())
     return torch.device(name)
+
+
+def lacks_bfloat16() -> bool:
+    """Whether the processor is known to have no instructions for bfloat16. Linux alone tells of them."""
+    try:
+        features = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"^(flags|Features)\s*:", features, re.MULTILINE) is not None and "bf16" not in features
 
 
 MESSAGES_OF_FULL_MEMORY = (

@@ -15,9 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.flags import BACKENDS, PYTORCH
+from nnunet_nmsw.flags import AUTO, BACKENDS, BFLOAT16, OPENVINO, PRECISIONS, PYTORCH
+from nnunet_nmsw.inference.device import lacks_bfloat16
 from nnunet_nmsw.inference.networks import Backend
-from nnunet_nmsw.inference.openvino_models import IMPOSSIBLE, Converted, Shape, cache_folder, import_openvino
+from nnunet_nmsw.inference.openvino_models import (
+    IMPOSSIBLE,
+    Converted,
+    Shape,
+    cache_folder,
+    import_openvino,
+    is_installed,
+)
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.strides import total_stride
 
@@ -25,28 +33,34 @@ MOST_PROGRAMS = 4
 """Compiled for different sizes and kept."""
 
 
-def backend_named(name: str, device: torch.device, bfloat16: bool) -> Backend | None:
+def backend_named(name: str, precision: str, device: torch.device) -> Backend | None:
     """What replaces what computes a network; None for PyTorch.
 
     Args:
         name: one of `BACKENDS`.
+        precision: one of `PRECISIONS`.
         device: to compute on.
-        bfloat16: compute in it.
 
     Raises:
-        UserError: there is no such backend, not on this device, or it is not installed; or the processor has no
-            bfloat16.
+        UserError: there is no such backend or precision, not on this device, or it is not installed; or the processor
+            does not have the precision.
     """
-    if name not in BACKENDS:
-        raise UserError(f"backend is {name!r}: give one of {', '.join(BACKENDS)}")
+    for what, given, known in (("backend", name, BACKENDS), ("precision", precision, PRECISIONS)):
+        if given not in known:
+            raise UserError(f"{what} is {given!r}: give one of {', '.join(known)}")
+    if name == AUTO:
+        name = OPENVINO if device.type == "cpu" and is_installed() else PYTORCH
     if name == PYTORCH:
+        if precision == BFLOAT16 and device.type == "cpu" and lacks_bfloat16():
+            print("precision bfloat16: this processor does not have it, and is slower with it than with float32")
         return None
     if device.type != "cpu":
         raise UserError(f"backend openvino is for the device cpu, and this is {device.type}: leave it out there")
     openvino = import_openvino()
-    if bfloat16 and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise UserError("bfloat16: this processor does not have it; compute in float32")
-    return partial(with_openvino, bfloat16=bfloat16)
+    has_bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == BFLOAT16 and not has_bfloat16:
+        raise UserError("precision bfloat16: this processor does not have it; compute in float32")
+    return partial(with_openvino, bfloat16=precision == BFLOAT16)
 
 
 def with_openvino(network: NMSWNetwork, bfloat16: bool, cache: Path | None = None) -> NMSWNetwork:

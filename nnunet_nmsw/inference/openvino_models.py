@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ IMPOSSIBLE = (RuntimeError, TypeError, ValueError, AssertionError)
 """What is raised where a branch does not take a size, or OpenVINO does not take a branch."""
 
 Shape = tuple[int, ...]
+
+
+def is_installed() -> bool:
+    """Whether OpenVINO is."""
+    return find_spec("openvino") is not None
 
 
 def import_openvino() -> Any:
@@ -101,6 +107,7 @@ class Converted:
             folder = self.cache / f"{self.name}_free"
             self._is_fixed, self._free = is_known_as_fixed(folder), read(folder)
             if self._free is None and not self._is_fixed:
+                print(f"OpenVINO converts {type(self.branch).__name__}, once for these weights", flush=True)
                 self._free = converted_freely(self.branch, channels)
                 self._is_fixed = self._free is None
                 keep(self._free, folder)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.flags import DEFAULT_MAX_DROP, PYTORCH
+from nnunet_nmsw.flags import BFLOAT16, DEFAULT_MAX_DROP, FLOAT32, PYTORCH
 from nnunet_nmsw.inference.case_model import CaseModel, OfModel, Segmented, WithLogits
 from nnunet_nmsw.inference.cases import Case, Cases
 from nnunet_nmsw.inference.export import labels_from_logits, reason_for_logits, write_labels, write_logits
@@ -50,8 +50,8 @@ class NMSWPredictor(FilesPredictor):
         save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
         max_drop: with "auto", how much Dice, of 1, may be lost for fewer patches.
         max_memory: bytes that this process may have on the host while it predicts files; see `inference.memory`.
-        bfloat16: let the networks compute in it where the device is a CPU.
-        backend: "pytorch", or "openvino" on a CPU.
+        precision: "float32" or "bfloat16", what the networks compute in where the device is a CPU.
+        backend: "pytorch", "openvino" on a CPU, or "auto": openvino on a CPU where it is installed.
         trust_model: let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.model.safe_loading`.
         selector: chooses windows; the model's own where None.
         threshold: with "auto", in the place of what `max_drop` and the calibration say.
@@ -67,7 +67,7 @@ class NMSWPredictor(FilesPredictor):
         save_patches: bool = False,
         max_drop: float = DEFAULT_MAX_DROP,
         max_memory: int | None = None,
-        bfloat16: bool = False,
+        precision: str = FLOAT32,
         trust_model: bool = False,
         selector: Selector | None = None,
         threshold: float | None = None,
@@ -78,7 +78,8 @@ class NMSWPredictor(FilesPredictor):
         super().__init__(**kwargs)
         self.num_patches = None if num_patches is None else parse_num_patches(num_patches, "num_patches", auto=True)
         self.save_patches, self.max_drop, self.max_memory = save_patches, max_drop, max_memory
-        self.bfloat16, self.backend = bfloat16, backend_named(backend, self.device, bfloat16)
+        self.backend = backend_named(backend, precision, self.device)
+        self.bfloat16 = precision == BFLOAT16
         self.selector, self.threshold, self.trust_model = selector, threshold, trust_model
         self.take_logits = take_logits
         self._bounds: tuple[set[str], Share] | None = None

@@ -30,6 +30,9 @@ def test_methods_have_names_of_their_own_and_the_reference_is_nnunets_default():
     assert len({m.key for m in methods}) == len({m.name for m in methods}) == len(methods)
     assert reference_method(methods).key == "baseline_sliding_window_step_0.5_mirrored"
     assert [m.model for m in methods] == sorted(m.model for m in methods)
+    with_openvino = build_methods(True, ["5%", "auto"], [False], "openvino")
+    assert [m.key for m in with_openvino[-2:]] == [f"nmsw_greedy_benefit_{k}_openvino" for k in ("5percent", "auto")]
+    assert primary_method(with_openvino, "5%").backend == "pytorch"
     without = build_methods(False, ["5%"], [False])
     assert {m.model for m in without} == {"nmsw"}
     assert reference_method(without).name == "sliding window of the local branch, step 0.5"

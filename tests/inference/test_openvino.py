@@ -116,6 +116,8 @@ def test_a_prediction_is_pytorchs(folds, context, cache):
 def test_what_cannot_be_is_said_in_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"backend.*cpu"):
         NMSWPredictor(backend="openvino", device=torch.device("meta"))
+    with pytest.raises(UserError, match=r"precision.*float32, bfloat16"):
+        NMSWPredictor(precision="int4", device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"pytorch.*openvino"):
         NMSWPredictor(backend="tensorflow", device=torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "openvino", None)

@@ -67,7 +67,7 @@ def test_in_bfloat16_both_branches_compute_in_it_and_mirrorings_are_added_in_mor
     assert types == {"global_branch": {torch.float32}, "local_branch": {torch.float32}}
     for of_branch in types.values():
         of_branch.clear()
-    predictor = initialized(nmsw(**settings, bfloat16=True), tiny_network)
+    predictor = initialized(nmsw(**settings, precision="bfloat16"), tiny_network)
     rounded = predictor.predict_logits_from_preprocessed_data(volume).float()
     assert types == {"global_branch": {torch.bfloat16}, "local_branch": {torch.bfloat16}}
     assert 0 < (rounded - exact).abs().mean() < 0.01 * exact.std()

@@ -165,7 +165,7 @@ def test_training_a_2d_configuration_is_refused(workspace):
         ("-m unreadable_model", "no checkpoint of PyTorch"),
         ("-m stock_model", "no NMSW trainer"),
         ("--max_memory lots", "such as 8G"),
-        ("--bfloat16 -device cuda", "--bfloat16 is for -device cpu"),
+        ("--bfloat16 -device cuda", "--precision bfloat16 is for -device cpu"),
         ("--max_memory 100M -f 0", "too small for one patch"),
         ("--ray_address host:6379", "are for --engine ray"),
     ],

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 PLANS = "nnUNetPlans_small"
 TRAINER, BASELINE = "nnUNetTrainerNMSW_tiny", "nnUNetTrainer_tiny"
 FLAGS = f"-d 998 -p {PLANS} -tr {TRAINER} -k 3 10% all auto -device cpu --disable_tta -nps 1"
-COMPARE = f"{FLAGS} -f 0 1 -tr_baseline {BASELINE} -timed_cases 1 -rounds 1 -cases_shown 2"
+COMPARE = f"{FLAGS} -f 0 1 -tr_baseline {BASELINE} -timed_cases 1 -rounds 1 -cases_shown 2 --backend openvino"
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +100,14 @@ def test_every_method_on_every_validation_case(folds, report):
         "nmsw_entropy_3",
         "nmsw_objects",
         "nmsw_oracle_all",
+        "nmsw_greedy_benefit_3_openvino",
     ):
         assert key in methods
         summary = load_summary_json(str(report / "methods" / key / "summary.json"))
         assert len(summary["metric_per_case"]) == len(validation_cases(folds))
     patches = table[table["case"] == validation_cases(folds)[0]].groupby("method")["patches"].first()
     assert patches["nmsw_greedy_benefit_3"] == 3
+    assert patches["nmsw_greedy_benefit_3_openvino"] == 3
     assert patches["nmsw_global_branch"] == 0
     assert patches["nmsw_greedy_benefit_all"] == patches["nmsw_sliding_window_step_0.5"]
 
@@ -122,8 +124,9 @@ def test_predictions_are_those_of_the_commands(folds, report):
     shutil.copytree(folds / "nnUNet_results" / DATASET / f"{TRAINER}__{PLANS}__3d_fullres", calibrated)
     shutil.copy(calibrated / "fold_1" / "validation" / FILE, calibrated / "fold_0" / "validation" / FILE)
     for command, key in (
-        (f"nmsw_predict {flags} -m {calibrated} -k auto", "nmsw_greedy_benefit_auto"),
-        (f"nmsw_predict {common} -tr {TRAINER} -k 10%", "nmsw_greedy_benefit_10percent"),
+        (f"nmsw_predict {flags} -m {calibrated} -k auto --backend pytorch", "nmsw_greedy_benefit_auto"),
+        (f"nmsw_predict {common} -tr {TRAINER} -k 10% --backend pytorch", "nmsw_greedy_benefit_10percent"),
+        (f"nmsw_predict {common} -tr {TRAINER} -k 10%", "nmsw_greedy_benefit_10percent_openvino"),
         (f"nnUNetv2_predict {common} -tr {BASELINE}", "baseline_sliding_window_step_0.5"),
         (f"nnUNetv2_predict {common} -tr {TRAINER} -step_size 0.75", "nmsw_sliding_window_step_0.75"),
     ):
