@@ -26,7 +26,7 @@ from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold, SharedS
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Nothing, Objects
 from nnunet_nmsw.inference.networks import Ensemble, unbounded
 from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels, spatial_shape
-from nnunet_nmsw.selection.by_score import TopK, full_trust, placement_grid
+from nnunet_nmsw.selection.by_score import TopK, placement_grid
 from nnunet_nmsw.selection.calibration import THRESHOLDS
 from nnunet_nmsw.trainers.cases import read_cases
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
@@ -134,7 +134,7 @@ def predicted(
     fold = SharedFold(ensemble.folds()[0], False, PatchStore(map(tuple, positions)), Costs())
     reference = Padded.of(reference_DHW[None], network.patch_size).volume_CDHW[0]
     make = partial(Oracle, partial(fold.patch, padded), fold.weights, reference, (device,))
-    facts = CaseFacts(network.sampler.trust, sum(map(ord, case.key)), make)
+    facts = CaseFacts(sum(map(ord, case.key)), make)
     own = network.sampler.at_inference
     axes, work = [linear_axis(n, n) for n in padded.inside], Work(unbounded(grid.patch_size, device), device)
 
@@ -144,7 +144,7 @@ def predicted(
         return encoding.labels_of(decided), len(chosen.windows.starts_K3)
 
     yield ALONE, "0", *labels(Spending(Nothing(), 1))
-    yield ALL, "all", *labels(Spending(TopK(full_trust), "all"))
+    yield ALL, "all", *labels(Spending(TopK(), "all"))
     names = (own.name, Oracle.name) if own_selection else [name for name, way in WAYS.items() if way.takes_k]
     for name in names:
         for k in NUM_PATCHES:

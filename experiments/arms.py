@@ -18,7 +18,6 @@ from torch import Tensor
 from nnunet_nmsw.model.context import Context
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
 from nnunet_nmsw.model.network import NMSWNetwork, Parts
-from nnunet_nmsw.selection.by_score import full_trust
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import BenefitSampler
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
@@ -36,12 +35,6 @@ class FreeMap(BenefitSampler):
     def score_map(self, output_dhw: Tensor, entropy_dhw: Tensor) -> Tensor:
         """The output as it is."""
         return output_dhw
-
-
-class FullTrust(BenefitSampler):
-    """All of what a patch changes is kept at inference."""
-
-    trust = staticmethod(full_trust)
 
 
 class SampledFused(BenefitSampler):
@@ -90,7 +83,6 @@ CONTEXTS = {
 PARTS = {
     **{name: Parts(BenefitSampler(), context=context) for name, context in CONTEXTS.items()},
     "free_map": Parts(FreeMap()),
-    "full_trust": Parts(FullTrust()),
     "sampled_fused": Parts(SampledFused()),
     "class_weights": Parts(BenefitSampler(), CLASS_WEIGHTS),
 }

@@ -17,7 +17,7 @@ from nnunet_nmsw.evaluation.methods import build_methods
 from nnunet_nmsw.evaluation.metrics import METRICS, Metric, case_metrics
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Way
 from nnunet_nmsw.selection.budget import Budget
-from nnunet_nmsw.selection.by_score import chosen, full_trust, top_k
+from nnunet_nmsw.selection.by_score import chosen, top_k
 from nnunet_nmsw.selection.interface import CoarsePrediction, candidates, scores
 from nnunet_nmsw.volume.windows import WindowGrid
 
@@ -30,7 +30,6 @@ NAMES = {
     "candidates": candidates,
     "chosen": chosen,
     "top_k": top_k,
-    "full_trust": full_trust,
     "WAYS": WAYS,
     "Way": Way,
     "METRICS": METRICS,

@@ -60,7 +60,7 @@ class Oracle:
                 self.devices, self._chosen, self._further = self.devices[1:], [], None
         chosen = self._chosen[: budget.num_windows]
         indices_K = torch.tensor([window for window, _ in chosen], dtype=torch.int64)
-        return WindowChoice.fully_trusted(grid.starts_N3[indices_K], torch.tensor([gain for _, gain in chosen]))
+        return WindowChoice(grid.starts_N3[indices_K], torch.tensor([gain for _, gain in chosen]))
 
     def _ask_on(self, device: torch.device, coarse: CoarsePrediction, grid: WindowGrid) -> Iterator[tuple[int, float]]:
         def patch_logits(window: int) -> Tensor:

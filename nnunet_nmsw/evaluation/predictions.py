@@ -186,7 +186,7 @@ class FoldPredictor:
             return CaseFacts()
         devices = (self.device, torch.device("cpu"))
         make = partial(Oracle, partial(fold.patch, case.padded), fold.weights, case.reference_DHW, devices)
-        return CaseFacts(self.nmsw.nmsw_network.sampler.trust, case.seed, make)
+        return CaseFacts(case.seed, make)
 
     def _shared_positions(self, padded: Padded) -> list[Position]:
         """Of the windows that several methods look at."""

@@ -160,7 +160,7 @@ def _predictor(task: TimingTask, device: torch.device) -> TimedSlidingWindow | T
     # A way that decides itself may take as many as there are.
     nmsw = TimedNMSW(method.num_patches or "all", threshold=threshold, backend=method.backend, **common)
     load_model(nmsw, *of_model)
-    nmsw.selector = WAYS[method.selection].selector(CaseFacts(nmsw.nmsw_network.sampler.trust))
+    nmsw.selector = WAYS[method.selection].selector(CaseFacts())
     return nmsw
 
 

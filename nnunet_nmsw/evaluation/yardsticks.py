@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nnunet_nmsw.evaluation.oracle import Oracle
 from nnunet_nmsw.selection.budget import Budget
-from nnunet_nmsw.selection.by_score import GreedyBenefit, GreedyCoverage, TopK, Trust, full_trust, top_k
+from nnunet_nmsw.selection.by_score import GreedyBenefit, GreedyCoverage, TopK, top_k
 from nnunet_nmsw.selection.interface import CoarsePrediction, Selector, WindowChoice, candidates
 from nnunet_nmsw.volume.windows import WindowGrid
 
@@ -32,12 +32,10 @@ class CaseFacts:
     """What a way of choosing windows may know of a case.
 
     Attributes:
-        trust: the model's in windows that are chosen by their scores.
         seed: of the case.
         make_oracle: makes the oracle, who knows the reference and all patches.
     """
 
-    trust: Trust = full_trust
     seed: int = 0
     make_oracle: Callable[[], Oracle] | None = None
 
@@ -109,7 +107,7 @@ class Objects:
         if not starts:
             return WindowChoice.nothing()
         kept = list(starts)[: budget.num_windows]
-        return WindowChoice.fully_trusted(torch.tensor(kept, dtype=torch.int64), torch.zeros(len(kept)))
+        return WindowChoice(torch.tensor(kept, dtype=torch.int64), torch.zeros(len(kept)))
 
 
 def _over(first: list[int], end: list[int], grid: WindowGrid) -> list[tuple[int, ...]]:
@@ -127,7 +125,7 @@ def _over(first: list[int], end: list[int], grid: WindowGrid) -> list[tuple[int,
 
 def _best(coarse: CoarsePrediction, grid: WindowGrid, budget: Budget, scores_N: Tensor) -> WindowChoice:
     indices_K = top_k(scores_N, candidates(coarse, grid).cpu(), budget.num_windows)
-    return WindowChoice.fully_trusted(grid.starts_N3[indices_K], scores_N[indices_K].float())
+    return WindowChoice(grid.starts_N3[indices_K], scores_N[indices_K].float())
 
 
 class Way(NamedTuple):
@@ -151,9 +149,9 @@ class Way(NamedTuple):
 
 
 WAYS: dict[str, Way] = {
-    GreedyBenefit.name: Way("NMSW", lambda case: GreedyBenefit(case.trust), with_all=True, with_auto=True),
-    TopK.name: Way("NMSW, top-k", lambda case: TopK(case.trust)),
-    GreedyCoverage.name: Way("NMSW, greedy coverage", lambda case: GreedyCoverage(case.trust)),
+    GreedyBenefit.name: Way("NMSW", lambda case: GreedyBenefit(), with_all=True, with_auto=True),
+    TopK.name: Way("NMSW, top-k", lambda case: TopK()),
+    GreedyCoverage.name: Way("NMSW, greedy coverage", lambda case: GreedyCoverage()),
     Nothing.name: Way("global branch alone", lambda case: Nothing(), takes_k=False),
     Random.name: Way("random foreground windows", lambda case: Random(case.seed), can_be_used=False),
     Entropy.name: Way("windows by entropy", lambda case: Entropy(), can_be_used=False),

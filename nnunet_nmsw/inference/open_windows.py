@@ -25,14 +25,12 @@ class FusedModel(NamedTuple):
     Attributes:
         coarse_logits_Cdhw: coarse logits, float32.
         starts_K3: first voxels of the windows in the padded volume, int64 on the host.
-        trust_K: in the windows, on the host.
         weights: of the fusion, on the device of the coarse logits.
         windows: gives the windows' logits, on any device.
     """
 
     coarse_logits_Cdhw: Tensor
     starts_K3: Tensor
-    trust_K: Tensor
     weights: FusionWeights
     windows: Windows
 
@@ -50,39 +48,37 @@ class OpenWindows:
     def __init__(self, model: FusedModel, patch_size: Shape, at_once: int, memory: float) -> None:
         self.model, self.patch_size, self.at_once = model, patch_size, at_once
         order = sorted(range(len(model.starts_K3)), key=lambda index: model.starts_K3[index].tolist())
-        self.left_K3, self.left_trust_K = model.starts_K3[order], model.trust_K[order]
-        self.windows: list[tuple[list[int], float, Tensor | int]] = []
-        """First voxel, trust, and logits or where these are in the file."""
+        self.left_K3 = model.starts_K3[order]
+        self.windows: list[tuple[list[int], Tensor | int]] = []
+        """First voxel, and logits or where these are in the file."""
         self.free_memory = memory
         self.file: TensorFile | None = None
 
     def move_to(self, first: int, end: int) -> None:
         """Hold all windows that touch planes `first` to `end`, and maybe some later ones."""
-        for start, _, logits in self.windows:
+        for start, logits in self.windows:
             if start[0] + self.patch_size[0] <= first:
                 self._drop(logits)
         self.windows = [window for window in self.windows if window[0][0] + self.patch_size[0] > first]
         while len(self.left_K3) and int(self.left_K3[0, 0]) < end:
             starts_K3, self.left_K3 = self.left_K3[: self.at_once], self.left_K3[self.at_once :]
-            trust_K, self.left_trust_K = self.left_trust_K[: self.at_once], self.left_trust_K[self.at_once :]
-            new = zip(starts_K3.tolist(), trust_K.tolist(), self.model.windows(starts_K3), strict=True)
-            for start, trust, logits_CDHW in new:
+            for start, logits_CDHW in zip(starts_K3.tolist(), self.model.windows(starts_K3), strict=True):
                 if start[0] + self.patch_size[0] > first:
-                    self.windows.append((start, trust, self._keep(logits_CDHW)))
+                    self.windows.append((start, self._keep(logits_CDHW)))
 
-    def touching(self, start: Shape, size: Shape) -> Iterator[tuple[list[int], float, Tensor]]:
-        """First voxel, trust and logits of the windows that overlap a box."""
-        for window, trust, logits in self.windows:
+    def touching(self, start: Shape, size: Shape) -> Iterator[tuple[list[int], Tensor]]:
+        """First voxel and logits of the windows that overlap a box."""
+        for window, logits in self.windows:
             if not self._overlaps(window, start, size):
                 continue
             if isinstance(logits, int):
                 assert self.file is not None
                 logits = self.file.get(logits)
-            yield window, trust, logits
+            yield window, logits
 
     def touched(self, start: Shape, size: Shape) -> bool:
         """Whether a window overlaps a box."""
-        return any(self._overlaps(window, start, size) for window, _, _ in self.windows)
+        return any(self._overlaps(window, start, size) for window, _ in self.windows)
 
     def _overlaps(self, window: Sequence[int], start: Shape, size: Shape) -> bool:
         return all(a < b + n and b < a + m for a, m, b, n in zip(window, self.patch_size, start, size, strict=True))

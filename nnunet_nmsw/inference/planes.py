@@ -169,18 +169,15 @@ class FusedPrediction:
     def _fused(self, model: FusedModel, windows: OpenWindows, start: Shape, size: Shape) -> Tensor:
         coarse_CDHW = upsample_window(model.coarse_logits_Cdhw, start, size, self.factor)
         sums_CDHW = torch.zeros_like(coarse_CDHW)
-        weight_DHW, trust_DHW = torch.zeros(2, *size, device=self.device)
-        for window, trust, logits_CDHW in windows.touching(start, size):
+        weight_DHW = torch.zeros(size, device=self.device)
+        for window, logits_CDHW in windows.touching(start, size):
             here, there = overlap(start, size, window, self.patch_size)
             gaussian_DHW = self.gaussian_DHW[there]
             patch_CDHW = logits_CDHW[(slice(None), *there)].to(self.device, torch.float32)
             sums_CDHW[(slice(None), *here)].addcmul_(patch_CDHW, gaussian_DHW)
             weight_DHW[here] += gaussian_DHW
-            trust_DHW[here] += trust * gaussian_DHW
-        weight_DHW.clamp_min_(torch.finfo(torch.float32).tiny)
-        sums_CDHW /= weight_DHW
-        trust_DHW /= weight_DHW  # 0 where no window is
-        return fuse(sums_CDHW, coarse_CDHW, model.weights, trust_DHW)
+        sums_CDHW /= weight_DHW.clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.where(weight_DHW > 0, fuse(sums_CDHW, coarse_CDHW, model.weights), coarse_CDHW)
 
     def _coarse(self, points_P3: Tensor, axes: Sequence[Axis]) -> Tensor:
         return weighted_rows(self.coarse_rows, self.coarse_row_dhw, points_P3, axes)

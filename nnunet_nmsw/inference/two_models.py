@@ -24,7 +24,7 @@ from nnunet_nmsw.inference.volume import Networks, Padded, spatial_shape
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.plans import settings_of
-from nnunet_nmsw.selection.by_score import GreedyBenefit, full_trust
+from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.volume.interpolation import axis_between, interpolated
 from nnunet_nmsw.volume.labels import LabelEncoding
@@ -47,7 +47,7 @@ class TwoModelPredictor(NMSWPredictor):
     list_of_parameters: list[dict[str, Tensor]]
 
     def __init__(self, global_model: nnUNetPredictor, **kwargs: Any) -> None:
-        super().__init__(**{"selector": GreedyBenefit(full_trust), **kwargs})
+        super().__init__(**{"selector": GreedyBenefit(), **kwargs})
         self.global_model = global_model
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:

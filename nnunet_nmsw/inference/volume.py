@@ -259,7 +259,7 @@ def _fused(padded: Padded, folds: Sequence[FoldOfCase], work: Work, bar: tqdm) -
 
         choice = fold.windows
         logits_Cdhw = fold.coarse.logits_Cdhw.to(device)
-        return FusedModel(logits_Cdhw, choice.starts_K3, choice.trust_K, fold.weights.to(device), windows)
+        return FusedModel(logits_Cdhw, choice.starts_K3, fold.weights.to(device), windows)
 
     return FusedPrediction(
         [model(fold) for fold in folds],

@@ -5,8 +5,7 @@ Tensor suffixes: C channels of the logits, D H W axes of a box.
 A channel stands for a label or, in region-based training, for a region: see `LabelEncoding`.
 
 Inside windows, the fused logits of class c are a_c · patch + b_c · coarse + d_c, overlapping patches averaged with
-nnU-Net's Gaussian; elsewhere they are the upsampled coarse logits. At inference, the difference between the two is
-multiplied with the trust in the windows, averaged in the same way.
+nnU-Net's Gaussian; elsewhere they are the upsampled coarse logits.
 """
 
 from __future__ import annotations
@@ -76,13 +75,10 @@ AFFINE = FusionForm(3, affine_weights)
 CLASS_WEIGHTS = FusionForm(1, class_weights)
 
 
-def fuse(
-    patch_logits_CDHW: Tensor, coarse_logits_CDHW: Tensor, weights: FusionWeights, trust_DHW: Tensor | None = None
-) -> Tensor:
-    """Fused logits, the weights broadcast over the trailing axes; full trust where None."""
+def fuse(patch_logits_CDHW: Tensor, coarse_logits_CDHW: Tensor, weights: FusionWeights) -> Tensor:
+    """Fused logits, the weights broadcast over the trailing axes."""
     patch, coarse, bias = (part.view(-1, 1, 1, 1) for part in weights)
-    fused_CDHW = torch.addcmul(torch.addcmul(bias, coarse, coarse_logits_CDHW), patch, patch_logits_CDHW)
-    return fused_CDHW if trust_DHW is None else torch.lerp(coarse_logits_CDHW, fused_CDHW, trust_DHW)
+    return torch.addcmul(torch.addcmul(bias, coarse, coarse_logits_CDHW), patch, patch_logits_CDHW)
 
 
 def gaussian_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:

@@ -6,7 +6,6 @@ Tensor suffixes: N windows of the grid, K chosen windows, d h w axes of the low-
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -25,34 +24,11 @@ PLACEMENT_STEP = 0.25
 PICKS_BETWEEN_LOOKS = 32
 """On a GPU, where it takes longer to look at a number than to pick some windows for nothing."""
 
-Trust = Callable[[Tensor], Tensor]
-"""How much of what chosen windows change is kept, from their scores K."""
 
-
-def full_trust(scores_K: Tensor) -> Tensor:
-    """All of it."""
-    return torch.ones_like(scores_K)
-
-
-def trust_by_benefit(scores_K: Tensor) -> Tensor:
-    """The root of each predicted benefit over the largest; all where none is positive: they were asked and paid for."""
-    if len(scores_K) == 0:
-        return torch.ones_like(scores_K)
-    largest = scores_K.max()
-    return (scores_K / largest).clamp(0, 1).sqrt() if largest > 0 else torch.ones_like(scores_K)
-
-
-@dataclasses.dataclass(frozen=True)
 class TopK:
-    """The windows of the best scores.
-
-    Attributes:
-        trust: in the windows.
-    """
+    """The windows of the best scores."""
 
     name: ClassVar[str] = "top_k"
-
-    trust: Trust = full_trust
 
     def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
         """See `Selector`."""
@@ -60,61 +36,48 @@ class TopK:
         indices_K = top_k(scores_N, candidates(coarse, grid), budget.num_windows)
         if budget.threshold is not None:
             indices_K = indices_K[scores_N[indices_K] > SCORE_SCALE * budget.threshold]
-        return chosen(indices_K, scores_N, grid, self.trust)
+        return chosen(indices_K, scores_N, grid)
 
 
-@dataclasses.dataclass(frozen=True)
 class GreedyCoverage:
-    """The best window, then the best of what it does not cover, and so on.
-
-    Attributes:
-        trust: in the windows.
-    """
+    """The best window, then the best of what it does not cover, and so on."""
 
     name: ClassVar[str] = "greedy_coverage"
-
-    trust: Trust = full_trust
 
     def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
         """See `Selector`."""
         if budget.num_windows >= len(grid):
-            return TopK(self.trust).choose(coarse, grid, budget)
+            return TopK().choose(coarse, grid, budget)
         scores_N = scores(coarse.score_map_dhw, grid)
         indices_K = greedy_coverage(scores_N, candidates(coarse, grid), budget.num_windows, grid)
-        return chosen(indices_K, scores_N, grid, self.trust)
+        return chosen(indices_K, scores_N, grid)
 
 
-@dataclasses.dataclass(frozen=True)
 class GreedyBenefit:
     """The window of the largest predicted benefit, then the best of what it leaves, between the grid's positions, too.
 
     All windows are those of the grid.
-
-    Attributes:
-        trust: in the windows.
     """
 
     name: ClassVar[str] = "greedy_benefit"
 
-    trust: Trust = trust_by_benefit
-
     def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
         """See `Selector`."""
         if budget.num_windows >= len(grid) and budget.threshold is None:
-            return TopK(self.trust).choose(coarse, grid, budget)
+            return TopK().choose(coarse, grid, budget)
         grid = placement_grid(grid)
         scores_N = scores(coarse.score_map_dhw, grid)
         indices_K = greedy_benefit(coarse.score_map_dhw, candidates(coarse, grid), budget, grid, COVERAGE_DISCOUNT)
-        return chosen(indices_K, scores_N, grid, self.trust)
+        return chosen(indices_K, scores_N, grid)
 
 
-def chosen(indices_K: Tensor, scores_N: Tensor, grid: WindowGrid, trust: Trust) -> WindowChoice:
+def chosen(indices_K: Tensor, scores_N: Tensor, grid: WindowGrid) -> WindowChoice:
     """Windows of a grid as a choice."""
     # One copy from the device: the bits of scores are whole numbers, too.
     bits_K = scores_N.index_select(0, indices_K).float().view(torch.int32)
     indices_K, bits_K = torch.stack([indices_K.to(torch.int32), bits_K]).cpu().unbind()
     indices_K, scores_K = indices_K.long(), bits_K.view(torch.float32)
-    return WindowChoice(grid.starts_N3[indices_K], scores_K, trust(scores_K))
+    return WindowChoice(grid.starts_N3[indices_K], scores_K)
 
 
 def placement_grid(grid: WindowGrid) -> WindowGrid:

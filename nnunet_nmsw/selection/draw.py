@@ -71,7 +71,7 @@ class PlackettLuce:
         sample = sample_windows(scores_N, k, candidates_N, TEMPERATURE)
         scores_K = scores_N.index_select(0, sample.indices_K).detach()
         starts_K3 = grid.starts_N3[sample.indices_K.cpu()]
-        return Draw(starts_K3, scores_K, torch.ones(k), sample, window_entropy(scores_N, candidates_N))
+        return Draw(starts_K3, scores_K, sample, window_entropy(scores_N, candidates_N))
 
 
 def sample_windows(scores_N: Tensor, k: int, candidates_N: Tensor, temperature: float) -> WindowSample:

@@ -48,22 +48,15 @@ class WindowChoice:
     Attributes:
         starts_K3: their first voxels in the order of choice, int64 on the host.
         scores_K: their scores, float32 on the host.
-        trust_K: how much of what each changes in the coarse prediction is kept, from 0 to 1, float32 on the host.
     """
 
     starts_K3: Tensor
     scores_K: Tensor
-    trust_K: Tensor
-
-    @classmethod
-    def fully_trusted(cls, starts_K3: Tensor, scores_K: Tensor) -> WindowChoice:
-        """Windows whose patches count fully, whatever their scores."""
-        return cls(starts_K3, scores_K, torch.ones(len(starts_K3)))
 
     @classmethod
     def nothing(cls) -> WindowChoice:
         """No window: what remains is the coarse prediction."""
-        return cls.fully_trusted(torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0))
+        return cls(torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0))
 
 
 class Selector(Protocol):

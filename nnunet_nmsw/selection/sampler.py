@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nnunet_nmsw.selection.by_score import GreedyBenefit, Trust, full_trust, trust_by_benefit
+from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.selection.draw import Draw, PlackettLuce
 from nnunet_nmsw.selection.interface import CoarsePrediction, Selector
 
@@ -69,11 +69,6 @@ class Sampler(Protocol):
         ...
 
     @property
-    def trust(self) -> Trust:
-        """In windows that are chosen by their scores."""
-        ...
-
-    @property
     def measures_benefit(self) -> bool:
         """A step measures what its windows are worth, for `score_loss`."""
         ...
@@ -118,12 +113,11 @@ class _GatedSampler:
     """What the two samplers of the settings share: the gate of the score map, and the choice at inference."""
 
     fuses_random_windows = True
-    trust: Trust
 
     @property
     def at_inference(self) -> Selector:
         """Greedily, between the positions of the grid, too."""
-        return GreedyBenefit(self.trust)
+        return GreedyBenefit()
 
     def score_map(self, output_dhw: Tensor, entropy_dhw: Tensor) -> Tensor:
         """x H / (H + 0.1): where the coarse prediction is certain, a patch is worth nothing."""
@@ -137,7 +131,6 @@ class _GatedSampler:
 class BenefitSampler(_GatedSampler):
     """The score map is regressed on what the windows of a step were worth, voxel by voxel. The draw has no gradient."""
 
-    trust = staticmethod(trust_by_benefit)
     in_training = PlackettLuce(by_spread=True)
     measures_benefit = True
 
@@ -159,12 +152,8 @@ class BenefitSampler(_GatedSampler):
 
 
 class ContributionSampler(_GatedSampler):
-    """Scores follow the gradient of the fused loss through the log-probabilities of the draw: see docs/design-notes.md.
+    """Scores follow the fused loss's gradient through the log-probabilities of the draw: see docs/design-notes.md."""
 
-    They predict no benefits, so all windows are trusted alike.
-    """
-
-    trust = staticmethod(full_trust)
     in_training = PlackettLuce(by_spread=False)
     measures_benefit = False
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
 from nnunet_nmsw.model.network import Parts
-from nnunet_nmsw.selection.by_score import TopK, full_trust
+from nnunet_nmsw.selection.by_score import TopK
 from nnunet_nmsw.selection.draw import Draw, PlackettLuce
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import ENTROPY_WEIGHT, BenefitMap, ScoreLoss
@@ -29,9 +29,8 @@ class PaperSampler:
     The score of a window is the mean of the score map over it. The map is the global branch's last channel as it is.
     """
 
-    trust = staticmethod(full_trust)
     in_training = PlackettLuce(by_spread=False)
-    at_inference = TopK(full_trust)
+    at_inference = TopK()
     """Plain top-k, without noise."""
 
     measures_benefit = False

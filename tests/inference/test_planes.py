@@ -32,13 +32,12 @@ def dense_logits(models, patches, patch_size, factor, shape) -> torch.Tensor:
     gaussian, total = gaussian_weights(patch_size, torch.device("cpu")), 0
     for model, of_model in zip(models, patches, strict=True):
         coarse = upsample_window(model.coarse_logits_Cdhw, (0, 0, 0), shape, factor)
-        sums, weight, trust = torch.zeros_like(coarse), torch.zeros(shape), torch.zeros(shape)
-        for start, of_window, logits in zip(model.starts_K3.tolist(), model.trust_K.tolist(), of_model, strict=True):
+        sums, weight = torch.zeros_like(coarse), torch.zeros(shape)
+        for start, logits in zip(model.starts_K3.tolist(), of_model, strict=True):
             sums[(slice(None), *window_slices(start, patch_size))] += gaussian * logits.float()
             weight[window_slices(start, patch_size)] += gaussian
-            trust[window_slices(start, patch_size)] += of_window * gaussian
-        weight.clamp_min_(1e-30)
-        total = total + coarse + trust / weight * (fuse(sums / weight, coarse, model.weights) - coarse)
+        fused = fuse(sums / weight.clamp_min(1e-30), coarse, model.weights)
+        total = total + torch.where(weight > 0, fused, coarse)
     return total / len(models)
 
 
@@ -77,7 +76,7 @@ def test_equals_stock_export(inside, target, factor, num_windows, regions, separ
         def windows(starts_K3, logits=logits):
             return torch.stack([logits[tuple(start)] for start in starts_K3.tolist()])
 
-        models.append(FusedModel(coarse, starts, torch.rand(number), weights, windows))
+        models.append(FusedModel(coarse, starts, weights, windows))
         patches.append([logits[tuple(start)] for start in starts.tolist()])
     dense = dense_logits(models, patches, patch_size, factor, shape)
     dense = dense[(slice(None), *window_slices(offset, inside))].numpy()
@@ -130,7 +129,7 @@ def test_windows_are_asked_for_once_when_their_planes_come_and_dropped_after():
         asked.extend(starts_K3.tolist())
         return torch.zeros(len(starts_K3), 5, *patch_size)
 
-    model = FusedModel(torch.randn(5, 8, 4, 4), starts, torch.ones(4), FusionWeights(*torch.ones(3, 5)), windows)
+    model = FusedModel(torch.randn(5, 8, 4, 4), starts, FusionWeights(*torch.ones(3, 5)), windows)
     prediction = FusedPrediction([model], WindowGrid((16, 8, 8), patch_size, (2, 2, 2)), LABELS)
     for first in range(0, 16, 2):
         prediction.planes(first, first + 2, [slice(0, 8), slice(0, 8)])

@@ -18,7 +18,7 @@ from nnunet_nmsw.inference.volume import ChosenWindows, Padded
 from nnunet_nmsw.inference.windows import edges_in_image, index_to_world, write_windows
 from nnunet_nmsw.inference.writing import Done
 from nnunet_nmsw.model.fusion import FusionForm, FusionWeights
-from nnunet_nmsw.selection.by_score import TopK, full_trust
+from nnunet_nmsw.selection.by_score import TopK
 from nnunet_nmsw.volume.windows import crop_windows
 
 
@@ -31,7 +31,7 @@ def test_all_windows_without_a_weight_on_the_coarse_prediction_are_the_sliding_w
     expected = initialized(stock(mirrored), tiny_network).predict_logits_from_preprocessed_data(volume)
     patches_alone = FusionWeights(torch.ones(3), torch.zeros(3), torch.zeros(3))
     tiny_network.fusion = FusionForm(3, lambda parameters: patches_alone)
-    predictor = initialized(nmsw(mirrored, num_patches="all", selector=TopK(full_trust)), tiny_network)
+    predictor = initialized(nmsw(mirrored, num_patches="all", selector=TopK()), tiny_network)
     logits = predictor.predict_logits_from_preprocessed_data(volume).float()
     # nnU-Net multiplies with its Gaussian and adds in half precision, in which little is left at the corners.
     inside = (slice(None), *(slice(2, -2) if n > 8 else slice(None) for n in shape))

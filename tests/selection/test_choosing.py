@@ -9,11 +9,9 @@ from nnunet_nmsw.selection.by_score import (
     GreedyBenefit,
     GreedyCoverage,
     TopK,
-    full_trust,
     greedy_benefit,
     greedy_coverage,
     top_k,
-    trust_by_benefit,
 )
 from nnunet_nmsw.selection.draw import PlackettLuce, sample_windows, window_entropy
 from nnunet_nmsw.selection.interface import CoarsePrediction, candidates
@@ -169,18 +167,6 @@ def test_a_draw_is_a_choice_that_knows_how_it_was_drawn():
     assert len(set(draw.sample.indices_K.tolist())) == 4
     one = WindowGrid((8, 8, 8), (8, 8, 8), (2, 2, 2))
     assert len(PlackettLuce(by_spread=True).choose(coarse_prediction(one.low_shape), one, Budget(4)).starts_K3) == 1
-
-
-def test_patches_of_little_promise_change_little():
-    scores = torch.tensor([4.0, 1.0, 0.0, -2.0])
-    assert trust_by_benefit(scores).tolist() == [1.0, 0.5, 0.0, 0.0]
-    assert trust_by_benefit(-scores - 1).tolist() == [0.0, 0.0, 0.0, 1.0]
-    assert trust_by_benefit(-scores.abs() - 1).tolist() == [1.0] * 4  # asked for, though only harm is expected
-    assert trust_by_benefit(scores[:0]).tolist() == []
-    assert full_trust(scores).tolist() == [1.0] * 4
-    # The scores of the other sampler were trained to draw windows, not to predict what they are worth.
-    assert BenefitSampler.trust is trust_by_benefit
-    assert ContributionSampler.trust is full_trust
 
 
 def test_the_score_map_is_gated_by_the_entropy():
