@@ -18,7 +18,8 @@ import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_nmsw.selection.calibration import FILE, write_calibration
+from nnunet_nmsw.files import write_json
+from nnunet_nmsw.selection.calibration import FILE, calibration_of
 from nnunet_nmsw.trainers.cases import read_cases
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.randomness import seed_everything
@@ -145,7 +146,7 @@ def write_own_calibration(trainer: nnUNetTrainerNMSW) -> None:
     network = trainer.nmsw_network.eval()
     _, dataset = trainer.get_tr_and_val_datasets()
     cases = read_cases(dataset, dataset.identifiers, trainer.encoding)
-    write_calibration(folder / FILE, [calibrate(network, cases, trainer.encoding, trainer.device)])
+    write_json(folder / FILE, calibration_of([calibrate(network, cases, trainer.encoding, trainer.device)]))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _num_patches(value: Any) -> int | str:
-    return parse_num_patches(value, f'setting "num_patches" under "{PLANS_KEY}" in the plans')
+    return parse_num_patches(value, f'setting "num_patches" under "{PLANS_KEY}" in the plans', auto=True)
 
 
 class Architecture(pydantic.BaseModel):
@@ -106,8 +106,10 @@ class NMSWSettings(pydantic.BaseModel):
         json_schema_extra=_allowed("three integers of at least 1, e.g. [3, 3, 3]"),
     )
     num_patches: Annotated[int | str, BeforeValidator(_num_patches)] = Field(
-        default="10%",
-        description='Patches at inference, K: a number, a percentage of the case\'s windows such as "10%", or "all".',
+        default="auto",
+        description='Patches at inference, K: a number, a percentage of the case\'s windows such as "10%", "all", or '
+        '"auto": as many as have a predicted benefit, by the calibration of the model\'s validation. Before the '
+        "validation, and where scores predict no benefits (`contribution`), that is 10%.",
     )
     sampled_windows: Annotated[Window, Field(ge=1)] = Field(
         description="Windows that a training step draws from the scores. Default: half of the plans' batch size, "

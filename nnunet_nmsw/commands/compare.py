@@ -18,6 +18,8 @@ from nnunet_nmsw.selection.budget import parse_num_patches
 if TYPE_CHECKING:
     from nnunet_nmsw.evaluation.store import Comparison
 
+DEFAULT_NUM_PATCHES = ("5%", "10%", "20%", "5", "10", "30", "all")
+
 NEEDED = ("monai", "statsmodels", "jinja2", "pandas", "matplotlib")
 
 
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
     args = _parser().parse_args(arguments)
     _check(args)
-    num_patches = list(dict.fromkeys(parse_num_patches(k, "-k", auto=True) for k in args.k))
+    given = [parse_num_patches(k, "-k", auto=True) for k in args.k or DEFAULT_NUM_PATCHES]
     require_extra()
     # These import what the line above asks for.
     from nnunet_nmsw.evaluation.methods import build_methods
@@ -33,9 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_nmsw.evaluation.store import Comparison
     from nnunet_nmsw.inference.device import prepare_device
     from nnunet_nmsw.inference.openvino_branches import backend_named
+    from nnunet_nmsw.selection.calibration import calibration_files
 
     dataset = dataset_name(args.d)
     models = find_models(args, dataset)
+    if args.k is None and calibration_files(models[-1].folder):
+        given.append("auto")
+    num_patches = list(dict.fromkeys(given))
     if "auto" in num_patches:
         for fold in args.f:
             models[-1].threshold(fold)  # raises where nothing is calibrated
@@ -128,9 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         "-k",
         nargs="+",
         metavar="K",
-        default=["5%", "10%", "20%", "5", "10", "30", "all"],
         help='patches a case: numbers, percentages of all windows, "all", or "auto" as in nmsw_predict. '
-        "Default: 5%% 10%% 20%% 5 10 30 all",
+        "Default: 5%% 10%% 20%% 5 10 30 all, and auto where the model is calibrated",
     )
     add(
         "-tta",

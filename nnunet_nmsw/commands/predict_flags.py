@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         dest="k",
         metavar="K",
         help='patches a case: a number, a percentage of all windows such as "10%%", "all", or "auto": as many as are '
-        "expected to help. Default: the model's setting",
+        "expected to help. Default: the model's setting, which is auto unless the plans say otherwise",
     )
     add(
         "--max_drop",

@@ -112,7 +112,7 @@ class FoldPredictor:
         self.sliding_window = SharedSlidingWindow(self.costs, **common)
         self.nmsw: NMSWPredictor | None = None
         if model.role == "nmsw":
-            self.nmsw = NMSWPredictor(**common)
+            self.nmsw = NMSWPredictor("all", **common)
             load_model(self.nmsw, model.folder, [fold], model.checkpoint, model.trusted)
             self.sliding_window.manual_initialization(
                 self.nmsw.network,

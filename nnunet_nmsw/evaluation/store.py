@@ -26,6 +26,7 @@ from nnunet_nmsw.evaluation.metrics import METRICS, Label, evaluated_labels
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.timing import measurement_order
 from nnunet_nmsw.files import PREFIX, remove_leftovers, write_json
+from nnunet_nmsw.selection.budget import UNCALIBRATED
 from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.settings import PLANS_KEY
 
@@ -84,6 +85,8 @@ class Comparison:
     def primary_of(self, own_selection: str) -> Method:
         """The method that the report is about, of a model that chooses windows in this way itself."""
         num_patches = self.nmsw.configuration[PLANS_KEY]["num_patches"]
+        if num_patches == "auto" and not self.has_auto:
+            num_patches = UNCALIBRATED
         return primary_method(self.methods, num_patches, own_selection)
 
     def _record_files(self) -> Iterator[Path]:

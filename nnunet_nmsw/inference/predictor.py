@@ -34,7 +34,7 @@ from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.budget import parse_num_patches
-from nnunet_nmsw.selection.calibration import threshold_of_folds
+from nnunet_nmsw.selection.calibration import threshold_for
 from nnunet_nmsw.selection.interface import Selector
 from nnunet_nmsw.volume.labels import LabelEncoding
 
@@ -81,7 +81,7 @@ class NMSWPredictor(FilesPredictor):
         self.backend = backend_named(backend, precision, self.device)
         self.bfloat16 = precision == BFLOAT16
         self.selector, self.threshold, self.trust_model = selector, threshold, trust_model
-        self.take_logits = take_logits
+        self.take_logits, self._given_threshold = take_logits, threshold
         self._bounds: tuple[set[str], Share] | None = None
         self._folds_of_run: list[Fold] | None = None
 
@@ -118,8 +118,9 @@ class NMSWPredictor(FilesPredictor):
         load = super().initialize_from_trained_model_folder
         initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         self._compile_branches()
-        if self.num_patches == "auto" and self.threshold is None:
-            self.threshold = threshold_of_folds(folder, folds if use_folds else None, self.max_drop)
+        if self._given_threshold is None:
+            own = getattr(self.network, "num_patches", None)  # which a stock network does not have
+            self.threshold = threshold_for(self.num_patches, own, folder, folds if use_folds else None, self.max_drop)
 
     def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
         """See the parent."""
@@ -135,9 +136,8 @@ class NMSWPredictor(FilesPredictor):
     @property
     def spending(self) -> Spending:
         """What may be spent on a case, by this predictor's arguments and the model's settings."""
-        network = self.nmsw_network
-        num_patches = network.settings.num_patches if self.num_patches is None else self.num_patches
-        return Spending(self.selector or network.sampler.at_inference, num_patches, self.threshold)
+        num_patches = self.nmsw_network.num_patches if self.num_patches is None else self.num_patches
+        return Spending(self.selector or self.nmsw_network.sampler.at_inference, num_patches, self.threshold)
 
     @property
     def of_model(self) -> OfModel:

@@ -22,7 +22,7 @@ from nnunet_nmsw.model.fusion import AFFINE, FusionForm, FusionWeights
 from nnunet_nmsw.model.plans import branch_architectures, settings_of
 from nnunet_nmsw.model.strides import padded_for, total_stride
 from nnunet_nmsw.selection.interface import CoarsePrediction
-from nnunet_nmsw.selection.sampler import SAMPLERS, Sampler
+from nnunet_nmsw.selection.sampler import SAMPLERS, Sampler, own_num_patches
 from nnunet_nmsw.settings import NMSWSettings
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.precision import mixed_precision
@@ -88,12 +88,11 @@ class NMSWNetwork(nn.Module):
         self.global_branch = global_branch
         self.local_branch = local_branch
         self.sampler, self.fusion, context = parts or Parts.of(settings)
-        _, num_classes = channels
+        self.num_patches = own_num_patches(settings.num_patches, self.sampler)
         self.context = context(*channels, settings.context_channels) if settings.context_channels else None
         # As differences from where they start.
-        self.fusion_parameters = nn.Parameter(torch.zeros(self.fusion.rows, num_classes))
-        self.patch_size = patch_size
-        self.settings = settings
+        self.fusion_parameters = nn.Parameter(torch.zeros(self.fusion.rows, channels[1]))
+        self.patch_size, self.settings = patch_size, settings
         self.local_branch_is_frozen = False
         self.benefit_scale: Tensor
         self.register_buffer("benefit_scale", torch.zeros(()))

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from nnunet_nmsw.errors import UserError
 
+UNCALIBRATED = "10%"
+"""In the place of "auto" where there is no threshold."""
+
 
 class Budget(NamedTuple):
     """What may be spent on a volume.
@@ -26,12 +29,11 @@ def budget_of(num_patches: int | str, num_windows: int, threshold: float | None 
     Args:
         num_patches: as from `parse_num_patches`.
         num_windows: windows of the volume's grid.
-        threshold: with "auto", of the model's calibration.
+        threshold: with "auto", of the model's calibration; `UNCALIBRATED` patches where None.
     """
-    if num_patches == "auto":
-        assert threshold is not None
+    if num_patches == "auto" and threshold is not None:
         return Budget(num_windows, threshold)
-    return Budget(resolve_num_patches(num_patches, num_windows))
+    return Budget(resolve_num_patches(UNCALIBRATED if num_patches == "auto" else num_patches, num_windows))
 
 
 def parse_num_patches(value: int | str, source: str = "-k", auto: bool = False) -> int | str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from nnunet_nmsw.documents import CALIBRATION, read_json
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.files import write_json
+from nnunet_nmsw.selection.budget import UNCALIBRATED
 
 FILE = "automatic_patches.json"
 """In the folder `validation` of a fold."""
@@ -29,8 +29,8 @@ Measured = dict[float, list[tuple[int, np.ndarray]]]
 prediction nor reference has it."""
 
 
-def write_calibration(file: Path, measured: Sequence[Measured]) -> None:
-    """Write what was measured on the validation cases, in parts, to a JSON file."""
+def calibration_of(measured: Sequence[Measured]) -> dict[str, Any]:
+    """What was measured on the validation cases, in parts, as it is written to the file."""
     rows = []
     for threshold in measured[0]:
         cases = [case for part in measured for case in part[threshold]]
@@ -43,7 +43,45 @@ def write_calibration(file: Path, measured: Sequence[Measured]) -> None:
                 "patches": [taken for taken, _ in cases],
             }
         )
-    write_json(file, {"cases": len(cases), "thresholds": rows})
+    return {"cases": len(cases), "thresholds": rows}
+
+
+def threshold_for(
+    num_patches: int | str | None,
+    own: int | str | None,
+    model_folder: Path,
+    folds: Sequence[int | str] | None,
+    max_drop: float,
+) -> float | None:
+    """The threshold that a prediction needs; None for none.
+
+    Args:
+        num_patches: that was asked for; None for the model's.
+        own: the model's setting; None where its scores predict no benefits.
+        model_folder: of the model.
+        folds: of the ensemble; all that have a calibration where None.
+        max_drop: see `threshold_of`.
+
+    Raises:
+        UserError: "auto" was asked for, and a fold has no calibration. Where "auto" is the model's setting,
+            `UNCALIBRATED` patches are taken then, which is said in one line.
+    """
+    if "auto" not in (num_patches, own if num_patches is None else None):
+        return None
+    if num_patches is None and not is_calibrated(model_folder, folds):
+        print(
+            f"{UNCALIBRATED} of the windows are taken: the model has no calibration, which its validation makes "
+            "(nnUNetv2_train with --val)"
+        )
+        return None
+    return threshold_of_folds(model_folder, folds, max_drop)
+
+
+def is_calibrated(model_folder: Path, folds: Sequence[int | str] | None) -> bool:
+    """Whether these folds are, or any where None."""
+    if folds is None:
+        return bool(calibration_files(model_folder))
+    return all((model_folder / f"fold_{fold}" / "validation" / FILE).is_file() for fold in folds)
 
 
 def calibration_files(model_folder: Path) -> list[Path]:
@@ -52,7 +90,7 @@ def calibration_files(model_folder: Path) -> list[Path]:
 
 
 def threshold_of_folds(model_folder: Path, folds: Sequence[int | str] | None, max_drop: float) -> float:
-    """The largest of `THRESHOLDS` that costs no more Dice than allowed, on the validation cases of the folds together.
+    """`threshold_of` what the folds of a model have measured.
 
     Args:
         model_folder: of the model.
@@ -74,7 +112,16 @@ def threshold_of_folds(model_folder: Path, folds: Sequence[int | str] | None, ma
             "training writes: run nnUNetv2_train with --val for that fold, or give a number of patches"
         )
     remedy = "run nnUNetv2_train with --val for that fold, or give a number of patches"
-    calibrations: list[dict[str, Any]] = [read_json(file, CALIBRATION, remedy, finite=True) for file in files]
+    return threshold_of([read_json(file, CALIBRATION, remedy, finite=True) for file in files], max_drop)
+
+
+def threshold_of(calibrations: Sequence[dict[str, Any]], max_drop: float) -> float:
+    """The largest of `THRESHOLDS` that costs no more Dice than allowed, on the validation cases of folds together.
+
+    Args:
+        calibrations: of the folds, see `calibration_of`.
+        max_drop: Dice, of 1, below the best of `THRESHOLDS`.
+    """
     dice: dict[float, list[tuple[float, int]]] = {}
     for calibration in calibrations:
         for row in calibration["thresholds"]:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nnunet_nmsw.selection.budget import UNCALIBRATED
 from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.selection.draw import Draw, PlackettLuce
 from nnunet_nmsw.selection.interface import CoarsePrediction, Selector
@@ -107,6 +108,11 @@ class Sampler(Protocol):
             benefit_scale: running root mean square of measured benefits, scalar; scores are in its units.
         """
         ...
+
+
+def own_num_patches(setting: int | str, sampler: Sampler) -> int | str:
+    """The setting `num_patches`; `UNCALIBRATED` in the place of "auto" where scores predict no benefits."""
+    return UNCALIBRATED if setting == "auto" and not sampler.measures_benefit else setting
 
 
 class _GatedSampler:

@@ -96,7 +96,7 @@ def sampled_cases(
     """
     training = network.training
     network.eval()
-    spending = Spending(network.sampler.at_inference, network.settings.num_patches)
+    spending = Spending(network.sampler.at_inference, network.num_patches)
     cases = []
     for case in read_cases(dataset, dataset.identifiers[:number], encoding):
         image = Padded.of(case.volume_CDHW, network.patch_size)

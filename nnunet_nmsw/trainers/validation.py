@@ -19,7 +19,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.files import written_whole
+from nnunet_nmsw.files import write_json, written_whole
+from nnunet_nmsw.flags import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.networks import Ensemble, filled_up, unbounded
 from nnunet_nmsw.inference.predictor import NMSWPredictor
@@ -35,7 +36,7 @@ from nnunet_nmsw.inference.volume import (
 )
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.network import NMSWNetwork
-from nnunet_nmsw.selection.calibration import FILE, THRESHOLDS, Measured, write_calibration
+from nnunet_nmsw.selection.calibration import FILE, THRESHOLDS, Measured, calibration_of, threshold_of
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.trainers.cases import PreprocessedCase, read_cases
 from nnunet_nmsw.trainers.distributed import Processes, gather_over_processes
@@ -124,7 +125,7 @@ def predicted_in_training(network: NMSWNetwork, step: TrainingStep, device: torc
     """
     volume_CDHW = step.volume.volume_1CDHW[0]
     padded = Padded(volume_CDHW, (0, 0, 0), spatial_shape(volume_CDHW))
-    spending = Spending(network.sampler.at_inference, network.settings.num_patches)
+    spending = Spending(network.sampler.at_inference, network.num_patches)
     fold = choose(InTraining(network, step, device), padded, spending)
     return _labels(padded, fold, device).to(device)
 
@@ -138,7 +139,7 @@ def _labels(padded: Padded, fold: FoldOfCase, device: torch.device) -> Tensor:
 
 
 def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes, save_probabilities: bool) -> None:
-    """Predict the validation cases of a fold, calibrate -k auto on them, and write nnU-Net's summary of metrics.
+    """Calibrate -k auto on the validation cases of a fold, predict them, and write nnU-Net's summary of metrics.
 
     Args:
         trainer: whose fold it is.
@@ -161,8 +162,13 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
     keys, encoding = dataset.identifiers, LabelEncoding.of(trainer.label_manager)
     cases = partial(read_cases, dataset, processes.own_share(keys), encoding)
     in_step = partial(processes.in_step, total=len(keys), every=CASES_BETWEEN_BARRIERS)
+    measured = gather_over_processes(calibrate(network, in_step(cases()), encoding, trainer.device))
+    calibration = calibration_of(measured)
+    if trainer.local_rank == 0:
+        write_json(folder / FILE, calibration)
     next_stages = trainer.configuration_manager.next_stage_names
     predictor = NMSWPredictor(
+        threshold=threshold_of([calibration], DEFAULT_MAX_DROP),
         take_logits=partial(_save_for_next_stages, trainer) if next_stages else None,
         device=trainer.device,
         allow_tqdm=False,
@@ -183,9 +189,7 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
             yield {"data": case.volume_CDHW, "data_properties": case.properties, "ofile": str(folder / case.key)}
 
     predictor.predict_from_data_iterator(told(), save_probabilities, default_num_processes)
-    measured = gather_over_processes(calibrate(network, in_step(cases()), encoding, trainer.device))
     if trainer.local_rank == 0:
-        write_calibration(folder / FILE, measured)
         _write_summary(trainer, folder)
 
 

@@ -4,13 +4,15 @@ import pytest
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation.models import Model
-from nnunet_nmsw.selection.calibration import FILE, write_calibration
+from nnunet_nmsw.files import write_json
+from nnunet_nmsw.selection.calibration import FILE, calibration_of
 
 
 def calibrate(model: Model, fold: int, dice_by_threshold: dict[float, float]) -> None:
     folder = model.folder / f"fold_{fold}" / "validation"
     folder.mkdir(parents=True)
-    write_calibration(folder / FILE, [{threshold: [(1, [dice])] for threshold, dice in dice_by_threshold.items()}])
+    measured = {threshold: [(1, [dice])] for threshold, dice in dice_by_threshold.items()}
+    write_json(folder / FILE, calibration_of([measured]))
 
 
 def test_the_threshold_of_auto_comes_from_other_folds(tmp_path):

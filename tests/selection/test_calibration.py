@@ -3,13 +3,16 @@
 import json
 
 import numpy as np
+import old_model
 import pytest
 import torch
 from predictors import nmsw
 from tiny import initialized
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.selection.calibration import FILE, THRESHOLDS, threshold_of_folds, write_calibration
+from nnunet_nmsw.files import write_json
+from nnunet_nmsw.selection.budget import budget_of
+from nnunet_nmsw.selection.calibration import FILE, THRESHOLDS, calibration_of, threshold_for, threshold_of_folds
 
 
 def fold(folder, number, dice, cases=2):
@@ -19,7 +22,7 @@ def fold(folder, number, dice, cases=2):
         threshold: [(10 - index, np.array([value, np.nan])) for _ in range(cases)]
         for index, (threshold, value) in enumerate(zip(THRESHOLDS, dice, strict=True))
     }
-    write_calibration(folder / f"fold_{number}" / "validation" / FILE, [measured])
+    write_json(folder / f"fold_{number}" / "validation" / FILE, calibration_of([measured]))
 
 
 def test_the_largest_threshold_within_the_allowed_drop(tmp_path):
@@ -42,6 +45,32 @@ def test_without_a_calibration_the_message_says_how_to_get_it(tmp_path):
     fold(tmp_path, 0, [0.5] * 5)
     with pytest.raises(UserError, match=r"fold_1.*--val"):
         threshold_of_folds(tmp_path, [0, 1], 0.005)
+
+
+def test_auto_is_the_default_where_the_model_is_calibrated(tmp_path, capsys):
+    (tmp_path / "fold_1").mkdir()
+    fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5])
+    of_model = tmp_path, [0], 0.0
+    assert threshold_for(None, "auto", *of_model) == threshold_for("auto", None, *of_model) == THRESHOLDS[2]
+    for given, own in ((None, "10%"), (None, None), (5, "auto"), ("all", "auto")):
+        assert threshold_for(given, own, *of_model) is None
+    assert capsys.readouterr().out == ""
+    assert threshold_for(None, "auto", tmp_path, [0, 1], 0.0) is None
+    assert "10% of the windows are taken" in capsys.readouterr().out
+    assert budget_of("auto", 50) == budget_of("10%", 50)
+
+
+def test_a_predictor_takes_the_threshold_of_the_model_that_it_loads():
+    model = str(old_model.FOLDER / "model")
+    predictor = nmsw(num_patches="auto")
+    predictor.initialize_from_trained_model_folder(model, (0,))
+    assert predictor.threshold in THRESHOLDS
+    given = nmsw(num_patches="auto", threshold=0.3)
+    given.initialize_from_trained_model_folder(model, (0,))
+    assert given.threshold == 0.3
+    own = nmsw()  # whose setting is a percentage
+    own.initialize_from_trained_model_folder(model, (0,))
+    assert own.threshold is None
 
 
 def test_fewer_windows_where_less_is_gained(tiny_network):
