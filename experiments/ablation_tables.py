@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation_run import AS_OBJECTS, AUTOMATIC, NUM_PATCHES
+from ablation_run import AS_OBJECTS, AUTOMATIC, CALIBRATED, NUM_PATCHES
 from grid import ARMS, DATASETS, PICKED_BY_TOP_K, SELECTION_ARMS, STOCK
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -176,11 +176,11 @@ BY_LENGTH = (
     ("stock nnU-Net, sliding window, step 0.5", STOCK, "sliding window", "all"),
     ("stock nnU-Net, step 1", STOCK, "sliding window", "step 1.0"),
     ("stock nnU-Net, step 1, empty windows skipped", STOCK, "sliding window", "step 1.0, empty windows skipped"),
+    ("NMSW, automatic number (the default)", "default", AUTOMATIC, CALIBRATED),
     ("NMSW, K = 5%", "default", "greedy_benefit", "5%"),
     ("NMSW, K = 10%", "default", "greedy_benefit", "10%"),
     ("NMSW, K = 20%", "default", "greedy_benefit", "20%"),
     ("NMSW, all windows", "default", "all windows", "all"),
-    ("NMSW, predicted benefit above 0.05", "default", AUTOMATIC, "0.05"),
     ("global branch alone", "default", "global branch", "0"),
     ("local branch, sliding window, step 0.5", "default", "sliding window", "all"),
     ("random windows with predicted foreground, K = 10%", "default", "random", "10%"),
@@ -220,7 +220,7 @@ def runs_by_length(folder: Path, dataset_id: int) -> dict[int, Runs]:
 
 LEARNING_CURVES = (
     ("stock, sliding window", STOCK, "sliding window", "all"),
-    ("NMSW, K = 10%", "default", "greedy_benefit", "10%"),
+    ("NMSW, automatic number", "default", AUTOMATIC, CALIBRATED),
     ("NMSW, all windows", "default", "all windows", "all"),
     ("global branch alone", "default", "global branch", "0"),
     ("local branch, sliding window", "default", "sliding window", "all"),
