@@ -11,12 +11,14 @@ from typing import Any
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_nmsw.documents import DATASET, PLANS, read_json
+from nnunet_nmsw.documents import CALIBRATION, DATASET, PLANS, check, read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.model.architecture import global_architecture
 from nnunet_nmsw.model.context import channels_of_context
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import check_finite, check_origin, configuration_of, loading, read_checkpoint
+from nnunet_nmsw.selection.budget import UNCALIBRATED
+from nnunet_nmsw.selection.calibration import CALIBRATION_KEY, FILE, threshold_of, threshold_of_folds
 from nnunet_nmsw.settings import PLANS_KEY
 
 DOCUMENTS: dict[str, dict[str, Any]] = {"plans.json": PLANS, "dataset.json": DATASET}
@@ -73,6 +75,43 @@ def trained_folds(folder: Path, checkpoint: str) -> list[int]:
         re.fullmatch(r"fold_(0|[1-9]\d*)", path.name) for path in folder.glob("fold_*") if (path / checkpoint).is_file()
     )
     return sorted(int(match[1]) for match in matches if match)
+
+
+def threshold_for(
+    num_patches: int | str | None, own: int | str | None, checkpoints: Sequence[Path], trust: bool, max_drop: float
+) -> float | None:
+    """The threshold of the number of patches "auto", from the checkpoints, or from what validations left beside them.
+
+    Args:
+        num_patches: that was asked for; None for the model's.
+        own: the model's setting.
+        checkpoints: of the folds.
+        trust: they may run code.
+        max_drop: see `threshold_of`.
+
+    Returns:
+        None where it is not needed. None, and a line for the user, where "auto" is the model's setting and nothing is
+        calibrated: `UNCALIBRATED` patches are taken then.
+
+    Raises:
+        UserError: "auto" was asked for, and a fold has no calibration.
+    """
+    if (own if num_patches is None else num_patches) != "auto":
+        return None
+    read = {file: read_checkpoint(file, trust, mmap=True) for file in checkpoints}
+    stored = {file: of[CALIBRATION_KEY] for file, of in read.items() if CALIBRATION_KEY in of}
+    if len(stored) == len(checkpoints):
+        for file, calibration in stored.items():
+            check(calibration, CALIBRATION, f"{file}, {CALIBRATION_KEY}")
+        return threshold_of(list(stored.values()), max_drop)
+    model_folder, folds = checkpoints[0].parent.parent, [file.parent.name.removeprefix("fold_") for file in checkpoints]
+    if num_patches is None and not all((file.parent / "validation" / FILE).is_file() for file in checkpoints):
+        print(
+            f"{UNCALIBRATED} of the windows are taken: the model has no calibration, which its validation makes "
+            "(nnUNetv2_train with --val)"
+        )
+        return None
+    return threshold_of_folds(model_folder, folds, max_drop)
 
 
 def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool) -> None:

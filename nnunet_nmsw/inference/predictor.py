@@ -25,7 +25,7 @@ from nnunet_nmsw.inference.cases import Case, Cases
 from nnunet_nmsw.inference.export import labels_from_logits, reason_for_logits, write_labels, write_logits
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.memory import share_within
-from nnunet_nmsw.inference.model_folder import initialize, trained_folds
+from nnunet_nmsw.inference.model_folder import initialize, threshold_for, trained_folds
 from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
 from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
@@ -34,7 +34,6 @@ from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.budget import parse_num_patches
-from nnunet_nmsw.selection.calibration import threshold_for
 from nnunet_nmsw.selection.interface import Selector
 from nnunet_nmsw.volume.labels import LabelEncoding
 
@@ -120,7 +119,8 @@ class NMSWPredictor(FilesPredictor):
         self._compile_branches()
         if self._given_threshold is None:
             own = getattr(self.network, "num_patches", None)  # which a stock network does not have
-            self.threshold = threshold_for(self.num_patches, own, folder, folds if use_folds else None, self.max_drop)
+            files = [folder / f"fold_{fold}" / checkpoint_name for fold in folds]
+            self.threshold = threshold_for(self.num_patches, own, files, self.trust_model, self.max_drop)
 
     def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
         """See the parent."""

@@ -88,7 +88,6 @@ class NMSWNetwork(nn.Module):
         self.global_branch = global_branch
         self.local_branch = local_branch
         self.sampler, self.fusion, context = parts or Parts.of(settings)
-        self.num_patches = own_num_patches(settings.num_patches, self.sampler)
         self.context = context(*channels, settings.context_channels) if settings.context_channels else None
         # As differences from where they start.
         self.fusion_parameters = nn.Parameter(torch.zeros(self.fusion.rows, channels[1]))
@@ -196,6 +195,11 @@ class NMSWNetwork(nn.Module):
         """Weights of the fusion, float32."""
         return self.fusion.weights(self.fusion_parameters.float())
 
+    @property
+    def num_patches(self) -> int | str:
+        """K at inference, as the model is set."""
+        return own_num_patches(self.settings.num_patches, self.sampler)
+
     def freeze_local_branch(self) -> None:
         """Train all but the local branch, which stays as it is at inference: dropout and batch statistics, too."""
         self.local_branch.requires_grad_(False)
@@ -215,12 +219,11 @@ class NMSWNetwork(nn.Module):
 
     def coarse(self, low_1Cdhw: Tensor, encoding: LabelEncoding) -> CoarsePrediction:
         """Run the global branch on a downsampled volume of any shape."""
-        shape = low_1Cdhw.shape[2:]
         padded_1Cdhw = padded_for(self.global_branch, low_1Cdhw)
         if self._convolves_one_slowly(padded_1Cdhw):
             padded_1Cdhw = padded_1Cdhw.expand(2, -1, -1, -1, -1)
         output = self.global_branch(padded_1Cdhw)[0].float()
-        output = output[(slice(None), *(slice(n) for n in shape))]
+        output = output[(slice(None), *(slice(n) for n in low_1Cdhw.shape[2:]))]
         num_classes = self.fusion_parameters.shape[1]
         logits_Cdhw, output_dhw, of_context_Gdhw = output[:num_classes], output[num_classes], output[num_classes + 1 :]
         score_map_dhw = self.sampler.score_map(output_dhw, encoding.entropy(logits_Cdhw.detach()))
@@ -258,8 +261,7 @@ class NMSWNetwork(nn.Module):
         if self.context is not None:
             patches_BCDHW = self.context(patches_BCDHW)
         if at_once is None or at_once >= len(patches_BCDHW):
-            logits: Tensor | list[Tensor] = self.local_branch(patches_BCDHW)
-            return logits
+            return self.local_branch(patches_BCDHW)
         some_patches = patches_BCDHW.split(at_once)
         if self.local_branch_is_frozen and not patches_BCDHW.requires_grad:  # nothing kept
             parts = [self.local_branch(some) for some in some_patches]
@@ -294,6 +296,5 @@ def build_network(
     """
     d, h, w = configuration.patch_size
     settings = settings_of(configuration.configuration)
-    architecture = configuration.configuration["architecture"]
-    parts = parts_of(settings)
-    return NMSWNetwork.from_architecture(architecture, (d, h, w), channels, deep_supervision, settings, parts)
+    of_branches = (configuration.configuration["architecture"], (d, h, w), channels, deep_supervision)
+    return NMSWNetwork.from_architecture(*of_branches, settings, parts_of(settings))

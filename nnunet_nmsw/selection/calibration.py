@@ -14,10 +14,12 @@ import numpy as np
 
 from nnunet_nmsw.documents import CALIBRATION, read_json
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.selection.budget import UNCALIBRATED
 
 FILE = "automatic_patches.json"
 """In the folder `validation` of a fold."""
+
+CALIBRATION_KEY = "nmsw_calibration"
+"""In a checkpoint, for the same."""
 
 THRESHOLDS = (0.025, 0.05, 0.1, 0.2, 0.4)
 """What the mean of the score map over a window has to exceed. Its unit is the root mean square of the benefits that
@@ -44,44 +46,6 @@ def calibration_of(measured: Sequence[Measured]) -> dict[str, Any]:
             }
         )
     return {"cases": len(cases), "thresholds": rows}
-
-
-def threshold_for(
-    num_patches: int | str | None,
-    own: int | str | None,
-    model_folder: Path,
-    folds: Sequence[int | str] | None,
-    max_drop: float,
-) -> float | None:
-    """The threshold that a prediction needs; None for none.
-
-    Args:
-        num_patches: that was asked for; None for the model's.
-        own: the model's setting; None where its scores predict no benefits.
-        model_folder: of the model.
-        folds: of the ensemble; all that have a calibration where None.
-        max_drop: see `threshold_of`.
-
-    Raises:
-        UserError: "auto" was asked for, and a fold has no calibration. Where "auto" is the model's setting,
-            `UNCALIBRATED` patches are taken then, which is said in one line.
-    """
-    if "auto" not in (num_patches, own if num_patches is None else None):
-        return None
-    if num_patches is None and not is_calibrated(model_folder, folds):
-        print(
-            f"{UNCALIBRATED} of the windows are taken: the model has no calibration, which its validation makes "
-            "(nnUNetv2_train with --val)"
-        )
-        return None
-    return threshold_of_folds(model_folder, folds, max_drop)
-
-
-def is_calibrated(model_folder: Path, folds: Sequence[int | str] | None) -> bool:
-    """Whether these folds are, or any where None."""
-    if folds is None:
-        return bool(calibration_files(model_folder))
-    return all((model_folder / f"fold_{fold}" / "validation" / FILE).is_file() for fold in folds)
 
 
 def calibration_files(model_folder: Path) -> list[Path]:

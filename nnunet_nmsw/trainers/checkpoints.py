@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
+from nnunet_nmsw.selection.calibration import CALIBRATION_KEY
 from nnunet_nmsw.settings import PLANS_KEY, NMSWSettings, without_retired
 
-NEW_DEFAULTS = ("sampled_windows", "random_windows", "context_channels")
+NEW_DEFAULTS = ("sampled_windows", "random_windows", "context_channels", "num_patches")
 """Settings whose default is another one since version 0.2.0."""
 
 WITHOUT_CONTEXT = {"context_channels": 0}
@@ -23,6 +26,27 @@ def save_whole(save: Callable[[str], None], file: Path) -> None:
     """Write a checkpoint. A training that is killed while it writes leaves the checkpoint before, not half a file."""
     with written_whole(file.parent) as unfinished:
         save(str(unfinished / file.name))
+
+
+def keep_calibration(folder: Path, network: nn.Module, calibration: dict[str, Any]) -> None:
+    """Write what the validation has calibrated into the checkpoints that hold the network's weights.
+
+    Whoever shares a model shares its checkpoints, and seldom its validation.
+
+    Args:
+        folder: of a fold.
+        network: that was validated.
+        calibration: see `selection.calibration.calibration_of`.
+    """
+    weights = network.state_dict()
+    for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        saved = checkpoint["network_weights"]
+        if saved.keys() == weights.keys() and all(torch.equal(saved[key], weights[key].cpu()) for key in saved):
+            save_whole(partial(torch.save, {**checkpoint, CALIBRATION_KEY: calibration}), file)
 
 
 def settings_of_training(

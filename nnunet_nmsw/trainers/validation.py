@@ -39,6 +39,7 @@ from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.calibration import FILE, THRESHOLDS, Measured, calibration_of, threshold_of
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.trainers.cases import PreprocessedCase, read_cases
+from nnunet_nmsw.trainers.checkpoints import keep_calibration
 from nnunet_nmsw.trainers.distributed import Processes, gather_over_processes
 from nnunet_nmsw.trainers.step import TrainingStep, finest_scale
 from nnunet_nmsw.volume.interpolation import linear_axis
@@ -166,6 +167,7 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
     calibration = calibration_of(measured)
     if trainer.local_rank == 0:
         write_json(folder / FILE, calibration)
+        keep_calibration(folder.parent, network, calibration)
     next_stages = trainer.configuration_manager.next_stage_names
     predictor = NMSWPredictor(
         threshold=threshold_of([calibration], DEFAULT_MAX_DROP),

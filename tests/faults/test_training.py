@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from commands import DATASET, run, set_configurations, write_tiny_plans
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nnunet_nmsw.demo.phantom import write_dataset
@@ -48,6 +48,7 @@ def test_what_half_precision_cannot_hold_travels_in_single(volume, dtype):
 def test_travelling_rounds_by_less_than_the_noise(log_scale, log_offset, seed):
     scale = 10.0**log_scale
     volume = noise(scale, 10.0**log_offset, seed)
+    assume(np.ptp(volume) > 0)  # in single precision the noise may be gone
     error = (for_travel(volume).float() - torch.from_numpy(volume)).abs().max()
     assert error <= scale
 

@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+import torch
 from commands import DATASET, environment, run
 from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 
 from nnunet_nmsw.commands.compare import main
-from nnunet_nmsw.selection.calibration import FILE
+from nnunet_nmsw.selection.calibration import CALIBRATION_KEY
 
 pytestmark = pytest.mark.integration
 
@@ -122,7 +123,9 @@ def test_predictions_are_those_of_the_commands(folds, report):
     # The threshold of auto is that of the fold that did not see the case in its validation.
     calibrated = folds / "calibrated"
     shutil.copytree(folds / "nnUNet_results" / DATASET / f"{TRAINER}__{PLANS}__3d_fullres", calibrated)
-    shutil.copy(calibrated / "fold_1" / "validation" / FILE, calibrated / "fold_0" / "validation" / FILE)
+    checkpoints = [calibrated / f"fold_{fold}" / "checkpoint_final.pth" for fold in (0, 1)]
+    own, other = (torch.load(file, weights_only=False) for file in checkpoints)
+    torch.save({**own, CALIBRATION_KEY: other[CALIBRATION_KEY]}, checkpoints[0])
     for command, key in (
         (f"nmsw_predict {flags} -m {calibrated} -k auto --backend pytorch", "nmsw_greedy_benefit_auto"),
         (f"nmsw_predict {common} -tr {TRAINER} -k 10% --backend pytorch", "nmsw_greedy_benefit_10percent"),

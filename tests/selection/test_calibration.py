@@ -11,8 +11,10 @@ from tiny import initialized
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
+from nnunet_nmsw.inference.model_folder import threshold_for
 from nnunet_nmsw.selection.budget import budget_of
-from nnunet_nmsw.selection.calibration import FILE, THRESHOLDS, calibration_of, threshold_for, threshold_of_folds
+from nnunet_nmsw.selection.calibration import CALIBRATION_KEY, FILE, THRESHOLDS, calibration_of, threshold_of_folds
+from nnunet_nmsw.trainers.checkpoints import keep_calibration
 
 
 def fold(folder, number, dice, cases=2):
@@ -47,17 +49,47 @@ def test_without_a_calibration_the_message_says_how_to_get_it(tmp_path):
         threshold_of_folds(tmp_path, [0, 1], 0.005)
 
 
+def save_fold(folder, number, calibration=None):
+    """A checkpoint with or without a calibration."""
+    file = folder / f"fold_{number}" / "checkpoint_final.pth"
+    file.parent.mkdir(exist_ok=True)
+    torch.save({"network_weights": {}, **({CALIBRATION_KEY: calibration} if calibration else {})}, file)
+    return file
+
+
 def test_auto_is_the_default_where_the_model_is_calibrated(tmp_path, capsys):
-    (tmp_path / "fold_1").mkdir()
     fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5])
-    of_model = tmp_path, [0], 0.0
-    assert threshold_for(None, "auto", *of_model) == threshold_for("auto", None, *of_model) == THRESHOLDS[2]
+    files = [save_fold(tmp_path, 0)]
+    for given, own in ((None, "auto"), ("auto", None), ("auto", "10%")):
+        assert threshold_for(given, own, files, False, 0.0) == THRESHOLDS[2]
     for given, own in ((None, "10%"), (None, None), (5, "auto"), ("all", "auto")):
-        assert threshold_for(given, own, *of_model) is None
+        assert threshold_for(given, own, files, False, 0.0) is None
     assert capsys.readouterr().out == ""
-    assert threshold_for(None, "auto", tmp_path, [0, 1], 0.0) is None
+    files.append(save_fold(tmp_path, 1))
+    assert threshold_for(None, "auto", files, False, 0.0) is None
     assert "10% of the windows are taken" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"fold_1.*--val"):
+        threshold_for("auto", "auto", files, False, 0.0)
     assert budget_of("auto", 50) == budget_of("10%", 50)
+
+
+def test_the_calibration_in_checkpoints_comes_first(tmp_path):
+    fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5])
+    of_checkpoint = {"cases": 2, "thresholds": [{"stop_at": THRESHOLDS[4], "mean_dice": 0.9, "patches": [1, 2]}]}
+    assert threshold_for(None, "auto", [save_fold(tmp_path, 0, of_checkpoint)], False, 0.0) == THRESHOLDS[4]
+    with pytest.raises(UserError, match=r"checkpoint_final.*nmsw_calibration"):
+        threshold_for(None, "auto", [save_fold(tmp_path, 0, {"cases": 2})], False, 0.0)
+
+
+def test_checkpoints_with_the_weights_that_were_validated_keep_the_calibration(tmp_path):
+    network, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for name, of in (("final", network), ("best", other)):
+        torch.save({"network_weights": of.state_dict(), "rest": 1}, tmp_path / f"checkpoint_{name}.pth")
+    keep_calibration(tmp_path, network, {"cases": 3})
+    final, best = (torch.load(tmp_path / f"checkpoint_{name}.pth") for name in ("final", "best"))
+    assert final[CALIBRATION_KEY] == {"cases": 3}
+    assert final["rest"] == 1
+    assert CALIBRATION_KEY not in best
 
 
 def test_a_predictor_takes_the_threshold_of_the_model_that_it_loads():
