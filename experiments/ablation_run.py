@@ -113,20 +113,14 @@ def calibrated(dice: dict[str, list[np.ndarray]], taken: dict[str, list[int]]) -
         dice: by threshold and case.
         taken: the windows, by threshold and case.
     """
-    of_case = []
-    for case in range(len(dice[str(THRESHOLDS[0])])):
-        others: Measured = {
-            threshold: [
-                measured
-                for number, measured in enumerate(zip(taken[str(threshold)], dice[str(threshold)], strict=True))
-                if number != case
-            ]
-            for threshold in THRESHOLDS
-        }
-        threshold = str(threshold_of([calibration_of([others])], DEFAULT_MAX_DROP))
-        of_case.append((dice[threshold][case], taken[threshold][case]))
-    of_cases, numbers = zip(*of_case, strict=True)
-    return list(of_cases), list(numbers)
+    measured: Measured = {of: list(zip(taken[str(of)], dice[str(of)], strict=True)) for of in THRESHOLDS}
+    of_cases, numbers = [], []
+    for case in range(len(measured[THRESHOLDS[0]])):
+        others = {of: cases[:case] + cases[case + 1 :] for of, cases in measured.items()}
+        number, of_case = measured[threshold_of([calibration_of([others])], DEFAULT_MAX_DROP)][case]
+        of_cases.append(of_case)
+        numbers.append(number)
+    return of_cases, numbers
 
 
 def slid(trainer: nnUNetTrainer, case: Any) -> Iterator[tuple[str, str, Tensor, int]]:

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_nmsw.inference.openvino_branches import backend_named
     from nnunet_nmsw.selection.calibration import calibration_files
 
+    backend_named(args.backend, FLOAT32, prepare_device(args.device))  # raises where one is not there
     dataset = dataset_name(args.d)
     models = find_models(args, dataset)
     if args.k is None and calibration_files(models[-1].folder):
@@ -47,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             models[-1].threshold(fold)  # raises where nothing is calibrated
     cases = find_cases(dataset, args.f, models)
     mirrored = {"on": [True], "off": [False], "both": [True, False]}["off" if args.disable_tta else args.tta]
-    backend_named(args.backend, FLOAT32, prepare_device(args.device))
     methods = build_methods(len(models) > 1, num_patches, mirrored, args.backend)
     comparison = Comparison(
         args.o, dataset, models, methods, cases, args.tolerance, args.device, args.timed_cases, args.rounds
