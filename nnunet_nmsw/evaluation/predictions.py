@@ -110,6 +110,7 @@ class FoldPredictor:
         }
         self.costs = Costs()
         self.sliding_window = SharedSlidingWindow(self.costs, **common)
+        self._ensembles: dict[tuple[bool, str], Ensemble] = {}
         self.nmsw: NMSWPredictor | None = None
         if model.role == "nmsw":
             self.nmsw = NMSWPredictor("all", **common)
@@ -174,12 +175,17 @@ class FoldPredictor:
     def _fold(self, mirrored: bool, store: PatchStore, backend: str = PYTORCH) -> SharedFold | None:
         if self.nmsw is None:
             return None
-        axes = (self.nmsw.allowed_mirroring_axes or ()) if mirrored else ()
-        encoding = LabelEncoding.of(self.nmsw.label_manager)
-        network, weights = self.nmsw.nmsw_network, self.nmsw.list_of_parameters
-        computes = backend_named(backend, FLOAT32, self.device)
-        ensemble = Ensemble(network, weights, encoding, self.device, axes, backend=computes)
-        return SharedFold(ensemble.folds()[0], mirrored, store, self.costs)
+        key = mirrored, backend
+        if key not in self._ensembles:  # another backend converts the networks, once for all cases
+            self._ensembles[key] = Ensemble(
+                self.nmsw.nmsw_network,
+                self.nmsw.list_of_parameters,
+                LabelEncoding.of(self.nmsw.label_manager),
+                self.device,
+                (self.nmsw.allowed_mirroring_axes or ()) if mirrored else (),
+                backend=backend_named(backend, FLOAT32, self.device),
+            )
+        return SharedFold(self._ensembles[key].folds()[0], mirrored, store, self.costs)
 
     def _facts(self, case: ComparedCase, fold: SharedFold | None) -> CaseFacts:
         if fold is None or self.nmsw is None:

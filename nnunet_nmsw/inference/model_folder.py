@@ -78,15 +78,17 @@ def trained_folds(folder: Path, checkpoint: str) -> list[int]:
 
 
 def threshold_for(
-    num_patches: int | str | None, own: int | str | None, checkpoints: Sequence[Path], trust: bool, max_drop: float
+    num_patches: int | str | None,
+    own: int | str | None,
+    calibrations: dict[Path, dict[str, Any] | None],
+    max_drop: float,
 ) -> float | None:
-    """The threshold of the number of patches "auto", from the checkpoints, or from what validations left beside them.
+    """The threshold of the number of patches "auto", from checkpoints, or from what validations left beside them.
 
     Args:
         num_patches: that was asked for; None for the model's.
         own: the model's setting.
-        checkpoints: of the folds.
-        trust: they may run code.
+        calibrations: by checkpoint of the folds, see `check_model`.
         max_drop: see `threshold_of`.
 
     Returns:
@@ -98,23 +100,23 @@ def threshold_for(
     """
     if (own if num_patches is None else num_patches) != "auto":
         return None
-    read = {file: read_checkpoint(file, trust, mmap=True) for file in checkpoints}
-    stored = {file: of[CALIBRATION_KEY] for file, of in read.items() if CALIBRATION_KEY in of}
-    if len(stored) == len(checkpoints):
-        for file, calibration in stored.items():
-            check(calibration, CALIBRATION, f"{file}, {CALIBRATION_KEY}")
-        return threshold_of(list(stored.values()), max_drop)
-    model_folder, folds = checkpoints[0].parent.parent, [file.parent.name.removeprefix("fold_") for file in checkpoints]
-    if num_patches is None and not all((file.parent / "validation" / FILE).is_file() for file in checkpoints):
+    stored = [calibration for calibration in calibrations.values() if calibration is not None]
+    if len(stored) == len(calibrations):
+        return threshold_of(stored, max_drop)
+    folders = [file.parent for file in calibrations]
+    if num_patches is None and not all((folder / "validation" / FILE).is_file() for folder in folders):
         print(
             f"{UNCALIBRATED} of the windows are taken: the model has no calibration, which its validation makes "
             "(nnUNetv2_train with --val)"
         )
         return None
-    return threshold_of_folds(model_folder, folds, max_drop)
+    folds = [folder.name.removeprefix("fold_") for folder in folders]
+    return threshold_of_folds(folders[0].parent, folds, max_drop)
 
 
-def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool) -> None:
+def check_model(
+    folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool
+) -> dict[Path, dict[str, Any] | None]:
     """See that a model can be loaded, before anything of it is.
 
     Args:
@@ -123,12 +125,16 @@ def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust
         checkpoint: file name of the checkpoints.
         trust: let checkpoints and plans run code, as nnU-Net does.
 
+    Returns:
+        For each checkpoint the calibration of the number of patches that it holds, None where it holds none.
+
     Raises:
         UserError: a file is missing, broken or damaged, or names code that no model needs.
     """
     checked_folder(folder)
     read_document(folder, "dataset.json")
     channels: dict[str, dict[Path, int | None]] = {}
+    calibrations: dict[Path, dict[str, Any] | None] = {}
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():
@@ -136,12 +142,16 @@ def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust
         trained = read_checkpoint(file, trust, mmap=True)
         of_configuration = channels.setdefault(configuration_of(trained, file), {})
         of_configuration[file] = channels_of_context(trained["network_weights"])
+        calibrations[file] = trained.get(CALIBRATION_KEY)
+        if calibrations[file] is not None:
+            check(calibrations[file], CALIBRATION, f"{file}, {CALIBRATION_KEY}")
     for name in sorted(channels):  # one, unless folds of several trainings were put together
         configuration = read_configuration(folder, name)
         where = f"{folder / 'plans.json'}, configurations.{name}"
         if not trust:
             _check_origins(configuration, where)
         _check_context(configuration, channels[name], where)
+    return calibrations
 
 
 def _check_context(configuration: dict[str, Any], trained: dict[Path, int | None], where: str) -> None:
@@ -188,7 +198,7 @@ def initialize(
     folds: Sequence[int | str],
     checkpoint: str,
     trust: bool,
-) -> None:
+) -> dict[Path, dict[str, Any] | None]:
     """Have nnU-Net load a model into a predictor, after `check_model`.
 
     Args:
@@ -199,10 +209,13 @@ def initialize(
         checkpoint: file name of the checkpoints.
         trust: see `check_model`.
 
+    Returns:
+        See `check_model`.
+
     Raises:
         UserError: see `check_model`; or the network cannot be built, or weights do not fit it or are no numbers.
     """
-    check_model(folder, folds, checkpoint, trust)
+    calibrations = check_model(folder, folds, checkpoint, trust)
     try:
         with loading(trust):
             load(str(folder), tuple(folds), checkpoint)
@@ -215,3 +228,4 @@ def initialize(
         raise UserError(f"cannot load {checkpoint} of folds {list(folds)} in {folder}: {reason(error)}") from error
     for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
         check_finite(weights, folder / f"fold_{fold}" / checkpoint)
+    return calibrations

@@ -115,12 +115,11 @@ class NMSWPredictor(FilesPredictor):
         if not folds:
             raise UserError(f"no fold in {folder} has a {checkpoint_name}: finish a training, or name another one")
         load = super().initialize_from_trained_model_folder
-        initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
+        calibrations = initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         self._compile_branches()
         if self._given_threshold is None:
             own = getattr(self.network, "num_patches", None)  # which a stock network does not have
-            files = [folder / f"fold_{fold}" / checkpoint_name for fold in folds]
-            self.threshold = threshold_for(self.num_patches, own, files, self.trust_model, self.max_drop)
+            self.threshold = threshold_for(self.num_patches, own, calibrations, self.max_drop)
 
     def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
         """See the parent."""

@@ -53,29 +53,22 @@ def calibration_files(model_folder: Path) -> list[Path]:
     return sorted(model_folder.glob(f"fold_*/validation/{FILE}"))
 
 
-def threshold_of_folds(model_folder: Path, folds: Sequence[int | str] | None, max_drop: float) -> float:
+def threshold_of_folds(model_folder: Path, folds: Sequence[int | str], max_drop: float) -> float:
     """`threshold_of` what the folds of a model have measured.
 
     Args:
         model_folder: of the model.
-        folds: of the ensemble; all that have a calibration where None.
+        folds: of the ensemble.
         max_drop: Dice, of 1, below the best of `THRESHOLDS`.
 
     Raises:
         UserError: a fold has no calibration.
     """
-    files = (
-        calibration_files(model_folder)
-        if folds is None
-        else [model_folder / f"fold_{fold}" / "validation" / FILE for fold in folds]
-    )
+    files = [model_folder / f"fold_{fold}" / "validation" / FILE for fold in folds]
     missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None or not files:
-        raise UserError(
-            f"-k auto needs {missing or model_folder / 'fold_X' / 'validation' / FILE}, which the validation after a "
-            "training writes: run nnUNetv2_train with --val for that fold, or give a number of patches"
-        )
     remedy = "run nnUNetv2_train with --val for that fold, or give a number of patches"
+    if missing is not None:
+        raise UserError(f"-k auto needs {missing}, which the validation after a training writes: {remedy}")
     return threshold_of([read_json(file, CALIBRATION, remedy, finite=True) for file in files], max_drop)
 
 

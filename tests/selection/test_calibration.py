@@ -1,6 +1,7 @@
 """The number of patches "auto"."""
 
 import json
+import shutil
 
 import numpy as np
 import old_model
@@ -39,7 +40,7 @@ def test_the_largest_threshold_within_the_allowed_drop(tmp_path):
 def test_folds_count_by_their_cases(tmp_path):
     fold(tmp_path, 0, [0.9, 0.1, 0.1, 0.1, 0.1], cases=1)
     fold(tmp_path, 1, [0.5, 0.5, 0.5, 0.9, 0.5], cases=9)
-    assert threshold_of_folds(tmp_path, None, 0.0) == THRESHOLDS[3]
+    assert threshold_of_folds(tmp_path, [0, 1], 0.0) == THRESHOLDS[3]
     assert threshold_of_folds(tmp_path, [0], 0.0) == THRESHOLDS[0]
 
 
@@ -49,36 +50,45 @@ def test_without_a_calibration_the_message_says_how_to_get_it(tmp_path):
         threshold_of_folds(tmp_path, [0, 1], 0.005)
 
 
-def save_fold(folder, number, calibration=None):
-    """A checkpoint with or without a calibration."""
-    file = folder / f"fold_{number}" / "checkpoint_final.pth"
-    file.parent.mkdir(exist_ok=True)
-    torch.save({"network_weights": {}, **({CALIBRATION_KEY: calibration} if calibration else {})}, file)
-    return file
+def checkpoint(folder, number):
+    return folder / f"fold_{number}" / "checkpoint_final.pth"
 
 
 def test_auto_is_the_default_where_the_model_is_calibrated(tmp_path, capsys):
     fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5])
-    files = [save_fold(tmp_path, 0)]
+    calibrations = {checkpoint(tmp_path, 0): None}
     for given, own in ((None, "auto"), ("auto", None), ("auto", "10%")):
-        assert threshold_for(given, own, files, False, 0.0) == THRESHOLDS[2]
+        assert threshold_for(given, own, calibrations, 0.0) == THRESHOLDS[2]
     for given, own in ((None, "10%"), (None, None), (5, "auto"), ("all", "auto")):
-        assert threshold_for(given, own, files, False, 0.0) is None
+        assert threshold_for(given, own, calibrations, 0.0) is None
     assert capsys.readouterr().out == ""
-    files.append(save_fold(tmp_path, 1))
-    assert threshold_for(None, "auto", files, False, 0.0) is None
+    calibrations[checkpoint(tmp_path, 1)] = None
+    assert threshold_for(None, "auto", calibrations, 0.0) is None
     assert "10% of the windows are taken" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"fold_1.*--val"):
-        threshold_for("auto", "auto", files, False, 0.0)
+        threshold_for("auto", "auto", calibrations, 0.0)
     assert budget_of("auto", 50) == budget_of("10%", 50)
 
 
 def test_the_calibration_in_checkpoints_comes_first(tmp_path):
     fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5])
     of_checkpoint = {"cases": 2, "thresholds": [{"stop_at": THRESHOLDS[4], "mean_dice": 0.9, "patches": [1, 2]}]}
-    assert threshold_for(None, "auto", [save_fold(tmp_path, 0, of_checkpoint)], False, 0.0) == THRESHOLDS[4]
+    assert threshold_for(None, "auto", {checkpoint(tmp_path, 0): of_checkpoint}, 0.0) == THRESHOLDS[4]
+
+
+def test_the_calibration_travels_in_the_checkpoint(tmp_path):
+    model = shutil.copytree(old_model.FOLDER / "model", tmp_path / "model")
+    file = checkpoint(model, 0)
+    content = torch.load(file, weights_only=False)
+    row = {"stop_at": THRESHOLDS[4], "mean_dice": 0.9, "patches": [1, 2]}
+    torch.save({**content, CALIBRATION_KEY: {"cases": 2, "thresholds": [row]}}, file)
+    shutil.rmtree(model / "fold_0" / "validation")
+    predictor = nmsw(num_patches="auto")
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    assert predictor.threshold == THRESHOLDS[4]
+    torch.save({**content, CALIBRATION_KEY: {"cases": 2}}, file)
     with pytest.raises(UserError, match=r"checkpoint_final.*nmsw_calibration"):
-        threshold_for(None, "auto", [save_fold(tmp_path, 0, {"cases": 2})], False, 0.0)
+        predictor.initialize_from_trained_model_folder(str(model), (0,))
 
 
 def test_checkpoints_with_the_weights_that_were_validated_keep_the_calibration(tmp_path):
