@@ -16,8 +16,8 @@ from training import PATCH, loader, nnunet_augmentation, step_on
 from nnunet_nmsw.commands.predict import main
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
 from nnunet_nmsw.model.network import Parts, build_network
+from nnunet_nmsw.selection.paper import PaperSampler
 from nnunet_nmsw.trainers.batches import training_volume
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW_paper import PaperSampler
 from nnunet_nmsw.trainers.randomness import seed_everything
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.documents import CALIBRATION, DATASET, PLANS, check, read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.model.architecture import global_architecture
+from nnunet_nmsw.model.by_trainer import PartsOf, parts_by_trainer
 from nnunet_nmsw.model.context import channels_of_context
+from nnunet_nmsw.model.network import build_network
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import check_finite, check_origin, configuration_of, loading, read_checkpoint
 from nnunet_nmsw.selection.budget import UNCALIBRATED
@@ -114,9 +117,7 @@ def threshold_for(
     return threshold_of_folds(folders[0].parent, folds, max_drop)
 
 
-def check_model(
-    folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool
-) -> dict[Path, dict[str, Any] | None]:
+def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool) -> dict[Path, dict[str, Any]]:
     """See that a model can be loaded, before anything of it is.
 
     Args:
@@ -126,7 +127,7 @@ def check_model(
         trust: let checkpoints and plans run code, as nnU-Net does.
 
     Returns:
-        For each checkpoint the calibration of the number of patches that it holds, None where it holds none.
+        The checkpoints by their files, in the order of the folds. Tensors are on the disk.
 
     Raises:
         UserError: a file is missing, broken or damaged, or names code that no model needs.
@@ -134,7 +135,7 @@ def check_model(
     checked_folder(folder)
     read_document(folder, "dataset.json")
     channels: dict[str, dict[Path, int | None]] = {}
-    calibrations: dict[Path, dict[str, Any] | None] = {}
+    read: dict[Path, dict[str, Any]] = {}
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():
@@ -142,16 +143,16 @@ def check_model(
         trained = read_checkpoint(file, trust, mmap=True)
         of_configuration = channels.setdefault(configuration_of(trained, file), {})
         of_configuration[file] = channels_of_context(trained["network_weights"])
-        calibrations[file] = trained.get(CALIBRATION_KEY)
-        if calibrations[file] is not None:
-            check(calibrations[file], CALIBRATION, f"{file}, {CALIBRATION_KEY}")
+        if CALIBRATION_KEY in trained:
+            check(trained[CALIBRATION_KEY], CALIBRATION, f"{file}, {CALIBRATION_KEY}")
+        read[file] = trained
     for name in sorted(channels):  # one, unless folds of several trainings were put together
         configuration = read_configuration(folder, name)
         where = f"{folder / 'plans.json'}, configurations.{name}"
         if not trust:
             _check_origins(configuration, where)
         _check_context(configuration, channels[name], where)
-    return calibrations
+    return read
 
 
 def _check_context(configuration: dict[str, Any], trained: dict[Path, int | None], where: str) -> None:
@@ -199,10 +200,10 @@ def initialize(
     checkpoint: str,
     trust: bool,
 ) -> dict[Path, dict[str, Any] | None]:
-    """Have nnU-Net load a model into a predictor, after `check_model`.
+    """Load a model into a predictor, after `check_model`.
 
     Args:
-        load: nnU-Net's `initialize_from_trained_model_folder`.
+        load: nnU-Net's `initialize_from_trained_model_folder`, for models of other trainers than this package's.
         predictor: whose method that is.
         folder: of the model.
         folds: to load.
@@ -210,15 +211,21 @@ def initialize(
         trust: see `check_model`.
 
     Returns:
-        See `check_model`.
+        For each checkpoint the calibration of the number of patches that it holds, None where it holds none.
 
     Raises:
         UserError: see `check_model`; or the network cannot be built, or weights do not fit it or are no numbers.
     """
-    calibrations = check_model(folder, folds, checkpoint, trust)
+    folds = list(dict.fromkeys(folds))
+    read = check_model(folder, folds, checkpoint, trust)
     try:
-        with loading(trust):
-            load(str(folder), tuple(folds), checkpoint)
+        first = next(iter(read.values()))
+        parts_of = parts_by_trainer(first["trainer_name"])
+        if parts_of is None:
+            with loading(trust):
+                load(str(folder), tuple(folds), checkpoint)
+        else:
+            _initialize(predictor, folder, list(read.values()), parts_of)
     except UserError:
         raise
     except Exception as error:
@@ -226,6 +233,24 @@ def initialize(
             traceback.print_exception(error)
         # Plans and checkpoint are anybody's, and so is what nnU-Net and networks raise for them.
         raise UserError(f"cannot load {checkpoint} of folds {list(folds)} in {folder}: {reason(error)}") from error
-    for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
-        check_finite(weights, folder / f"fold_{fold}" / checkpoint)
-    return calibrations
+    for file, weights in zip(read, predictor.list_of_parameters, strict=True):
+        check_finite(weights, file)
+    return {file: trained.get(CALIBRATION_KEY) for file, trained in read.items()}
+
+
+def _initialize(
+    predictor: nnUNetPredictor, folder: Path, checkpoints: Sequence[dict[str, Any]], parts_of: PartsOf
+) -> None:
+    """Load a model of one of this package's trainers, whose class is not needed for that."""
+    dataset, plans = read_document(folder, "dataset.json"), PlansManager(read_document(folder, "plans.json"))
+    configuration = plans.get_configuration(checkpoints[0]["init_args"]["configuration"])
+    channels = (
+        determine_num_input_channels(plans, configuration, dataset),
+        plans.get_label_manager(dataset).num_segmentation_heads,
+    )
+    network = build_network(configuration, channels, deep_supervision=False, parts_of=parts_of)
+    # Copies, as the file may be written anew while the model is in use.
+    weights = [{name: w.clone() for name, w in read["network_weights"].items()} for read in checkpoints]
+    network.load_state_dict(weights[0])
+    trainer, axes = checkpoints[0]["trainer_name"], checkpoints[0].get("inference_allowed_mirroring_axes")
+    predictor.manual_initialization(network, plans, configuration, weights, dataset, trainer, axes)

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch.optim import SGD, Optimizer
 
-from nnunet_nmsw.model.context import AddedContext
-from nnunet_nmsw.model.network import Parts
+from nnunet_nmsw.model.by_trainer import PARTS
 from nnunet_nmsw.settings import NMSWSettings, refused
 from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_retrofit import nnUNetTrainerNMSW_retrofit
@@ -38,7 +37,7 @@ class nnUNetTrainerNMSW_retrofit_context(nnUNetTrainerNMSW_retrofit):
 
     defaults: ClassVar[dict[str, Any]] = {"context_channels": 4}
 
-    build_network_architecture = network_builder(lambda settings: Parts.of(settings)._replace(context=AddedContext))
+    build_network_architecture = network_builder(PARTS["nnUNetTrainerNMSW_retrofit_context"])
 
     @classmethod
     def check_settings(cls, settings: NMSWSettings) -> None:
