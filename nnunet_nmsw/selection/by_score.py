@@ -134,6 +134,7 @@ def greedy_benefit(
         Window indices in the order of choice, candidates before others.
     """
     left_dhw = score_map_dhw.float().clone()
+    means_N = grid.mean(left_dhw)
     available_N = torch.ones_like(candidates_N)
     taken, gains = [], []
     # All on the device of the map. Only to know whether to stop the host waits for the device, now and then.
@@ -141,13 +142,16 @@ def greedy_benefit(
     for number in range(1, min(budget.num_windows, len(grid)) + 1):
         first_N = available_N & candidates_N
         allowed_N = torch.where(first_N.any(), first_N, available_N)
-        gain, best = grid.mean(left_dhw).masked_fill(~allowed_N, -torch.inf).max(0)
+        gain, best = means_N.masked_fill(~allowed_N, -torch.inf).max(0)
         taken.append(best)
         gains.append(gain)
         if budget.threshold is not None and number % between_looks == 0 and gain <= budget.threshold:
             break
         available_N.index_fill_(0, best[None], False)
-        left_dhw *= 1 - discount * grid.coverage(best)
+        at = grid.touched(best)
+        gone_dhw = left_dhw[at] * (discount * grid.coverage(best, at))
+        left_dhw[at] -= gone_dhw
+        means_N = means_N - grid.mean(gone_dhw, at)
     taken_K = torch.stack(taken)
     if budget.threshold is None:
         return taken_K

@@ -66,14 +66,15 @@ class WindowGrid:
         """Shape of the low-resolution view."""
         return low_shape(self.volume_shape, self.downsampling_factor)
 
-    def mean(self, map_dhw: Tensor) -> Tensor:
+    def mean(self, map_dhw: Tensor, at: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
         """Mean of a low-resolution map over the box of every window, boundaries weighted by their fraction.
 
         The windows are a product of positions along the axes, so their means are three products with small matrices:
         exact in float32, where a cumulative sum over the volume would cancel digits.
 
         Args:
-            map_dhw: shape `low_shape`.
+            map_dhw: shape `low_shape`, or the part of it that is not zero.
+            at: where that part lies, see `touched`.
 
         Returns:
             Means of shape N, float32, differentiable.
@@ -81,7 +82,10 @@ class WindowGrid:
         means = map_dhw.float()
         with full_precision(map_dhw.device):
             for axis in (2, 1, 0):
-                means = torch.tensordot(self._overlaps(axis, map_dhw.device), means, dims=([1], [2]))
+                overlaps = self._overlaps(axis, map_dhw.device)
+                if at is not None:
+                    overlaps = overlaps.index_select(1, at[axis].flatten())
+                means = torch.tensordot(overlaps, means, dims=([1], [2]))
         return means.reshape(-1)
 
     def max(self, map_dhw: Tensor) -> Tensor:
@@ -93,20 +97,49 @@ class WindowGrid:
             values = torch.stack([values.narrow(axis, a, b - a).amax(axis) for a, b in spans], axis)
         return values.reshape(-1)
 
-    def coverage(self, window: Tensor) -> Tensor:
-        """Share of every low-resolution voxel that a window covers, shape `low_shape`.
+    def touched(self, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Low-resolution voxels that a window touches, and neighbours where these are fewer than with other windows.
 
         Args:
             window: its number, int64 scalar, on any device.
+
+        Returns:
+            Indices by axis, of shapes d, 1, 1 and 1, h, 1 and 1, 1, w: they index a map of shape `low_shape`.
         """
-        shares, number_1 = [], window[None]
-        for axis in (2, 1, 0):
+        indices = []
+        for axis, step_1 in enumerate(self._steps_of(window)):
+            factor, size, low_size = self.downsampling_factor[axis], self.patch_size[axis], self.low_shape[axis]
+            most = min(low_size, -(-size // factor) + 1)
+            first_1 = _first(tuple(self.steps[axis]), factor, low_size - most, window.device).index_select(0, step_1)
+            shape = [1, 1, 1]
+            shape[axis] = most
+            indices.append((first_1 + torch.arange(most, device=window.device)).view(shape))
+        d_d11, h_1h1, w_11w = indices
+        return d_d11, h_1h1, w_11w
+
+    def coverage(self, window: Tensor, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Share of low-resolution voxels that a window covers.
+
+        Args:
+            window: its number, int64 scalar, on any device.
+            at: the voxels, see `touched`. The window covers no others.
+        """
+        shares = []
+        for axis, step_1 in enumerate(self._steps_of(window)):
             factor, size = self.downsampling_factor[axis], self.patch_size[axis]
-            step_1, number_1 = number_1 % len(self.steps[axis]), number_1 // len(self.steps[axis])
-            voxels = torch.arange(self.low_shape[axis], device=window.device) * -factor + self.volume_shape[axis]
-            overlaps = self._overlaps(axis, window.device).index_select(0, step_1)[0]
-            shares.append(overlaps * size / voxels.clamp_max(factor))
-        return torch.einsum("d,h,w->dhw", *reversed(shares))
+            voxels = (self.volume_shape[axis] - at[axis] * factor).clamp_max(factor)
+            overlaps = self._overlaps(axis, window.device).index_select(0, step_1)[0][at[axis]]
+            shares.append(overlaps * size / voxels)
+        share_d11, share_1h1, share_11w = shares
+        return share_d11 * share_1h1 * share_11w
+
+    def _steps_of(self, window: Tensor) -> list[Tensor]:
+        """Which of the axes' positions a window has, each of shape 1."""
+        number_1, steps = window[None], []
+        for axis_steps in reversed(self.steps):
+            steps.append(number_1 % len(axis_steps))
+            number_1 = number_1 // len(axis_steps)
+        return steps[::-1]
 
     def _overlaps(self, axis: int, device: torch.device) -> Tensor:
         """Share of each window of an axis that lies in each low-resolution voxel: windows × voxels, rows sum to 1."""
@@ -122,6 +155,13 @@ def _overlaps(steps: tuple[int, ...], size: int, factor: int, low_size: int, dev
         edge = torch.arange(low_size, dtype=torch.float32)[None] * factor
         overlap = (torch.minimum(start + size, edge + factor) - torch.maximum(start, edge)).clamp_min(0)
         return sent(overlap / size, device)
+
+
+@lru_cache(maxsize=64)
+def _first(steps: tuple[int, ...], factor: int, last: int, device: torch.device) -> Tensor:
+    """First low-resolution voxel of each window of an axis, `last` at most."""
+    with torch.inference_mode(False):
+        return sent(torch.tensor([min(start // factor, last) for start in steps]), device)
 
 
 def low_shape(volume_shape: Sequence[int], factor: Sequence[int]) -> Shape:

@@ -3,6 +3,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nnunet_nmsw.selection.budget import Budget, budget_of
 from nnunet_nmsw.selection.by_score import (
@@ -115,6 +117,22 @@ def test_greedy_coverage_avoids_overlap_and_ends_with_all_windows():
     assert top_k(scores, everything, 2).tolist() == [1, 0]
     assert greedy_coverage(scores, everything, 2, grid).tolist() == [1, 4]
     assert sorted(greedy_coverage(scores, everything, 5, grid).tolist()) == [0, 1, 2, 3, 4]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([0.4, 1.0]))
+def test_greedy_benefit_takes_the_best_of_what_is_left(seed, discount):
+    grid = WindowGrid((11, 12, 13), (5, 4, 6), (2, 1, 3), 0.25)
+    left = torch.randn(grid.low_shape, generator=torch.Generator().manual_seed(seed))
+    taken = greedy_benefit(left, torch.ones(len(grid), dtype=torch.bool), Budget(20), grid, discount).tolist()
+    assert len(set(taken)) == 20
+    for number, window in enumerate(taken):
+        means = grid.mean(left)
+        means[taken[:number]] = -torch.inf
+        assert means[window] >= means.max() - 1e-5
+        covered, at = torch.zeros(grid.low_shape), grid.touched(torch.tensor(window))
+        covered[at] = grid.coverage(torch.tensor(window), at)
+        left = left * (1 - discount * covered)
 
 
 def test_greedy_benefit_takes_what_is_left():
