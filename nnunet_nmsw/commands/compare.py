@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least
+from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least, require_extra
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.flags import FLOAT32, OPENVINO, PYTORCH
 from nnunet_nmsw.selection.budget import parse_num_patches
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     _check(args)
     given = [parse_num_patches(k, "-k", auto=True) for k in args.k or DEFAULT_NUM_PATCHES]
-    require_extra()
+    require_extra("nmsw_compare", "compare", NEEDED)
     # These import what the line above asks for.
     from nnunet_nmsw.evaluation.methods import build_methods
     from nnunet_nmsw.evaluation.models import dataset_name, find_cases, find_models
@@ -80,17 +79,6 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> None:
     for sentence in write_report(comparison, args.margin, args.cases_shown):
         print(sentence)
     print(f"Report: {args.o / 'index.html'}")
-
-
-def require_extra() -> None:
-    """Check for the libraries of the extra `compare`.
-
-    Raises:
-        UserError: one is not installed.
-    """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"nmsw_compare needs {', '.join(missing)}: pip install 'nnunet-nmsw[compare]'")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_nmsw.commands.compare import require_extra
+from nnunet_nmsw.commands.compare import NEEDED
+from nnunet_nmsw.commands.shared_flags import require_extra
 from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.demo.small_plans import PLANS_NAME, write_small_plans
 from nnunet_nmsw.errors import UserError
@@ -28,7 +29,7 @@ DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demonstration."""
     args = _parser().parse_args(arguments)
-    require_extra()
+    require_extra("nmsw_demo", "compare", NEEDED)
     if args.o.exists() and any(args.o.iterdir()):
         if not (args.o / "nmsw_demo.json").is_file():
             raise UserError(f"{args.o} holds something else: give an empty or new folder with -o")

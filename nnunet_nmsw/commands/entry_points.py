@@ -37,5 +37,13 @@ def demo() -> None:
     main()
 
 
+def export() -> None:
+    """The command `nmsw_export`."""
+    end_in_one_line(": nothing is written")
+    from nnunet_nmsw.commands.export import main
+
+    main()
+
+
 if __name__ == "__main__":
     predict()

@@ -1,9 +1,11 @@
-"""The flags that mean the same in `nmsw_predict` and `nmsw_compare`."""
+"""What commands share: flags that mean the same in `nmsw_predict` and `nmsw_compare`, and libraries of extras."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from nnunet_nmsw.errors import UserError
@@ -46,3 +48,14 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
             raise UserError(f"-{name} is {getattr(args, name)}: give a number of at least {minimum}")
     if not 0 <= args.part_id < args.num_parts:
         raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+
+
+def require_extra(command: str, extra: str, libraries: Sequence[str]) -> None:
+    """See that the libraries of an extra are installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{command} needs {', '.join(missing)}: pip install 'nnunet-nmsw[{extra}]'")

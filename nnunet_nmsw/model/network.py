@@ -20,7 +20,7 @@ from nnunet_nmsw.model.architecture import ARCHITECTURE_KEYS, takes_deep_supervi
 from nnunet_nmsw.model.context import Context
 from nnunet_nmsw.model.fusion import AFFINE, FusionForm, FusionWeights
 from nnunet_nmsw.model.plans import branch_architectures, settings_of
-from nnunet_nmsw.model.strides import padded_for, total_stride
+from nnunet_nmsw.model.strides import convolves_one_slowly, padded_for, total_stride
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import SAMPLERS, Sampler, own_num_patches
 from nnunet_nmsw.settings import NMSWSettings
@@ -31,10 +31,6 @@ from nnunet_nmsw.volume.windows import Shape, WindowGrid
 COMPILED_VERSIONS = 32
 """The branches share the code of their class, and with it PyTorch's limit on compiled versions of a piece of code: one
 for each branch, number of windows, with and without gradient, deep supervision and so on. PyTorch's 8 are too few."""
-
-SLOW_ALONE = 20_480
-"""On a CPU, PyTorch convolves a single volume in single precision by a slow path where its channels times depth times
-height are at most this, and takes the time of five. Two volumes go to oneDNN: docs/design-notes.md."""
 
 Step = Callable[["NMSWNetwork"], Any]
 """What is to be done with the network in a training step. It knows the data, the network does not."""
@@ -220,10 +216,13 @@ class NMSWNetwork(nn.Module):
     def coarse(self, low_1Cdhw: Tensor, encoding: LabelEncoding) -> CoarsePrediction:
         """Run the global branch on a downsampled volume of any shape."""
         padded_1Cdhw = padded_for(self.global_branch, low_1Cdhw)
-        if self._convolves_one_slowly(padded_1Cdhw):
+        if convolves_one_slowly(self.global_branch, padded_1Cdhw):
             padded_1Cdhw = padded_1Cdhw.expand(2, -1, -1, -1, -1)
         output = self.global_branch(padded_1Cdhw)[0].float()
-        output = output[(slice(None), *(slice(n) for n in low_1Cdhw.shape[2:]))]
+        return self.coarse_of(output[(slice(None), *(slice(n) for n in low_1Cdhw.shape[2:]))], encoding)
+
+    def coarse_of(self, output: Tensor, encoding: LabelEncoding) -> CoarsePrediction:
+        """What the global branch's output says, voxel by voxel."""
         num_classes = self.fusion_parameters.shape[1]
         logits_Cdhw, output_dhw, of_context_Gdhw = output[:num_classes], output[num_classes], output[num_classes + 1 :]
         score_map_dhw = self.sampler.score_map(output_dhw, encoding.entropy(logits_Cdhw.detach()))
@@ -242,14 +241,6 @@ class NMSWNetwork(nn.Module):
             return patches_BIDHW
         of_windows = (coarse.context_Gdhw, starts_B3, self.patch_size, self.settings.downsampling_factor)
         return torch.cat([patches_BIDHW, self.context.of_windows(*of_windows).to(patches_BIDHW)], 1)
-
-    def _convolves_one_slowly(self, volume_1Cdhw: Tensor) -> bool:
-        """Whether PyTorch is faster with two volumes than with one: see `SLOW_ALONE`."""
-        if volume_1Cdhw.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return False
-        convolution = next((m for m in self.global_branch.modules() if isinstance(m, nn.Conv3d)), None)
-        depth, height = volume_1Cdhw.shape[2:4]
-        return convolution is not None and convolution.out_channels * depth * height <= SLOW_ALONE
 
     def local(self, patches_BCDHW: Tensor) -> Tensor | list[Tensor]:
         """Logits of a training step's windows, with as few activations in memory as the settings say.

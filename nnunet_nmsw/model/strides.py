@@ -1,4 +1,4 @@
-"""What volumes a network takes: its total strides, and padding up to them.
+"""What volumes a network takes: its total strides, padding up to them, and whether one volume is slower than two.
 
 Tensor suffixes: 1 a batch of one, C channels, d h w axes of the low-resolution view.
 """
@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 UNKNOWN_STRIDE = 32
 """Total stride of five stages, as many as most networks have at most."""
+
+SLOW_ALONE = 20_480
+"""On a CPU, PyTorch convolves a single volume in single precision by a slow path where its channels times depth times
+height are at most this, and takes the time of five. Two volumes go to oneDNN: docs/design-notes.md."""
 
 
 def total_stride(network: nn.Module) -> list[int] | None:
@@ -37,3 +42,12 @@ def padded_for(network: nn.Module, volume_1Cdhw: Tensor) -> Tensor:
     multiples = [max(2, -(-n // stride)) * stride for n, stride in zip(shape, strides, strict=True)]
     padding = [p for n, m in zip(reversed(shape), reversed(multiples), strict=True) for p in (0, m - n)]
     return F.pad(volume_1Cdhw, padding)
+
+
+def convolves_one_slowly(network: nn.Module, volume_1Cdhw: Tensor) -> bool:
+    """Whether PyTorch is faster with two volumes than with one: see `SLOW_ALONE`."""
+    if volume_1Cdhw.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    convolution = next((module for module in network.modules() if isinstance(module, nn.Conv3d)), None)
+    depth, height = volume_1Cdhw.shape[2:4]
+    return convolution is not None and convolution.out_channels * depth * height <= SLOW_ALONE
