@@ -5,8 +5,9 @@
 Each measurement is the installed command, with the seconds that Python takes to start; commands take turns. Memory is
 that of the largest of its processes. `--magnify 4` predicts copies of the images with four times as many voxels along
 each axis and the same voxel size, for large volumes. `--others` takes the other ways to save time in, on the same local
-branch: windows that do not overlap, resampling of the logits with PyTorch, MONAI's sliding window and, of mirrored
-predictions, those without.
+branch: windows that do not overlap, resampling of the logits with PyTorch, MONAI's sliding window, the network by
+OpenVINO in either of them and, of mirrored predictions, those without. What OpenVINO converts is in its cache before
+anything is measured, if a prediction was made with the model once.
 """
 
 from __future__ import annotations
@@ -75,9 +76,15 @@ def commands_of(args: argparse.Namespace, images: Path, folder: Path) -> dict[st
             commands["nnUNetv2_predict --disable_tta"] = f"{OF_NNUNET} {common}{model} --disable_tta"
         with_torch = model_that_resamples_with_torch(args.m, folder / "model")
         commands["nnUNetv2_predict, resample_torch_fornnunet"] = f"{OF_NNUNET} {common} -m {with_torch}"
-        script = Path(__file__).with_name("monai_predict.py")
-        commands["MONAI's SlidingWindowInferer"] = f"{sys.executable} {script} {common}{model}"
-    flags = [f"-k {k}" for k in args.k] + ([f"-k {args.k[-1]} --bfloat16"] if args.device == "cpu" else [])
+        script = f"{sys.executable} {Path(__file__).with_name('stock_predict.py')} {common}{model}"
+        commands["MONAI's SlidingWindowInferer"] = f"{script} --monai"
+        if args.device == "cpu":
+            commands["nnUNetv2_predict with OpenVINO"] = f"{script} --openvino"
+            commands["MONAI's SlidingWindowInferer with OpenVINO"] = f"{script} --monai --openvino"
+    ways = [""]
+    if args.device == "cpu":
+        ways = [f" --backend {way}" for way in ("pytorch", "openvino", "openvino --precision bfloat16")]
+    flags = [f"-k {k}{way}" for k in args.k for way in ways]
     return commands | {f"nmsw_predict {flag}": f"nmsw_predict {common}{model} {flag}" for flag in flags}
 
 

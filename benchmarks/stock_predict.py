@@ -1,4 +1,7 @@
-"""`nnUNetv2_predict_from_modelfolder` with MONAI's sliding window in the place of nnU-Net's, for `prediction.py`."""
+"""`nnUNetv2_predict_from_modelfolder` with a library's parts in the place of nnU-Net's, for `prediction.py`.
+
+`--monai` slides MONAI's window, `--openvino` computes the network by OpenVINO in float32.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
+
+from nnunet_nmsw.inference.openvino_branches import with_openvino
 
 
 class MonaiPredictor(nnUNetPredictor):
@@ -34,11 +39,17 @@ def main() -> None:
     parser.add_argument("-i", required=True)
     parser.add_argument("-o", required=True)
     parser.add_argument("-device", default="cuda")
+    parser.add_argument("--monai", action="store_true")
+    parser.add_argument("--openvino", action="store_true")
     parser.add_argument("--disable_tta", action="store_true")
     parser.add_argument("--disable_progress_bar", action="store_true")
     args = parser.parse_args()
-    predictor = MonaiPredictor(use_mirroring=not args.disable_tta, device=torch.device(args.device), allow_tqdm=False)
+    of = MonaiPredictor if args.monai else nnUNetPredictor
+    predictor = of(use_mirroring=not args.disable_tta, device=torch.device(args.device), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(args.m, (args.f,))
+    if args.openvino:
+        predictor.network = with_openvino(predictor.network.eval(), bfloat16=False)
+        predictor.list_of_parameters = [predictor.network.state_dict()]  # without the branches'
     predictor.predict_from_files(args.i, args.o)
 
 
