@@ -12,7 +12,7 @@ from monai.inferers import SlidingWindowInferer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
-from nnunet_nmsw.inference.openvino_branches import with_openvino
+from nnunet_nmsw.inference.openvino_branches import OpenVINO
 
 
 class MonaiPredictor(nnUNetPredictor):
@@ -48,7 +48,7 @@ def main() -> None:
     predictor = of(use_mirroring=not args.disable_tta, device=torch.device(args.device), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(args.m, (args.f,))
     if args.openvino:
-        predictor.network = with_openvino(predictor.network.eval(), bfloat16=False)
+        predictor.network = OpenVINO()(predictor.network.eval())
         predictor.list_of_parameters = [predictor.network.state_dict()]  # without the branches'
     predictor.predict_from_files(args.i, args.o)
 

@@ -5,6 +5,7 @@
     python -m nnunet_nmsw.demo.small_plans -d 930 --patch_size 64 64 64 --features 8 16 32 64
     nnUNetv2_train 930 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_1epoch -device cpu
     python benchmarks/synthetic.py --widen MODEL -classes 118 -o MODEL_118    # classes more that it never predicts
+    python benchmarks/synthetic.py --widen MODEL --times 4 -o MODEL_WIDE      # features more that are always zero
 
 Organs are ellipsoids, and their brightness says which. An epoch is enough for labels with surfaces as organs have,
 which is what the export of `nmsw_predict` depends on. An untrained network's labels are speckled: for memory, and for
@@ -42,6 +43,9 @@ def main() -> None:
     parser.add_argument("-d", type=int, help="id of the dataset to write")
     parser.add_argument("--widen", type=Path, metavar="MODEL", help="write a copy of a model with more classes instead")
     parser.add_argument("-o", type=Path, help="folder of this copy")
+    parser.add_argument(
+        "--times", type=int, metavar="N", help="with --widen: N times the features instead, for its cost"
+    )
     parser.add_argument("-classes", type=int, default=3, help="with the background")
     parser.add_argument("-organs", type=int, help="ellipsoids in an image. Default: one for each class")
     parser.add_argument("-image", type=int, nargs=3, default=[400, 512, 512], metavar=("Z", "Y", "X"), help="of tests")
@@ -50,7 +54,10 @@ def main() -> None:
     parser.add_argument("-cases", type=int, default=1, help="number of tests")
     args = parser.parse_args()
     if args.widen:
-        widen(args.widen, args.o, args.classes)
+        if args.times:
+            widen_features(args.widen, args.o, args.times)
+        else:
+            widen(args.widen, args.o, args.classes)
         return
     dataset = Path(os.environ["nnUNet_raw"]) / f"Dataset{args.d:03d}_Organs{args.classes}"
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
@@ -119,6 +126,39 @@ def widen(model: Path, copy: Path, classes: int) -> None:
     new = weights["fusion_parameters"].new_zeros(len(weights["fusion_parameters"]), classes - present)
     weights["fusion_parameters"] = torch.cat([weights["fusion_parameters"], new], 1)
     torch.save(checkpoint, copy / file)
+
+
+def widen_features(model: Path, copy: Path, times: int) -> None:
+    """Write a copy of fold 0 of a model with more features, which are zero: it costs more and predicts the same."""
+    (copy / "fold_0").mkdir(parents=True)
+    plans = json.loads((model / "plans.json").read_text())
+    file = Path("fold_0", "checkpoint_final.pth")
+    checkpoint = torch.load(model / file, map_location="cpu", weights_only=False)
+    configuration = plans["configurations"][checkpoint["init_args"]["configuration"]]
+    arguments = configuration["architecture"]["arch_kwargs"]
+    arguments["features_per_stage"] = [times * features for features in arguments["features_per_stage"]]
+    dataset = json.loads((model / "dataset.json").read_text())
+    manager = PlansManager(plans)
+    of_network = (len(dataset["channel_names"]), len(dataset["labels"]), False)
+    name = checkpoint["init_args"]["configuration"]
+    network = nnUNetTrainerNMSW.build_network_architecture(manager, manager.get_configuration(name), *of_network)
+    wide = network.state_dict()
+    for name, small in checkpoint["network_weights"].items():
+        if wide[name].shape == small.shape:
+            wide[name].copy_(small)
+            continue
+        room = wide[name].zero_()
+        if small.ndim == 1:
+            room[: len(small)] = small
+            continue
+        # The decoder's features and those that skip come one after the other.
+        parts = 2 if ".decoder.stages" in name and small.shape[1] == 2 * small.shape[0] else 1
+        for part, room_of_part in zip(small.chunk(parts, 1), room.chunk(parts, 1), strict=True):
+            room_of_part[: part.shape[0], : part.shape[1]] = part
+    checkpoint["network_weights"] = wide
+    torch.save(checkpoint, copy / file)
+    (copy / "plans.json").write_text(json.dumps(plans, indent=1))
+    (copy / "dataset.json").write_text(json.dumps(dataset, indent=1))
 
 
 def dataset_of(classes: int) -> dict[str, Any]:

@@ -17,9 +17,10 @@ AUTO, PYTORCH, OPENVINO = "auto", "pytorch", "openvino"
 BACKENDS = (AUTO, PYTORCH, OPENVINO)
 """What computes the networks of a prediction. `AUTO` is OpenVINO where it is installed and the device is a CPU."""
 
-FLOAT32, BFLOAT16 = "float32", "bfloat16"
-PRECISIONS = (FLOAT32, BFLOAT16)
-"""What networks compute in on a CPU. On a GPU they compute in nnU-Net's mixed precision."""
+FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
+PRECISIONS = (FLOAT32, BFLOAT16, INT8)
+"""What networks compute in on a CPU. On a GPU they compute in nnU-Net's mixed precision. `INT8` is for models that
+`nmsw_quantize` has prepared."""
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

@@ -45,5 +45,13 @@ def export() -> None:
     main()
 
 
+def quantize() -> None:
+    """The command `nmsw_quantize`."""
+    end_in_one_line(": folds that are reported are whole")
+    from nnunet_nmsw.commands.quantize import main
+
+    main()
+
+
 if __name__ == "__main__":
     predict()

@@ -20,8 +20,10 @@ from nnunet_nmsw.flags import (
     DEFAULT_PLANS,
     DEFAULT_TRAINER,
     FLOAT32,
+    INT8,
     OPENVINO,
     PRECISIONS,
+    PYTORCH,
     parse_memory,
 )
 from nnunet_nmsw.selection.budget import parse_num_patches
@@ -62,10 +64,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
     if args.max_memory is not None:
         parse_memory(args.max_memory)
-    if args.precision == BFLOAT16 and args.device != "cpu":
+    if args.precision != FLOAT32 and args.device != "cpu":
         raise UserError(
-            f"--precision bfloat16 is for -device cpu; -device {args.device} computes as nnU-Net does there"
+            f"--precision {args.precision} is for -device cpu; -device {args.device} computes as nnU-Net does there"
         )
+    if args.precision == INT8 and (args.global_model is not None or args.backend == PYTORCH):
+        raise UserError("--precision int8 is for an NMSW model with --backend openvino, after nmsw_quantize")
     if args.backend == OPENVINO and args.device != "cpu":
         raise UserError(f"--backend {args.backend} is for -device cpu: leave it out with -device {args.device}")
     if args.engine != "ray" and (args.ray_address is not None or args.cores_per_worker is not None):
@@ -155,7 +159,8 @@ def parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default=FLOAT32,
         help="with -device cpu: what the networks compute in. bfloat16 is much faster on processors that have it "
-        "(AVX512-BF16 or AMX), and labels that are close calls change. Default: float32",
+        "(AVX512-BF16 or AMX), and labels that are close calls change. int8 is faster still, for models that "
+        "nmsw_quantize has prepared. Default: float32",
     )
     add("--bfloat16", dest="precision", action="store_const", const=BFLOAT16, help="the same as --precision bfloat16")
     add(

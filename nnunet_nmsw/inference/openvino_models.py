@@ -80,22 +80,18 @@ class Converted:
     Args:
         branch: in evaluation mode.
         cache: folder of converted branches.
+        free: a model that takes all sizes that are asked for, if there is one already.
     """
 
-    def __init__(self, branch: nn.Module, cache: Path) -> None:
+    def __init__(self, branch: nn.Module, cache: Path, free: Any = None) -> None:
         self.branch, self.cache = branch, cache
-        self._free: Any = None
+        self._free = free
         self._is_fixed = False
 
     @cached_property
     def name(self) -> str:
         """That no other branch has: a digest of layers and weights, and of the libraries' versions."""
-        digest = hashlib.sha256()
-        digest.update(f"{import_openvino().__version__} {torch.__version__} {self.branch}".encode())
-        for name, weights in self.branch.state_dict().items():
-            digest.update(name.encode())
-            digest.update(weights.detach().contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()[:32]
+        return digest_of_weights(self.branch, f"{import_openvino().__version__} {torch.__version__} {self.branch}")
 
     def is_free(self, channels: int) -> bool:
         """Whether one model takes all sizes.
@@ -127,6 +123,15 @@ class Converted:
             model = converted(self.branch, shape)
             keep(model, folder)
         return model
+
+
+def digest_of_weights(branch: nn.Module, also: str = "") -> str:
+    """What tells a branch's weights from all others, and something else with them."""
+    digest = hashlib.sha256(also.encode())
+    for name, weights in branch.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weights.detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def converted_freely(branch: nn.Module, channels: int) -> Any:
@@ -217,9 +222,9 @@ def read(folder: Path) -> Any:
     return None
 
 
-def digest_of(folder: Path) -> str:
+def digest_of(folder: Path, names: Sequence[str] = (MODEL, WEIGHTS)) -> str:
     """SHA-256 of a model's files."""
     digest = hashlib.sha256()
-    for name in (MODEL, WEIGHTS):
+    for name in names:
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()

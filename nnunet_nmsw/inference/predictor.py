@@ -49,7 +49,7 @@ class NMSWPredictor(FilesPredictor):
         save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
         max_drop: with "auto", how much Dice, of 1, may be lost for fewer patches.
         max_memory: bytes that this process may have on the host while it predicts files; see `inference.memory`.
-        precision: "float32" or "bfloat16", what the networks compute in where the device is a CPU.
+        precision: "float32", "bfloat16" or "int8", what the networks compute in where the device is a CPU.
         backend: "pytorch", "openvino" on a CPU, or "auto": openvino on a CPU where it is installed.
         trust_model: let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.model.safe_loading`.
         selector: chooses windows; the model's own where None.
@@ -107,8 +107,7 @@ class NMSWPredictor(FilesPredictor):
         """See the parent. Code that comes with the model does not run, unless `trust_model` allows it.
 
         Raises:
-            UserError: the model cannot be loaded, or is not to be trusted; or, with the number of patches "auto", a
-                fold has no calibration.
+            UserError: the model cannot be loaded, is not to be trusted, or lacks what "auto" or "int8" need.
         """
         folder = Path(model_training_output_dir)
         folds = [use_folds] if isinstance(use_folds, str) else use_folds or trained_folds(folder, checkpoint_name)
@@ -117,6 +116,8 @@ class NMSWPredictor(FilesPredictor):
         load = super().initialize_from_trained_model_folder
         calibrations = initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         self._compile_branches()
+        if self.backend is not None:
+            self.backend = self.backend.of_folder(folder, folds)
         if self._given_threshold is None:
             own = getattr(self.network, "num_patches", None)  # which a stock network does not have
             self.threshold = threshold_for(self.num_patches, own, calibrations, self.max_drop)
@@ -194,8 +195,8 @@ class NMSWPredictor(FilesPredictor):
 
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Logits of a preprocessed volume by the weights that are in the network: float16, shape C, D, H, W."""
-        weights = [self.nmsw_network.state_dict()]
-        return self.case_model(lambda _: self.folds(weights)).logits({"data": input_image}).logits_CDHW
+        of_weights = self.case_model(lambda _: self.folds([self.nmsw_network.state_dict()]))
+        return of_weights.logits({"data": input_image}).logits_CDHW
 
     @property
     def share(self) -> Share:

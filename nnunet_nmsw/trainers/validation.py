@@ -128,10 +128,10 @@ def predicted_in_training(network: NMSWNetwork, step: TrainingStep, device: torc
     padded = Padded(volume_CDHW, (0, 0, 0), spatial_shape(volume_CDHW))
     spending = Spending(network.sampler.at_inference, network.num_patches)
     fold = choose(InTraining(network, step, device), padded, spending)
-    return _labels(padded, fold, device).to(device)
+    return labels_of(padded, fold, device).to(device)
 
 
-def _labels(padded: Padded, fold: FoldOfCase, device: torch.device) -> Tensor:
+def labels_of(padded: Padded, fold: FoldOfCase, device: torch.device) -> Tensor:
     """Labels of a volume on its own grid, int16 on the host."""
     axes = [linear_axis(n, n) for n in padded.inside]
     work = Work(unbounded(fold.grid.patch_size, device), device)
@@ -213,7 +213,7 @@ def calibrate(
         coarse = fold.coarse(padded)
         for threshold in THRESHOLDS:
             windows = Spending(network.sampler.at_inference, "auto", threshold).choose(coarse, grid)
-            labels_DHW = _labels(padded, FoldOfCase(fold, coarse, grid, windows, fold.weights), device)
+            labels_DHW = labels_of(padded, FoldOfCase(fold, coarse, grid, windows, fold.weights), device)
             measured[threshold].append((len(windows.starts_K3), encoding.dice(reference_DHW, labels_DHW).numpy()))
     return measured
 
