@@ -1,4 +1,4 @@
-"""Seconds of a patch by PyTorch and by OpenVINO, in float32 and bfloat16, for networks of several widths on a CPU.
+"""Seconds of a patch by PyTorch and by OpenVINO, by precision, for networks of several widths on a CPU.
 
     python benchmarks/backends.py -o docs/performance/backends.json
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from nnunet_nmsw.inference.networks import to_channels_last_
 from nnunet_nmsw.inference.openvino_branches import OpenVINOBranch
+from nnunet_nmsw.inference.openvino_models import Converted, import_openvino
+from nnunet_nmsw.inference.quantized import quantized
 from nnunet_nmsw.volume.precision import mixed_precision
 
 NETWORKS = (
@@ -64,21 +66,45 @@ def measured(features: list[int], patch: int, batch: int, rounds: int, cache: Pa
     started = time.perf_counter()
     OpenVINOBranch(network, False, cache)(patches_BCDHW)
     seconds["from the cache, with the first patches"] = time.perf_counter() - started
+    calibrating = list(patches_BCDHW[:1].split(1))
+    int8, floating_ends = (
+        OpenVINOBranch(network, True, cache, quantized(network, calibrating, ends)) for ends in (False, True)
+    )
+    two_streams = in_streams(Converted(network, cache), 2, patches_BCDHW[:1])
     ways: dict[str, Callable[[Tensor], Any]] = {
         "PyTorch, float32": lambda x: by_pytorch(network, x, False),
         "PyTorch, bfloat16": lambda x: by_pytorch(network, x, True),
         "OpenVINO, float32": float32,
         "OpenVINO, bfloat16": bfloat16,
+        "OpenVINO, int8": int8,
+        "OpenVINO, int8 but for the first and last layer": floating_ends,
         "OpenVINO, float32, one by one": lambda x: [float32(one) for one in x.split(1)],
+        "OpenVINO, float32, one by one, two streams": lambda x: two_streams([*x.split(1)] * (2 // len(x) or 1)),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             started = time.perf_counter()
             way(patches_BCDHW)
-            times[name].append((time.perf_counter() - started) / batch)
+            patches = max(2, batch) if "streams" in name else batch
+            times[name].append((time.perf_counter() - started) / patches)
     seconds |= {name: min(of_way) for name, of_way in times.items()}
     return {"features": features, "patch": patch, "patches_at_once": batch, "seconds": seconds}
+
+
+def in_streams(converted: Converted, number: int, patch_1CDHW: Tensor) -> Callable[[list[Tensor]], None]:
+    """What computes patches, so many at the same time, each by its share of the cores."""
+    openvino = import_openvino()
+    model = converted.model(tuple(patch_1CDHW.shape)) if converted.is_free(patch_1CDHW.shape[1]) else None
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": number}
+    queue = openvino.AsyncInferQueue(openvino.Core().compile_model(model, "CPU", settings), number)
+
+    def compute(patches_1CDHW: list[Tensor]) -> None:
+        for patch_1CDHW in patches_1CDHW:
+            queue.start_async({0: patch_1CDHW.contiguous().numpy()})
+        queue.wait_all()
+
+    return compute
 
 
 def unet(features: list[int]) -> nn.Module:
