@@ -41,6 +41,10 @@ def main() -> None:
     parser.add_argument("--magnify", type=float, default=1.0)
     parser.add_argument("--disable_tta", action="store_true")
     parser.add_argument("--others", action="store_true", help="measure the other ways to save time, too")
+    parser.add_argument("--int8", action="store_true", help="of a model that nmsw_quantize has prepared, int8, too")
+    parser.add_argument(
+        "--stock_openvino", action="store_true", help="nnU-Net's window with OpenVINO, without the others"
+    )
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-rounds", type=int, default=2)
     parser.add_argument("-o", type=Path, help="JSON file")
@@ -70,20 +74,23 @@ def commands_of(args: argparse.Namespace, images: Path, folder: Path) -> dict[st
     model, mirrored = f" -m {shlex.quote(str(args.m))}", "" if args.disable_tta else " --disable_tta"
     common += " --disable_tta" if args.disable_tta else ""
     commands = {STOCK: f"{OF_NNUNET} {common}{model}"}
+    script = f"{sys.executable} {Path(__file__).with_name('stock_predict.py')} {common}{model}"
+    if args.device == "cpu" and (args.others or args.stock_openvino):
+        commands["nnUNetv2_predict with OpenVINO"] = f"{script} --openvino"
     if args.others:
         commands["nnUNetv2_predict -step_size 1"] = f"{OF_NNUNET} {common}{model} -step_size 1"
         if mirrored:
             commands["nnUNetv2_predict --disable_tta"] = f"{OF_NNUNET} {common}{model} --disable_tta"
         with_torch = model_that_resamples_with_torch(args.m, folder / "model")
         commands["nnUNetv2_predict, resample_torch_fornnunet"] = f"{OF_NNUNET} {common} -m {with_torch}"
-        script = f"{sys.executable} {Path(__file__).with_name('stock_predict.py')} {common}{model}"
         commands["MONAI's SlidingWindowInferer"] = f"{script} --monai"
         if args.device == "cpu":
-            commands["nnUNetv2_predict with OpenVINO"] = f"{script} --openvino"
             commands["MONAI's SlidingWindowInferer with OpenVINO"] = f"{script} --monai --openvino"
     ways = [""]
     if args.device == "cpu":
-        ways = [f" --backend {way}" for way in ("pytorch", "openvino", "openvino --precision bfloat16")]
+        ways = ["pytorch", "openvino", "openvino --precision bfloat16"]
+        ways += ["openvino --precision int8"] if args.int8 else []
+        ways = [f" --backend {way}" for way in ways]
     flags = [f"-k {k}{way}" for k in args.k for way in ways]
     return commands | {f"nmsw_predict {flag}": f"nmsw_predict {common}{model} {flag}" for flag in flags}
 

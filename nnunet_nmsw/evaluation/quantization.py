@@ -22,14 +22,14 @@ from nnunet_nmsw.inference.openvino_branches import OpenVINO, OpenVINOBranch
 from nnunet_nmsw.inference.openvino_models import cache_folder
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.quantized import FACTS, keep_quantized, quantized
-from nnunet_nmsw.inference.volume import Padded, choose
+from nnunet_nmsw.inference.volume import Padded, Spending, choose
 from nnunet_nmsw.trainers.cases import PreprocessedCase, read_cases
 from nnunet_nmsw.trainers.validation import labels_of
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import crop_windows
 
 WINDOWS_OF_A_CASE = 12
-"""The first that the model takes, of a training case, to calibrate with."""
+"""So many windows of a training case calibrate, the first ones that the model would take."""
 
 CPU = torch.device("cpu")
 
@@ -62,15 +62,14 @@ class QuantizedFold:
         """Inputs of the local branch, as predictions of training cases give them, each of shape 1, C, D, H, W."""
         step = max(1, len(self.training) // num_cases)
         (fold,) = Ensemble(self.network, self.predictor.list_of_parameters, self.encoding, CPU).folds()
+        spending = Spending(self.predictor.spending.selector, WINDOWS_OF_A_CASE)
         patches = []
         for case in self.cases(self.training[::step][:num_cases]):
             padded = Padded.of(case.volume_CDHW, self.network.patch_size)
-            of_case = choose(fold, padded, self.predictor.spending)
-            for start_13 in of_case.windows.starts_K3[:WINDOWS_OF_A_CASE].split(1):
+            of_case = choose(fold, padded, spending)
+            for start_13 in of_case.windows.starts_K3.split(1):
                 patch_1CDHW = crop_windows(padded.volume_CDHW[None], start_13, self.network.patch_size)
                 patches.append(self.network.with_context(patch_1CDHW, of_case.coarse, start_13).contiguous())
-        if not patches:
-            raise UserError(f"the model takes no windows in its training cases in {self.folder}: nothing to calibrate")
         return patches
 
     @torch.inference_mode()
