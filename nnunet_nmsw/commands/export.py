@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_nmsw.commands.shared_flags import require_extra
+from nnunet_nmsw.commands.shared_flags import check_max_drop, require_extra
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.flags import DEFAULT_MAX_DROP, TRUST_FLAG
 from nnunet_nmsw.imports import importing
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     num_patches = None if args.k is None else parse_num_patches(args.k, "-k", auto=True)
     require_extra("nmsw_export", "export", NEEDED)
+    check_max_drop(args.max_drop, DEFAULT_MAX_DROP)
     folder = Path(args.o)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"-o {folder} is there and not empty: give a new folder")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least
+from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least, check_max_drop
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import (
     AUTO,
@@ -78,8 +77,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--engine ray works on GPUs or processors: give -device cuda or -device cpu")
     if args.cores_per_worker is not None and args.cores_per_worker < 1:
         raise UserError(f"--cores_per_worker is {args.cores_per_worker}: give 1 or more")
-    if not 0 <= args.max_drop < math.inf:
-        raise UserError(f"--max_drop is {args.max_drop}: give a Dice of 0 or more, such as {DEFAULT_MAX_DROP}")
+    check_max_drop(args.max_drop, DEFAULT_MAX_DROP)
 
 
 def _absolute(path: str) -> Path:

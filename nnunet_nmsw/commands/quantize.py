@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_nmsw.commands.shared_flags import require_extra
-from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import TRUST_FLAG
 from nnunet_nmsw.imports import importing
 
@@ -43,18 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not nnUNet_preprocessed.is_set():
         raise UserError("nnUNet_preprocessed is not set: export it as for nnU-Net")
     try:
-        name = read_document(model, "plans.json")["dataset_name"] if args.d is None else args.d
+        name = args.d or read_document(model, "plans.json").get("dataset_name", "")
         dataset = Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(name)
-    except RuntimeError as error:
-        raise UserError(f"-d {args.d}: no such dataset under nnUNet_preprocessed") from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f'-d: there is no dataset "{name}" under nnUNet_preprocessed') from error
     failed = []
     for fold in folds:
         predictor = NMSWPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
         load_model(predictor, model, [fold], args.chk, args.trust_model)
         try:
             print(QuantizedFold(predictor, dataset, fold).quantize(model / f"fold_{fold}", args.cases, args.max_drop))
-        except OSError as error:
-            raise UserError(f"cannot write into {model / f'fold_{fold}'}: {reason(error)}") from error
         except UserError as error:  # the other folds may do
             if len(folds) == 1:
                 raise

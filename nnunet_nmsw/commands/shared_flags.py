@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,16 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
             raise UserError(f"-{name} is {getattr(args, name)}: give a number of at least {minimum}")
     if not 0 <= args.part_id < args.num_parts:
         raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+
+
+def check_max_drop(value: float, example: float) -> None:
+    """See that a Dice that may be lost is a number that means something.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not 0 <= value < math.inf:
+        raise UserError(f"--max_drop is {value}: give a Dice of 0 or more, such as {example}")
 
 
 def require_extra(command: str, extra: str, libraries: Sequence[str]) -> None:

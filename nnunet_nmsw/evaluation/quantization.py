@@ -6,6 +6,7 @@ per axis.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import Tensor
 
-from nnunet_nmsw.documents import read_json
-from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.documents import SPLITS, read_json
+from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.flags import INT8, OPENVINO
 from nnunet_nmsw.inference.networks import Ensemble
-from nnunet_nmsw.inference.openvino_branches import OpenVINO, OpenVINOBranch
+from nnunet_nmsw.inference.openvino_branches import OpenVINO, OpenVINOBranch, backend_named
 from nnunet_nmsw.inference.openvino_models import cache_folder
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.quantized import FACTS, keep_quantized, quantized
@@ -44,7 +46,8 @@ class QuantizedFold:
     """
 
     def __init__(self, predictor: NMSWPredictor, dataset_folder: Path, fold: int | str) -> None:
-        self.predictor, self.network = predictor, predictor.nmsw_network.eval()
+        self.predictor = predictor
+        self.network = copy.deepcopy(predictor.nmsw_network).eval()  # which nothing has compiled
         self.encoding = LabelEncoding.of(predictor.label_manager)
         self.folder = dataset_folder / predictor.configuration_manager.data_identifier
         self.training, self.validation = cases_of_fold(dataset_folder, self.folder, fold)
@@ -54,8 +57,11 @@ class QuantizedFold:
         previous = self.predictor.configuration_manager.previous_stage_name
         if previous is not None:
             raise UserError("a cascade's second stage cannot be quantised: its images lie with its trainings")
-        dataset = infer_dataset_class(str(self.folder))(str(self.folder), list(keys))
-        return read_cases(dataset, keys, self.encoding)
+        dataset = _dataset_class(self.folder)(str(self.folder), list(keys))
+        try:
+            yield from read_cases(dataset, keys, self.encoding)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise UserError(f"cannot read a case of {self.folder}: {reason(error)}; preprocess it again") from error
 
     @torch.inference_mode()
     def patches(self, num_cases: int) -> list[Tensor]:
@@ -69,22 +75,26 @@ class QuantizedFold:
             of_case = choose(fold, padded, spending)
             for start_13 in of_case.windows.starts_K3.split(1):
                 patch_1CDHW = crop_windows(padded.volume_CDHW[None], start_13, self.network.patch_size)
-                patches.append(self.network.with_context(patch_1CDHW, of_case.coarse, start_13).contiguous())
+                patch_1CDHW = self.network.with_context(patch_1CDHW, of_case.coarse, start_13)
+                context = self.network.context
+                patches.append((patch_1CDHW if context is None else context(patch_1CDHW)).contiguous())
         return patches
 
     @torch.inference_mode()
     def dice(self, model: Any = None) -> float:
         """Mean Dice, of 1, over foreground classes of validation cases.
 
-        At the spacing of training and without mirroring, in the windows that the model takes in float32.
+        At the spacing of training and without mirroring.
 
         Args:
-            model: the quantised branch, of OpenVINO; the branch in float32 where None.
+            model: the quantised branch, of OpenVINO, all else as `nmsw_predict --precision int8` computes it; None for
+                float32.
 
         Raises:
             UserError: no validation case has any foreground.
         """
-        backend = OpenVINO()
+        computes = backend_named(OPENVINO, INT8, CPU) if model is not None else None
+        backend = OpenVINO(bfloat16=computes is not None and computes.bfloat16)
         ensemble = Ensemble(self.network, self.predictor.list_of_parameters, self.encoding, CPU, backend=backend)
         (fold,) = ensemble.folds()
         if model is not None:
@@ -113,7 +123,7 @@ class QuantizedFold:
             What was measured, in a sentence.
 
         Raises:
-            UserError: it loses more either way.
+            UserError: it loses more either way, or cannot be written.
         """
         patches, in_float32 = self.patches(num_cases), self.dice()
         tried = []
@@ -135,7 +145,10 @@ class QuantizedFold:
                     "validation_cases": len(self.validation),
                     "calibration_patches": len(patches),
                 }
-                keep_quantized(model, self.network.local_branch, folder, facts)
+                try:
+                    keep_quantized(model, self.network.local_branch, folder, facts)
+                except OSError as error:
+                    raise UserError(f"cannot write into {folder}: {reason(error)}") from error
                 return f"{folder / FACTS} is written. {measured}"
         raise UserError(
             f"{folder}: {measured}. --max_drop {max_drop:g} allows less to be lost, so nothing is written: "
@@ -159,10 +172,22 @@ def cases_of_fold(dataset_folder: Path, data_folder: Path, fold: int | str) -> t
             f"there is no {data_folder}: preprocess the dataset that the model was trained on, or name it with -d"
         )
     if fold == "all":
-        names = sorted(infer_dataset_class(str(data_folder)).get_identifiers(str(data_folder)))
+        names = sorted(_dataset_class(data_folder).get_identifiers(str(data_folder)))
         return names, names
     file = dataset_folder / "splits_final.json"
-    splits = read_json(file, {"type": "array"})
+    splits = read_json(file, SPLITS)
     if not int(fold) < len(splits):
         raise UserError(f"{file} has no fold {fold}: it has {len(splits)}")
     return list(splits[int(fold)]["train"]), list(splits[int(fold)]["val"])
+
+
+def _dataset_class(folder: Path) -> Any:
+    """nnU-Net's, for the files of a folder.
+
+    Raises:
+        UserError: there are none, or of several kinds.
+    """
+    try:
+        return infer_dataset_class(str(folder))
+    except AssertionError as error:
+        raise UserError(f"{folder} is not what nnU-Net's preprocessing leaves: {reason(error)}") from error

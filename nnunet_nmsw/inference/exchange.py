@@ -6,6 +6,7 @@ patch, d h w axes of the low-resolution view.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from nnunet_nmsw import __version__
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import write_json
-from nnunet_nmsw.inference.openvino_models import IMPOSSIBLE, TOLERANCE, import_openvino, random
+from nnunet_nmsw.inference.openvino_models import IMPOSSIBLE, TOLERANCE, conversion_failures, import_openvino, random
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.model.fusion import gaussian_weights
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.strides import UNKNOWN_STRIDE, total_stride
+from nnunet_nmsw.selection.budget import UNCALIBRATED
 from nnunet_nmsw.selection.by_score import COVERAGE_DISCOUNT, PLACEMENT_STEP
 from nnunet_nmsw.selection.interface import CANDIDATE_THRESHOLD
 from nnunet_nmsw.volume.labels import LabelEncoding
@@ -86,20 +88,22 @@ def export_model(predictor: NMSWPredictor, folds: Sequence[int | str], folder: P
         UserError: a branch cannot be exported, or computes something else then.
         OSError: a file cannot be written.
     """
-    network, encoding = predictor.nmsw_network.eval(), LabelEncoding.of(predictor.label_manager)
+    # A copy, which nothing has compiled.
+    network, encoding = copy.deepcopy(predictor.nmsw_network).eval(), LabelEncoding.of(predictor.label_manager)
     stride = total_stride(network.global_branch) or [UNKNOWN_STRIDE] * 3
     of_model = (predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json)
     channels = determine_num_input_channels(*of_model)
     low_shapes = [(1, channels, *(m * s for m, s in zip(of, stride, strict=True))) for of in ((2, 2, 2), (3, 2, 4))]
     patches = [(b, channels + network.settings.context_channels, *network.patch_size) for b in (1, 2)]
+    description = describe(predictor, stride)
     of_folds = []
     for fold, weights in zip(folds, predictor.list_of_parameters, strict=True):
         network.load_state_dict(weights)
         files = {}
         (folder / f"fold_{fold}").mkdir()
         for name, graph, shapes, free in (
-            ("global_branch", GlobalGraph(network, encoding), low_shapes, ("d", "h", "w")),
-            ("local_branch", LocalGraph(network), patches, ("batch",)),
+            ("global_branch", GlobalGraph(network, encoding).eval(), low_shapes, ("d", "h", "w")),
+            ("local_branch", LocalGraph(network).eval(), patches, ("batch",)),
         ):
             files[name] = f"fold_{fold}/{name}.onnx"
             _export(graph, shapes, free, folder / files[name])
@@ -107,7 +111,7 @@ def export_model(predictor: NMSWPredictor, folds: Sequence[int | str], folder: P
         fusion = {name.removesuffix("_C"): values.tolist() for name, values in network.fusion_weights._asdict().items()}
         of_folds.append({"fold": fold, **files, "fusion": fusion})
     np.save(folder / GAUSSIAN, gaussian_weights(network.patch_size, torch.device("cpu")).numpy())
-    write_json(folder / DESCRIPTION, {**describe(predictor, stride), "folds": of_folds})
+    write_json(folder / DESCRIPTION, {**description, "folds": of_folds})
 
 
 def describe(predictor: NMSWPredictor, stride: Sequence[int]) -> dict[str, Any]:
@@ -119,18 +123,22 @@ def describe(predictor: NMSWPredictor, stride: Sequence[int]) -> dict[str, Any]:
     """
     plans, configuration, network = predictor.plans_manager, predictor.configuration_manager, predictor.nmsw_network
     spending = predictor.spending
+    num_patches = spending.num_patches
+    if num_patches == "auto" and spending.threshold is None:
+        num_patches = UNCALIBRATED
     return {
         "format": FORMAT,
         "nnunet_nmsw": __version__,
-        "dataset_name": plans.dataset_name,
+        "dataset_name": plans.plans.get("dataset_name"),
         "trainer": predictor.trainer_name,
-        "plans": plans.plans_name,
+        "plans": plans.plans.get("plans_name"),
+        "previous_stage": configuration.previous_stage_name,
         "image": {
-            "channel_names": predictor.dataset_json.get("channel_names"),
+            "channel_names": predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"],
             "transpose_forward": list(plans.transpose_forward),
             "spacing": list(configuration.spacing),
             "normalization_schemes": configuration.normalization_schemes,
-            "use_mask_for_norm": configuration.use_mask_for_norm,
+            "use_mask_for_norm": configuration.configuration.get("use_mask_for_norm"),
             "foreground_intensity_properties_per_channel": plans.foreground_intensity_properties_per_channel,
         },
         "labels": predictor.dataset_json["labels"],
@@ -142,7 +150,7 @@ def describe(predictor: NMSWPredictor, stride: Sequence[int]) -> dict[str, Any]:
             "step_of_selection": PLACEMENT_STEP,
             "coverage_discount": COVERAGE_DISCOUNT,
             "candidate_threshold": CANDIDATE_THRESHOLD,
-            "num_patches": spending.num_patches,
+            "num_patches": num_patches,
             "threshold": spending.threshold,
             "gaussian": GAUSSIAN,
         },
@@ -171,6 +179,7 @@ def _export(graph: Any, shapes: Sequence[tuple[int, ...]], free: Sequence[str], 
     axes = {"batch": 0, "d": 2, "h": 3, "w": 4}
     dynamic = {name: {axes[axis]: axis for axis in free} for name in ("image", *graph.outputs)}
     openvino = import_openvino()
+    failures: tuple[type[Exception], ...] = IMPOSSIBLE + conversion_failures()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's age, and of sizes that become constants: seen below
@@ -189,7 +198,7 @@ def _export(graph: Any, shapes: Sequence[tuple[int, ...]], free: Sequence[str], 
             program = openvino.Core().compile_model(str(written), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
             for shape in shapes:
                 _compare(graph, program, random(*shape))
-    except (*IMPOSSIBLE, torch.onnx.errors.OnnxExporterError) as error:
+    except failures as error:
         raise UserError(f"{file.stem} cannot be exported: {reason(error)}") from error
 
 

@@ -91,7 +91,7 @@ def threshold_for(
     Args:
         num_patches: that was asked for; None for the model's.
         own: the model's setting.
-        calibrations: by checkpoint of the folds, see `check_model`.
+        calibrations: by checkpoint of the folds, see `initialize`.
         max_drop: see `threshold_of`.
 
     Returns:
@@ -99,11 +99,14 @@ def threshold_for(
         calibrated: `UNCALIBRATED` patches are taken then.
 
     Raises:
-        UserError: "auto" was asked for, and a fold has no calibration.
+        UserError: "auto" was asked for, and a fold has no calibration; or a calibration is broken.
     """
     if (own if num_patches is None else num_patches) != "auto":
         return None
     stored = [calibration for calibration in calibrations.values() if calibration is not None]
+    for file, calibration in calibrations.items():
+        if calibration is not None:
+            check(calibration, CALIBRATION, f"{file}, {CALIBRATION_KEY}")
     if len(stored) == len(calibrations):
         return threshold_of(stored, max_drop)
     folders = [file.parent for file in calibrations]
@@ -143,8 +146,6 @@ def check_model(folder: Path, folds: Sequence[int | str], checkpoint: str, trust
         trained = read_checkpoint(file, trust, mmap=True)
         of_configuration = channels.setdefault(configuration_of(trained, file), {})
         of_configuration[file] = channels_of_context(trained["network_weights"])
-        if CALIBRATION_KEY in trained:
-            check(trained[CALIBRATION_KEY], CALIBRATION, f"{file}, {CALIBRATION_KEY}")
         read[file] = trained
     for name in sorted(channels):  # one, unless folds of several trainings were put together
         configuration = read_configuration(folder, name)
@@ -216,7 +217,7 @@ def initialize(
     Raises:
         UserError: see `check_model`; or the network cannot be built, or weights do not fit it or are no numbers.
     """
-    folds = list(dict.fromkeys(folds))
+    folds = list({str(fold): fold for fold in folds}.values())
     read = check_model(folder, folds, checkpoint, trust)
     try:
         first = next(iter(read.values()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nnunet_nmsw.inference.openvino_models import (
     import_openvino,
     is_installed,
 )
-from nnunet_nmsw.inference.quantized import check_quantized, read_quantized
+from nnunet_nmsw.inference.quantized import find_quantized, read_quantized
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.strides import total_stride
 
@@ -42,23 +42,23 @@ class OpenVINO:
         bfloat16: compute in it.
         cache: folder of converted branches; `cache_folder` where None.
         int8: take local branches that were quantised.
-        model_folder: where they are.
+        quantized: their folders, see `find_quantized`.
     """
 
     bfloat16: bool = False
     cache: Path | None = None
     int8: bool = False
-    model_folder: Path | None = None
+    quantized: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
-    def of_folder(self, folder: Path, folds: Sequence[int | str]) -> OpenVINO:
-        """The same, for folds of the model in a folder.
+    def of_folder(self, folder: Path, folds: Sequence[int | str], parameters: Sequence[dict[str, Any]]) -> OpenVINO:
+        """The same, for folds of the model in a folder, and their weights.
 
         Raises:
             UserError: the model was not quantised.
         """
-        if self.int8:
-            check_quantized(folder, folds)
-        return dataclasses.replace(self, model_folder=folder)
+        if not self.int8:
+            return self
+        return dataclasses.replace(self, quantized=find_quantized(folder, folds, parameters))
 
     def __call__(self, network: NMSWNetwork) -> NMSWNetwork:
         """Replace the branches of a network.
@@ -66,7 +66,7 @@ class OpenVINO:
         Raises:
             UserError: its local branch was not quantised.
         """
-        local = read_quantized(self.model_folder, network.local_branch) if self.int8 else None
+        local = read_quantized(self.quantized, network.local_branch) if self.int8 else None
         for name, model in (("global_branch", None), ("local_branch", local)):
             branch = OpenVINOBranch(getattr(network, name), self.bfloat16, self.cache or cache_folder(), model)
             setattr(network, name, branch)

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +91,8 @@ class Converted:
     @cached_property
     def name(self) -> str:
         """That no other branch has: a digest of layers and weights, and of the libraries' versions."""
-        return digest_of_weights(self.branch, f"{import_openvino().__version__} {torch.__version__} {self.branch}")
+        versions = f"{import_openvino().__version__} {torch.__version__} {self.branch}"
+        return digest_of_weights(self.branch.state_dict(), versions)
 
     def is_free(self, channels: int) -> bool:
         """Whether one model takes all sizes.
@@ -125,12 +126,12 @@ class Converted:
         return model
 
 
-def digest_of_weights(branch: nn.Module, also: str = "") -> str:
-    """What tells a branch's weights from all others, and something else with them."""
+def digest_of_weights(weights: Mapping[str, Tensor], also: str = "") -> str:
+    """What tells the state of a branch from all others, and something else with it."""
     digest = hashlib.sha256(also.encode())
-    for name, weights in branch.state_dict().items():
+    for name, tensor in weights.items():
         digest.update(name.encode())
-        digest.update(weights.detach().contiguous().cpu().numpy().tobytes())
+        digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -171,16 +172,20 @@ def converted(branch: nn.Module, shape: Sequence[int], axes: Sequence[int] | Non
         RuntimeError: it cannot be converted.
     """
     openvino = import_openvino()
-    frontend = openvino.frontend
-    failures = (frontend.GeneralFailure, frontend.OpConversionFailure, frontend.NotImplementedFailure)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns of sizes that become constants, which `converted_freely` sees
         sizes = list(shape if axes is None else axes)
         try:
             return openvino.convert_model(branch, example_input=random(*shape), input=sizes, verbose=False)
-        except failures as error:  # no RuntimeErrors
+        except conversion_failures() as error:
             told = [line.strip("- ") for line in str(error).splitlines() if line.startswith("--")]
             raise RuntimeError(" ".join(told) or reason(error)) from error
+
+
+def conversion_failures() -> tuple[type[Exception], ...]:
+    """What OpenVINO raises where it does not take a network. They are no RuntimeErrors."""
+    frontend = import_openvino().frontend
+    return frontend.GeneralFailure, frontend.OpConversionFailure, frontend.NotImplementedFailure
 
 
 def random(*shape: int) -> Tensor:

@@ -117,7 +117,7 @@ class NMSWPredictor(FilesPredictor):
         calibrations = initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         self._compile_branches()
         if self.backend is not None:
-            self.backend = self.backend.of_folder(folder, folds)
+            self.backend = self.backend.of_folder(folder, folds, self.list_of_parameters)
         if self._given_threshold is None:
             own = getattr(self.network, "num_patches", None)  # which a stock network does not have
             self.threshold = threshold_for(self.num_patches, own, calibrations, self.max_drop)

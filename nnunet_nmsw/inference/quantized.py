@@ -8,19 +8,30 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_nmsw.documents import read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.inference.openvino_models import converted_freely, digest_of, digest_of_weights, import_openvino
 
 MODEL, WEIGHTS, FACTS = "local_branch_int8.xml", "local_branch_int8.bin", "local_branch_int8.json"
 """Files beside a checkpoint. The last is there when all are."""
+
+SCHEMA = {
+    "type": "object",
+    "required": ["weights", "sha256"],
+    "properties": {"weights": {"type": "string"}, "sha256": {"type": "string"}},
+}
+"""Of the last."""
+
+LOCAL = "local_branch."
+"""Before the names of the branch's weights in a checkpoint."""
 
 CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
 
@@ -85,46 +96,61 @@ def keep_quantized(model: Any, branch: nn.Module, folder: Path, facts: dict[str,
     """
     with written_whole(folder, last=FACTS) as unfinished:
         import_openvino().save_model(model, str(unfinished / MODEL), compress_to_fp16=False)
-        facts = {**facts, "weights": digest_of_weights(branch), "sha256": digest_of(unfinished, (MODEL, WEIGHTS))}
+        facts = {
+            **facts,
+            "weights": digest_of_weights(branch.state_dict()),
+            "sha256": digest_of(unfinished, (MODEL, WEIGHTS)),
+        }
         (unfinished / FACTS).write_text(json.dumps(facts, indent=1))
 
 
-def check_quantized(model_folder: Path, folds: Sequence[int | str]) -> None:
-    """See that folds of a model were quantised.
+def find_quantized(
+    model_folder: Path, folds: Sequence[int | str], parameters: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Path]:
+    """The folders of quantised branches, by digests of the weights that they were made of.
+
+    Args:
+        model_folder: of the model.
+        folds: that are loaded.
+        parameters: their weights.
 
     Raises:
-        UserError: one was not.
+        UserError: a fold was not quantised, or with other weights.
     """
-    for fold in folds:
+    folders = {}
+    for fold, state in zip(folds, parameters, strict=True):
         file = model_folder / f"fold_{fold}" / FACTS
+        remedy = f"run nmsw_quantize -m {model_folder} -f {fold}"
         if not file.is_file():
-            raise UserError(f"precision int8 needs {file}: run nmsw_quantize -m {model_folder} -f {fold}")
+            raise UserError(f"precision int8 needs {file}: {remedy}")
+        weights = digest_of_weights({n.removeprefix(LOCAL): w for n, w in state.items() if n.startswith(LOCAL)})
+        if _facts(file)["weights"] != weights:
+            raise UserError(f"{file} was made of other weights than this checkpoint's: {remedy}, with the same -chk")
+        folders[weights] = file.parent
+    return folders
 
 
-def read_quantized(model_folder: Path | None, branch: nn.Module) -> Any:
+def read_quantized(folders: Mapping[str, Path], branch: nn.Module) -> Any:
     """The quantised form of a branch, as a model of OpenVINO.
 
     Args:
-        model_folder: whose folds are searched.
+        folders: see `find_quantized`.
         branch: with its weights.
 
     Raises:
         UserError: there is none of these weights, or it is damaged.
     """
-    if model_folder is None:
-        raise UserError("precision int8 needs a model that is loaded from its folder")
-    weights = digest_of_weights(branch)
-    for facts in sorted(model_folder.glob(f"fold_*/{FACTS}")):
-        folder = facts.parent
-        try:
-            known = json.loads(facts.read_text())
-            if known["weights"] != weights:
-                continue
-            if known["sha256"] == digest_of(folder, (MODEL, WEIGHTS)):
-                return import_openvino().Core().read_model(str(folder / MODEL))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{facts} cannot be read ({reason(error)}): run nmsw_quantize again") from error
-        raise UserError(f"{folder / MODEL} or {WEIGHTS} beside it is damaged: run nmsw_quantize again")
-    raise UserError(
-        f"precision int8: no fold of {model_folder} has a quantised branch of these weights: run nmsw_quantize again"
-    )
+    folder = folders.get(digest_of_weights(branch.state_dict()))
+    if folder is None:
+        raise UserError("precision int8 needs a model that is loaded from a folder with its quantised branches")
+    try:
+        if _facts(folder / FACTS)["sha256"] == digest_of(folder, (MODEL, WEIGHTS)):
+            return import_openvino().Core().read_model(str(folder / MODEL))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder / MODEL} cannot be read ({reason(error)}): run nmsw_quantize again") from error
+    raise UserError(f"{folder / MODEL} or {WEIGHTS} beside it is damaged: run nmsw_quantize again")
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = read_json(file, SCHEMA, "run nmsw_quantize again")
+    return facts

@@ -35,7 +35,11 @@ PARTS: dict[str, PartsOf] = {
 }
 """By the trainer's name, without the suffixes of its variants."""
 
-VARIANT = re.compile(r"(?P<name>.+?)(_\d+epochs?)?(_NoMirroring)?")
+TRAINING_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 2000)
+"""In epochs, of the variants of trainers."""
+
+LENGTHS = "|".join(["1epoch", *(f"{length}epochs" for length in TRAINING_LENGTHS)])
+VARIANT = re.compile(rf"(?P<name>.+?)(_({LENGTHS}))?(_NoMirroring)?")
 """Names of trainers with the suffixes that `trainers.variants` gives them."""
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from nnunet_nmsw.model.by_trainer import TRAINING_LENGTHS
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_paper import nnUNetTrainerNMSW_paper
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_retrofit import nnUNetTrainerNMSW_retrofit
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW_retrofit_context import nnUNetTrainerNMSW_retrofit_context
-
-TRAINING_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 2000)
-"""In epochs."""
 
 
 class NoMirroring:

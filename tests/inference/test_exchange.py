@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from old_model import CASES, FOLDER
 from predictors import nmsw
-from tiny import build_network, initialized
+from tiny import build_network, initialized, make_plans
 
 from nnunet_nmsw.commands.export import main
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference import exchange
-from nnunet_nmsw.inference.exchange import DESCRIPTION, export_model
+from nnunet_nmsw.inference.exchange import DESCRIPTION, describe, export_model
+from nnunet_nmsw.trainers import nnUNetTrainerNMSW
 
 for name in ("onnx", "onnxruntime", "openvino"):
     pytest.importorskip(name)
@@ -49,7 +51,7 @@ def check_prediction(predictor, exported, volume, folder):
     return labels
 
 
-@pytest.mark.parametrize("num_patches", ["10%", "auto", "3"])
+@pytest.mark.parametrize("num_patches", ["10%", "auto", "3", "all"])
 def test_a_trained_model_predicts_the_same_without_pytorch(tmp_path, num_patches):
     main(["-m", str(MODEL), "-o", str(tmp_path / "exported"), "-f", "0", "-k", num_patches])
     predictor = nmsw(num_patches=num_patches)
@@ -75,6 +77,24 @@ def test_a_model_with_context_predicts_the_same_without_pytorch(tmp_path, shape)
     export_model(predictor, [0], exported)
     volume = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
     check_prediction(predictor, exported, volume, tmp_path)
+
+
+def test_an_uncalibrated_model_asks_for_what_is_taken_then():
+    predictor = initialized(nmsw(num_patches="auto"), build_network(), 1)
+    assert describe(predictor, [2, 2, 2])["windows"]["num_patches"] == "10%"
+
+
+def test_networks_with_dropout_are_exported(tmp_path):
+    """They have to be compared as they predict, without it."""
+    plans = make_plans(num_patches=2)
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    architecture.update(dropout_op="torch.nn.Dropout3d", dropout_op_kwargs={"p": 0.5})
+    manager = PlansManager(plans)
+    network = nnUNetTrainerNMSW.build_network_architecture(
+        manager, manager.get_configuration("3d_fullres"), 1, 3, False
+    )
+    export_model(initialized(nmsw(num_patches=2), network, 1), [0], tmp_path)
+    assert (tmp_path / DESCRIPTION).is_file()
 
 
 def test_nothing_is_written_where_something_is_wrong(tmp_path, monkeypatch):

@@ -3,17 +3,22 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from old_model import CASES, FOLDER, read
 from predictors import CPU, nmsw
+from tiny import build_network, build_retrofit_network, initialized
 
 from nnunet_nmsw.commands.predict import main as predict
 from nnunet_nmsw.commands.predict_flags import read_flags
 from nnunet_nmsw.commands.quantize import main
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.evaluation.quantization import QuantizedFold
+from nnunet_nmsw.inference.openvino_branches import OpenVINOBranch
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.quantized import FACTS, WEIGHTS, read_quantized
+from nnunet_nmsw.inference.quantized import FACTS, WEIGHTS, find_quantized, quantized, read_quantized
 
 for library in ("nncf", "openvino"):
     pytest.importorskip(library)
@@ -62,19 +67,37 @@ def test_what_does_not_belong_together_is_refused(preprocessed, model):
     main(["-m", str(model), "--max_drop", "1"])
     predictor = nmsw(backend="openvino", precision="int8")
     predictor.initialize_from_trained_model_folder(str(model), (0,))
-    branch = predictor.nmsw_network.local_branch
-    assert read_quantized(model, branch) is not None
+    weights, branch = predictor.list_of_parameters, predictor.nmsw_network.local_branch
+    folders = find_quantized(model, [0], weights)
+    assert read_quantized(folders, branch) is not None
+    with pytest.raises(UserError, match="loaded from a folder"):
+        read_quantized({}, branch)
     with (model / "fold_0" / WEIGHTS).open("r+b") as file:
         file.write(b"damaged")
     with pytest.raises(UserError, match=rf"{WEIGHTS} beside it is damaged: run nmsw_quantize"):
-        read_quantized(model, branch)
+        read_quantized(folders, branch)
+    other = {name: value + 1 for name, value in weights[0].items()}
+    with pytest.raises(UserError, match=rf"{FACTS} was made of other weights .*: run nmsw_quantize -m .* -f 0.*-chk"):
+        find_quantized(model, [0], [other])
     (model / "fold_0" / FACTS).write_text("{}")
-    with pytest.raises(UserError, match=rf"{FACTS} cannot be read"):
-        read_quantized(model, branch)
-    next(branch.parameters()).data += 1
-    (model / "fold_0" / FACTS).write_text(json.dumps({"weights": "of another training"}))
-    with pytest.raises(UserError, match=r"no fold of .* has a quantised branch of these weights"):
-        read_quantized(model, branch)
+    with pytest.raises(UserError, match=rf"{FACTS} is broken.*run nmsw_quantize"):
+        find_quantized(model, [0], weights)
+
+
+@pytest.mark.parametrize("build", [build_network, build_retrofit_network])
+def test_branches_with_context_are_quantised(preprocessed, build):
+    network = build(context_channels=2)
+    predictor = initialized(nmsw(num_patches=2), network)
+    fold = QuantizedFold(predictor, preprocessed, 0)
+    patches = fold.patches(1)
+    assert patches
+    model = quantized(network.local_branch.eval(), patches, False)
+    branch = OpenVINOBranch(network.local_branch, False, preprocessed, model)
+    with torch.no_grad():
+        expected = network.local_branch(patches[0])
+    found = branch(patches[0])
+    assert found.shape == expected.shape
+    assert np.corrcoef(found.numpy().ravel(), expected.numpy().ravel())[0, 1] > 0.9
 
 
 def test_a_model_that_loses_too_much_is_not_quantised(preprocessed, model):
@@ -87,6 +110,11 @@ def test_what_is_missing_is_said_in_one_line(preprocessed, model, monkeypatch):
     (preprocessed / "splits_final.json").write_text("[]")
     with pytest.raises(UserError, match=r"splits_final.json has no fold 0"):
         main(["-m", str(model)])
+    (preprocessed / "splits_final.json").write_text(json.dumps([{"train": ["gone"], "val": ["gone"]}]))
+    with pytest.raises(UserError, match=r"cannot read a case of .*preprocess it again"):
+        main(["-m", str(model)])
+    with pytest.raises(UserError, match='there is no dataset "kidneys"'):
+        main(["-m", str(model), "-d", "kidneys"])
     with pytest.raises(UserError, match="preprocess the dataset that the model was trained on"):
         main(["-m", str(model), "-d", "Dataset123_Other"])
     with pytest.raises(UserError, match=rf"precision int8 needs .*{FACTS}: run nmsw_quantize -m .* -f 0"):

@@ -27,7 +27,15 @@ def test_the_table_says_what_the_trainer_builds(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["nnUNetTrainer", "nnUNetTrainer_5epochs", "MyTrainerNMSW", "nnUNetTrainerNMSW_mine", ""]
+    "name",
+    [
+        "nnUNetTrainer",
+        "nnUNetTrainer_5epochs",
+        "MyTrainerNMSW",
+        "nnUNetTrainerNMSW_mine",
+        "nnUNetTrainerNMSW_30epochs",
+        "",
+    ],
 )
 def test_other_trainers_are_nnunets_to_find(name):
     assert parts_by_trainer(name) is None

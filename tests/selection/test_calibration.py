@@ -87,6 +87,7 @@ def test_the_calibration_travels_in_the_checkpoint(tmp_path):
     predictor.initialize_from_trained_model_folder(str(model), (0,))
     assert predictor.threshold == THRESHOLDS[4]
     torch.save({**content, CALIBRATION_KEY: {"cases": 2}}, file)
+    nmsw(num_patches=5).initialize_from_trained_model_folder(str(model), (0,))  # which does without
     with pytest.raises(UserError, match=r"checkpoint_final.*nmsw_calibration"):
         predictor.initialize_from_trained_model_folder(str(model), (0,))
 
