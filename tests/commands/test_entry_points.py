@@ -38,7 +38,9 @@ def test_pools_end_although_signals_are_handled():
 def test_a_command_ends_although_nobody_reads_what_it_prints():
     """Ctrl-C behind a pipe ends its reader, too."""
     code = (
-        "import time\nfrom nnunet_nmsw.console import end_in_one_line\nend_in_one_line()\n"
+        "import signal, time\nfrom nnunet_nmsw.console import end_in_one_line\n"
+        # What runs in the background of a shell, these tests perhaps, ignores Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nend_in_one_line()\n"
         "print('READY', flush=True)\nprint('not flushed')\n"
         "while True:\n    try:\n        time.sleep(60)\n    except Exception:\n        pass\n"
     )
