@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import signal
+import tempfile
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +32,20 @@ from nnunet_nmsw.inference.export import write_labels, write_logits
 from nnunet_nmsw.inference.windows import edges_in_image
 
 
+class Exporting(NamedTuple):
+    """What writes and measures predictions.
+
+    Attributes:
+        pool: of processes.
+        processes: their number.
+        waiting: folder of the arrays that wait for them.
+    """
+
+    pool: ProcessPoolExecutor
+    processes: int
+    waiting: Path
+
+
 def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: int, progress: bool) -> None:
     """Predict and measure the cases of one part that are not there yet.
 
@@ -45,7 +61,12 @@ def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: i
         folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(todo) * len(comparison.methods), desc="predictions", disable=not progress or not todo)
     context = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(processes, mp_context=context, initializer=_start_export_process) as pool:
+    # The processes take the arrays of predictions from files in the folder, and leave nothing there.
+    with (
+        bar,
+        written_whole(comparison.folder) as waiting,
+        ProcessPoolExecutor(processes, mp_context=context, initializer=_start_export_process) as pool,
+    ):
         for fold in sorted({case.fold for case in todo}):
             with contextlib.redirect_stdout(None):  # nnU-Net tells how it searches for a trainer
                 threshold = comparison.nmsw.threshold(fold) if comparison.has_auto else None
@@ -55,7 +76,7 @@ def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: i
                 if case.fold != fold:
                     continue
                 try:
-                    _run_case(comparison, case, predictors, (pool, processes), bar)
+                    _run_case(comparison, case, predictors, Exporting(pool, processes, waiting), bar)
                 except BrokenProcessPool as error:
                     raise UserError(
                         f"a process died while it wrote predictions of case {case.name}, perhaps for lack of "
@@ -88,7 +109,7 @@ def _run_case(
     comparison: Comparison,
     case: Case,
     predictors: Sequence[FoldPredictor],
-    exporting: tuple[ProcessPoolExecutor, int],
+    exporting: Exporting,
     bar: tqdm,
 ) -> None:
     """Predict and measure a case by all methods.
@@ -97,10 +118,9 @@ def _run_case(
         comparison: the comparison.
         case: of a fold.
         predictors: of the fold's models.
-        exporting: processes that write and measure, and their number.
+        exporting: what writes and measures predictions.
         bar: over predictions.
     """
-    pool, processes = exporting
     # Exports lag behind predictions by as many results as there are processes, so that memory is bounded.
     record: dict[str, Any] = {"case": case.name, "fold": case.fold, "methods": {}}
     pending: set[Future[dict[str, Any]]] = set()
@@ -121,17 +141,26 @@ def _run_case(
             if prediction.method == primary:
                 record |= _for_the_viewer(predictor, prediction, comparison.record_file(case).with_suffix(".npz"))
                 record["own_selection"] = predictor.own_selection
-            pending.add(pool.submit(export_and_measure, _export_task(comparison, case, predictor, prediction)))
-            collect(processes)
+            task = _export_task(comparison, case, predictor, prediction, exporting.waiting)
+            pending.add(exporting.pool.submit(export_and_measure, task))
+            collect(exporting.processes)
     collect(0)
     write_json(comparison.record_file(case), record)
 
 
-def _export_task(comparison: Comparison, case: Case, predictor: FoldPredictor, prediction: Prediction) -> ExportTask:
+def _export_task(
+    comparison: Comparison, case: Case, predictor: FoldPredictor, prediction: Prediction, waiting: Path
+) -> ExportTask:
+    # Not through the pool's pipe: a process that dies beside a full pipe makes older Pythons wait for ever.
+    opened, file = tempfile.mkstemp(suffix=".npy", dir=waiting)
+    os.close(opened)
+    array = prediction.segmentation if prediction.logits_CDHW is None else prediction.logits_CDHW.numpy()
+    assert array is not None
+    np.save(file, array)
     return ExportTask(
         prediction.method.key,
-        None if prediction.logits_CDHW is None else prediction.logits_CDHW.numpy(),
-        prediction.segmentation,
+        file,
+        prediction.logits_CDHW is not None,
         prediction.properties,
         (predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json),
         str(comparison.prediction_file(case, prediction.method)),
@@ -148,14 +177,14 @@ def _export_task(comparison: Comparison, case: Case, predictor: FoldPredictor, p
 
 @dataclasses.dataclass
 class ExportTask:
-    """A prediction on its way to a process that writes and measures it, logits or labels of the image.
+    """A prediction on its way to a process that writes and measures it.
 
-    `about` goes into its record as it is.
+    `array_file` has its logits, or labels of the image. `about` goes into its record as it is.
     """
 
     method: str
-    logits_CDHW: np.ndarray | None
-    segmentation: np.ndarray | None
+    array_file: str
+    has_logits: bool
     properties: dict[str, Any]
     of_model: tuple[PlansManager, ConfigurationManager, dict[str, Any]]
     prediction_file: str
@@ -168,13 +197,14 @@ class ExportTask:
 def export_and_measure(task: ExportTask) -> dict[str, Any]:
     """Write the labels of a prediction as its command does, and compare them with the reference."""
     file, (plans, _, dataset) = Path(task.prediction_file), task.of_model
+    array = np.load(task.array_file)
+    os.unlink(task.array_file)
     with written_whole(file.parent) as folder:
-        if task.segmentation is not None:
-            write_labels(task.segmentation, folder / file.name, plans, task.properties)
-        else:
-            assert task.logits_CDHW is not None
+        if task.has_logits:
             name = file.name.removesuffix(dataset["file_ending"])
-            write_logits(task.logits_CDHW, folder, name, *task.of_model, task.properties)
+            write_logits(array, folder, name, *task.of_model, task.properties)
+        else:
+            write_labels(array, folder / file.name, plans, task.properties)
     metrics = case_metrics(
         task.reference_file,
         task.prediction_file,
