@@ -68,7 +68,7 @@ def measured(features: list[int], patch: int, batch: int, rounds: int, cache: Pa
     seconds["from the cache, with the first patches"] = time.perf_counter() - started
     calibrating = list(patches_BCDHW[:1].split(1))
     int8, floating_ends = (
-        OpenVINOBranch(network, True, cache, quantized(network, calibrating, ends)) for ends in (False, True)
+        OpenVINOBranch(network, True, cache, quantized(network, calibrating, ends, cache)) for ends in (False, True)
     )
     two_streams = in_streams(Converted(network, cache), 2, patches_BCDHW[:1])
     ways: dict[str, Callable[[Tensor], Any]] = {
@@ -95,7 +95,9 @@ def measured(features: list[int], patch: int, batch: int, rounds: int, cache: Pa
 def in_streams(converted: Converted, number: int, patch_1CDHW: Tensor) -> Callable[[list[Tensor]], None]:
     """What computes patches, so many at the same time, each by its share of the cores."""
     openvino = import_openvino()
-    model = converted.model(tuple(patch_1CDHW.shape)) if converted.is_free(patch_1CDHW.shape[1]) else None
+    shape = tuple(patch_1CDHW.shape)
+    converted.is_free(shape[1])  # takes the model of all sizes from the cache, where there is one
+    model = converted.model(shape)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": number}
     queue = openvino.AsyncInferQueue(openvino.Core().compile_model(model, "CPU", settings), number)
 

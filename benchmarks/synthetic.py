@@ -134,14 +134,14 @@ def widen_features(model: Path, copy: Path, times: int) -> None:
     plans = json.loads((model / "plans.json").read_text())
     file = Path("fold_0", "checkpoint_final.pth")
     checkpoint = torch.load(model / file, map_location="cpu", weights_only=False)
-    configuration = plans["configurations"][checkpoint["init_args"]["configuration"]]
-    arguments = configuration["architecture"]["arch_kwargs"]
+    configuration = checkpoint["init_args"]["configuration"]
+    arguments = plans["configurations"][configuration]["architecture"]["arch_kwargs"]
     arguments["features_per_stage"] = [times * features for features in arguments["features_per_stage"]]
     dataset = json.loads((model / "dataset.json").read_text())
     manager = PlansManager(plans)
     of_network = (len(dataset["channel_names"]), len(dataset["labels"]), False)
-    name = checkpoint["init_args"]["configuration"]
-    network = nnUNetTrainerNMSW.build_network_architecture(manager, manager.get_configuration(name), *of_network)
+    of_plans = (manager, manager.get_configuration(configuration))
+    network = nnUNetTrainerNMSW.build_network_architecture(*of_plans, *of_network)
     wide = network.state_dict()
     for name, small in checkpoint["network_weights"].items():
         if wide[name].shape == small.shape:

@@ -25,6 +25,7 @@ from nnunet_nmsw.inference.openvino_models import cache_folder
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.quantized import FACTS, keep_quantized, quantized
 from nnunet_nmsw.inference.volume import Padded, Spending, choose
+from nnunet_nmsw.selection.calibration import mean_dice
 from nnunet_nmsw.trainers.cases import PreprocessedCase, read_cases
 from nnunet_nmsw.trainers.validation import labels_of
 from nnunet_nmsw.volume.labels import LabelEncoding
@@ -106,10 +107,10 @@ class QuantizedFold:
             padded = Padded.of(case.volume_CDHW, self.network.patch_size)
             labels_DHW = labels_of(padded, choose(fold, padded, self.predictor.spending), CPU)
             by_case.append(self.encoding.dice(reference_DHW, labels_DHW).numpy())
-        means = [np.nanmean(values) for values in np.array(by_case).T if not np.isnan(values).all()]
-        if not means:
+        dice = mean_dice(by_case)
+        if dice is None:
             raise UserError(f"no validation case in {self.folder} has any foreground: nothing can be measured")
-        return float(np.mean(means))
+        return dice
 
     def quantize(self, folder: Path, num_cases: int, max_drop: float) -> str:
         """Write the quantised branch beside the checkpoint: all of its convolutions, or all but the first and the last.

@@ -103,12 +103,11 @@ def threshold_for(
     """
     if (own if num_patches is None else num_patches) != "auto":
         return None
-    stored = [calibration for calibration in calibrations.values() if calibration is not None]
-    for file, calibration in calibrations.items():
-        if calibration is not None:
-            check(calibration, CALIBRATION, f"{file}, {CALIBRATION_KEY}")
+    stored = {file: calibration for file, calibration in calibrations.items() if calibration is not None}
+    for file, calibration in stored.items():
+        check(calibration, CALIBRATION, f"{file}, {CALIBRATION_KEY}")
     if len(stored) == len(calibrations):
-        return threshold_of(stored, max_drop)
+        return threshold_of(list(stored.values()), max_drop)
     folders = [file.parent for file in calibrations]
     if num_patches is None and not all((folder / "validation" / FILE).is_file() for folder in folders):
         print(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nnunet_nmsw.documents import read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import written_whole
-from nnunet_nmsw.inference.openvino_models import converted_freely, digest_of, digest_of_weights, import_openvino
+from nnunet_nmsw.inference.openvino_models import Converted, cache_folder, digest_of, digest_of_weights, import_openvino
 
 MODEL, WEIGHTS, FACTS = "local_branch_int8.xml", "local_branch_int8.bin", "local_branch_int8.json"
 """Files beside a checkpoint. The last is there when all are."""
@@ -37,13 +37,16 @@ CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "G
 
 
 @torch.no_grad()
-def quantized(branch: nn.Module, patches_1CDHW: Sequence[Tensor], floating_ends: bool) -> Any:
+def quantized(
+    branch: nn.Module, patches_1CDHW: Sequence[Tensor], floating_ends: bool, cache: Path | None = None
+) -> Any:
     """A branch as a model of OpenVINO with 8-bit convolutions.
 
     Args:
         branch: in evaluation mode.
         patches_1CDHW: inputs as it gets them in predictions, from which ranges of activations are found.
         floating_ends: leave the first and the last convolution as they are.
+        cache: folder of converted branches; `cache_folder` where None.
 
     Raises:
         UserError: it has no form in which any number of patches can be given.
@@ -51,9 +54,10 @@ def quantized(branch: nn.Module, patches_1CDHW: Sequence[Tensor], floating_ends:
     import_openvino()  # first, so that NNCF's own import of its reports finds none
     import nncf
 
-    model = converted_freely(branch, patches_1CDHW[0].shape[1])
-    if model is None:
+    shape, converted = tuple(patches_1CDHW[0].shape), Converted(branch, cache or cache_folder())
+    if not converted.is_free(shape[1]):
         raise UserError(f"{type(branch).__name__} cannot be quantised: OpenVINO converts it for single sizes only")
+    model = converted.model(shape)
     convolutions = [
         operation.get_friendly_name()
         for operation in model.get_ordered_ops()

@@ -36,16 +36,24 @@ def calibration_of(measured: Sequence[Measured]) -> dict[str, Any]:
     rows = []
     for threshold in measured[0]:
         cases = [case for part in measured for case in part[threshold]]
-        by_class = np.array([dice for _, dice in cases]).T
-        means = [np.nanmean(values) for values in by_class if not np.isnan(values).all()]
         rows.append(
             {
                 "stop_at": threshold,
-                "mean_dice": float(np.mean(means)) if means else None,
+                "mean_dice": mean_dice([dice for _, dice in cases]),
                 "patches": [taken for taken, _ in cases],
             }
         )
     return {"cases": len(cases), "thresholds": rows}
+
+
+def mean_dice(of_cases: Sequence[np.ndarray]) -> float | None:
+    """Mean over classes of their means over cases; None where no case has any class.
+
+    Args:
+        of_cases: Dice of each class, NaN where the case has none to measure.
+    """
+    means = [np.nanmean(of_class) for of_class in np.array(of_cases).T if not np.isnan(of_class).all()]
+    return float(np.mean(means)) if means else None
 
 
 def calibration_files(model_folder: Path) -> list[Path]:
