@@ -12,8 +12,12 @@ from nnunet_nmsw.imports import importing
 def predict() -> None:
     """The command `nmsw_predict`."""
     end_in_one_line(": predictions that are there are whole, --continue_prediction makes the others")
-    read_flags()  # what is wrong with them is said before seconds of imports
+    args = read_flags()  # what is wrong with them is said before seconds of imports
     with importing():
+        if not args.continue_prediction and args.max_memory is None and args.engine != "ray":
+            from nnunet_nmsw.inference.reading import read_ahead
+
+            read_ahead(args.i)
         from nnunet_nmsw.commands.predict import main
     try:
         main()

@@ -24,7 +24,7 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import in_words
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.planes import FEWEST_PLANES, bytes_of_plane
-from nnunet_nmsw.inference.preprocessing import HEADERS
+from nnunet_nmsw.inference.reading import HEADERS
 from nnunet_nmsw.inference.resampling import is_known
 from nnunet_nmsw.inference.volume import Share
 

@@ -7,27 +7,22 @@ would take seconds and half a gigabyte to import nnU-Net.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from nnunetv2.inference.data_iterators import PreprocessAdapter, PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from nnunet_nmsw.console import printable
-from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.files import check_whole
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.cases import Case, Cases, in_order
+from nnunet_nmsw.inference.reading import check_file, read_image, read_segmentation
 from nnunet_nmsw.inference.resampling import InferenceConfiguration
-
-HEADERS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
-"""Files whose headers SimpleITK reads without the image."""
 
 
 def preprocessed_cases(
@@ -135,7 +130,7 @@ def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarra
         UserError: a file cannot be read, is damaged, or holds something else than one channel for the model.
     """
     reader = predictor.plans_manager.image_reader_writer_class()
-    image, properties, not_finite = _read(reader.read_images, files)
+    image, properties, not_finite = read_image(reader, files)
     check_channels(predictor, image, ", ".join(files))
     # The sum of numbers is a number, unless it is too large; and it takes no memory.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -179,52 +174,11 @@ def read_labels(predictor: nnUNetPredictor, file: str, shape: Sequence[int]) -> 
         UserError: the file cannot be read, is damaged, or has another size than the image.
     """
     reader = predictor.plans_manager.image_reader_writer_class()
-    labels, _, _ = _read(lambda files: reader.read_seg(files[0]), [file])
+    labels = read_segmentation(reader, file)
     if labels.shape[1:] != tuple(shape):
         sizes = [" × ".join(map(str, of)) for of in (labels.shape[1:], shape)]
         raise UserError(f"cannot use {file}: it has {sizes[0]} voxels, and its image has {sizes[1]}")
     return labels
-
-
-def _read(read: Callable[[list[str]], Any], files: list[str]) -> tuple[np.ndarray, dict[str, Any], int]:
-    """By nnU-Net's reader, while the files are checked beside it; and what `check_whole` counts."""
-    try:
-        with ThreadPoolExecutor(len(files), "checking") as threads:
-            checks = [threads.submit(check_file, file) for file in files]
-            image, properties = read(files)
-            not_finite = sum(check.result() for check in checks)
-    except Exception as error:
-        # Readers raise errors of every type, and all of them are about the files.
-        why = reason(error) if str(error) or len(files) == 1 else "its channels differ in size or spacing"
-        raise UserError(f"cannot read {', '.join(files)}: {why}") from error
-    return image, properties, not_finite
-
-
-def check_file(file: str) -> int:
-    """See that an image file is whole, and its voxels are real numbers: nnU-Net's readers drop the imaginary part.
-
-    Returns:
-        See `check_whole`.
-
-    Raises:
-        OSError: it is not whole.
-        ValueError: its voxels are complex.
-    """
-    if file.lower().endswith(HEADERS):
-        _check_type(file)
-    return check_whole(file)
-
-
-def _check_type(file: str) -> None:
-    header = sitk.ImageFileReader()
-    header.SetFileName(file)
-    try:
-        header.ReadImageInformation()
-    except RuntimeError:  # nnU-Net's reader, perhaps another one, decides
-        return
-    kind = sitk.GetPixelIDValueAsString(header.GetPixelID())
-    if "complex" in kind:
-        raise ValueError(f"its voxels are complex numbers ({kind})")
 
 
 def check_names(images: Sequence[str], output: str | None) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import ANISO_THRESHOLD, determine_do_sep_z_and_axis
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from skimage.transform import resize
 from torch import Tensor
 
 from nnunet_nmsw.inference.device import stream_of_its_own, unless_out_of_memory
+from nnunet_nmsw.inference.preprocessor import ImagePreprocessor
 from nnunet_nmsw.volume.interpolation import nearest_axis
 
 KNOWN_RESAMPLING = "resample_data_or_seg_to_shape"
@@ -46,7 +48,7 @@ def is_known(configuration: ConfigurationManager, what: str) -> bool:
 
 
 class InferenceConfiguration(ConfigurationManager):
-    """A configuration of the plans whose images are resampled faster, for preprocessing before a prediction.
+    """A configuration of the plans whose images are preprocessed faster, for a prediction.
 
     Args:
         configuration: of the plans.
@@ -58,6 +60,12 @@ class InferenceConfiguration(ConfigurationManager):
     def __init__(self, configuration: ConfigurationManager, device: torch.device, with_segmentation: bool) -> None:
         super().__init__(configuration.configuration)
         self.device, self.with_segmentation = device, with_segmentation
+
+    @property
+    def preprocessor_class(self) -> type[DefaultPreprocessor]:
+        """See the parent."""
+        of_plans: type[DefaultPreprocessor] = super().preprocessor_class
+        return ImagePreprocessor if of_plans is DefaultPreprocessor else of_plans
 
     @property
     def resampling_fn_data(self) -> Callable[..., Any]:

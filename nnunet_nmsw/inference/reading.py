@@ -1,0 +1,128 @@
+"""Image files, read by nnU-Net's readers and checked beside it. The first ones are read before PyTorch is imported.
+
+Nothing heavy is imported here: reading starts before seconds of imports, and leaves Python's lock to them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.files import check_whole
+
+HEADERS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
+"""Files whose headers SimpleITK reads without the image."""
+
+Read = tuple[np.ndarray, dict[str, Any], int]
+"""An image or labels, nnU-Net's properties, and what `check_whole` counts."""
+
+_ahead: dict[tuple[str, ...], Future[Read]] = {}
+"""What is being read before it is asked for, by files. Who asks for it takes it out."""
+
+
+def read_ahead(folder: str) -> None:
+    """Start to read the first case of a folder of images, for whoever calls `read_image` for it.
+
+    Which model they are for is not known yet. So this is for nnU-Net's usual reader, and whatever is wrong with the
+    folder or its files is left to others to say.
+
+    Args:
+        folder: with files CASE_0000.nii.gz, CASE_0001.nii.gz and so on.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return
+    endings = "|".join(map(re.escape, HEADERS))
+    matches = [match for name in names if (match := re.fullmatch(rf"(.*)_\d{{4}}({endings})", name, re.DOTALL))]
+    files = tuple(os.path.join(folder, match[0]) for match in matches if match.groups() == matches[0].groups())
+    if not files:
+        return
+    future = _ahead[files] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(_read(SimpleITKIO().read_images, files))
+        except Exception as error:  # noqa: BLE001 - raised where the image is asked for
+            future.set_exception(error)
+
+    # Not a pool's: nobody waits for it when the command ends early.
+    Thread(target=work, name="reading ahead", daemon=True).start()
+
+
+def read_image(reader: Any, files: Sequence[str]) -> Read:
+    """The channels of an image, shape C, Z, Y, X, float32.
+
+    Args:
+        reader: nnU-Net's.
+        files: by channel.
+
+    Raises:
+        UserError: a file cannot be read or is damaged.
+    """
+    future = _ahead.pop(tuple(files), None) if type(reader) is SimpleITKIO else None
+    return _read(reader.read_images, files) if future is None else future.result()
+
+
+def read_segmentation(reader: Any, file: str) -> np.ndarray:
+    """Labels, shape 1, Z, Y, X.
+
+    Args:
+        reader: nnU-Net's.
+        file: of the labels.
+
+    Raises:
+        UserError: the file cannot be read or is damaged.
+    """
+    labels, _, _ = _read(lambda files: reader.read_seg(files[0]), [file])
+    return labels
+
+
+def check_file(file: str) -> int:
+    """See that an image file is whole, and its voxels are real numbers: nnU-Net's readers drop the imaginary part.
+
+    Returns:
+        See `check_whole`.
+
+    Raises:
+        OSError: it is not whole.
+        ValueError: its voxels are complex.
+    """
+    if file.lower().endswith(HEADERS):
+        _check_type(file)
+    return check_whole(file)
+
+
+def _read(read: Callable[[Sequence[str]], Any], files: Sequence[str]) -> Read:
+    """By nnU-Net's reader, while the files are checked beside it."""
+    try:
+        with ThreadPoolExecutor(len(files), "checking") as threads:
+            checks = [threads.submit(check_file, file) for file in files]
+            image, properties = read(files)
+            not_finite = sum(check.result() for check in checks)
+    except Exception as error:
+        # Readers raise errors of every type, and all of them are about the files.
+        why = reason(error) if str(error) or len(files) == 1 else "its channels differ in size or spacing"
+        raise UserError(f"cannot read {', '.join(files)}: {why}") from error
+    return image, properties, not_finite
+
+
+def _check_type(file: str) -> None:
+    header = sitk.ImageFileReader()
+    header.SetFileName(file)
+    try:
+        header.ReadImageInformation()
+    except RuntimeError:  # nnU-Net's reader, perhaps another one, decides
+        return
+    kind = sitk.GetPixelIDValueAsString(header.GetPixelID())
+    if "complex" in kind:
+        raise ValueError(f"its voxels are complex numbers ({kind})")

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference import reading
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("b_0000", "a_0000", "a_0001"):
+        image = sitk.GetImageFromArray(random.normal(size=(4, 5, 6)).astype(np.float32))
+        sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+    (tmp_path / "a note").write_text("of the person who made them")
+    return tmp_path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Files that were read, in order."""
+    files, read = [], SimpleITKIO.read_images
+    monkeypatch.setattr(SimpleITKIO, "read_images", lambda self, of: files.append(list(of)) or read(self, of))
+    return files
+
+
+def test_the_first_case_is_read_once(folder, reads):
+    first, second = [str(folder / f"a_000{channel}.nii.gz") for channel in range(2)], [str(folder / "b_0000.nii.gz")]
+    expected = SimpleITKIO().read_images(first)
+    reads.clear()
+    reading.read_ahead(str(folder))
+    image, properties, not_finite = reading.read_image(SimpleITKIO(), first)
+    np.testing.assert_array_equal(image, expected[0])
+    assert (properties["spacing"], not_finite) == (expected[1]["spacing"], 0)
+    reading.read_image(SimpleITKIO(), second)
+    assert reads == [first, second]
+    reading.read_image(SimpleITKIO(), first)  # whoever asks again reads again
+    assert reads == [first, second, first]
+
+
+def test_what_was_read_for_another_model_is_not_taken(folder, reads):
+    reading.read_ahead(str(folder))
+    files = [str(folder / f"a_000{channel}.nii.gz") for channel in range(2)]
+    _, properties, _ = reading.read_image(NibabelIO(), files)
+    assert "nibabel_stuff" in properties
+    image, _, _ = reading.read_image(SimpleITKIO(), files[:1])  # a model of one channel
+    assert len(image) == 1
+    assert files[:1] in reads
+    reading.read_image(SimpleITKIO(), files)
+
+
+def test_what_fails_is_said_where_the_image_is_asked_for(folder):
+    broken = folder / "a_0001.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:100])
+    reading.read_ahead(str(folder))
+    with pytest.raises(UserError, match=r"cannot read .*a_0001"):
+        reading.read_image(SimpleITKIO(), [str(folder / "a_0000.nii.gz"), str(broken)])
+
+
+def test_a_folder_without_images_is_nothing_to_read(tmp_path, reads):
+    reading.read_ahead(str(tmp_path))
+    reading.read_ahead(str(tmp_path / "missing"))
+    (tmp_path / "file.txt").write_text("")
+    reading.read_ahead(str(tmp_path))
+    reading.read_ahead(str(tmp_path / "file.txt"))
+    assert reads == []
