@@ -17,9 +17,9 @@ from statistics import median
 import torch
 from measuring import write_results
 
-from nnunet_nmsw.flags import parse_num_patches
 from nnunet_nmsw.inference.export import write_labels
 from nnunet_nmsw.inference.predictor import NMSWPredictor
+from nnunet_nmsw.selection.budget import parse_num_patches
 
 STAGES = ("read and preprocess", "predict", "write")
 
@@ -62,12 +62,13 @@ def main() -> None:
 def stages(predictor: NMSWPredictor, images: list[list[str]], folder: Path) -> dict[str, float]:
     """Seconds of each stage for all cases, one stage after the other for each of them."""
     seconds = dict.fromkeys(STAGES, 0.0)
+    folds = predictor.folds()  # made once, as for a run over cases
     cases = predictor.preprocess(images, None, None, 0)
     for number in range(len(images)):
         times = [time.perf_counter()]
         case = next(cases)
         times.append(time.perf_counter())
-        labels, _ = predictor.predict_case(case)
+        labels, _ = predictor.case_model(lambda _: folds).labels(case)
         times.append(time.perf_counter())
         file = folder / f"{number}{predictor.dataset_json['file_ending']}"
         write_labels(labels, file, predictor.plans_manager, case["data_properties"])

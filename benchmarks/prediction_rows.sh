@@ -26,7 +26,7 @@ train() {
 # A copy of a model with larger patches. MODEL PATCH COPY
 with_patch() {
     [ -d "$3" ] && return
-    cp -r "$1" "$3"
+    cp -rL "$1" "$3"
     python - "$3/plans.json" "$2" <<'P'
 import json, sys
 file, patch = sys.argv[1], int(sys.argv[2])
@@ -43,8 +43,8 @@ row() {
     [ -f "$file" ] && return
     # What OpenVINO converts is kept: not measured.
     for precision in float32 bfloat16; do
-        rm -rf warm
-        nmsw_predict -m "$2" -f 0 -i "$3" -o warm -device cpu --disable_tta -k 1 --backend openvino --precision $precision
+        rm -rf warm one && mkdir one && ln -s "$(find -L "$(realpath "$3")" -name "*_0000*" | sort | head -1)" one/
+        nmsw_predict -m "$2" -f 0 -i one -o warm -device cpu --disable_tta -k 1 --backend openvino --precision $precision
     done
     echo "$1"
     python "$here/prediction.py" -m "$2" -i "$3" -device cpu -rounds 1 -o "$file" "${@:4}"
@@ -60,21 +60,21 @@ widened SMALL SMALL_30 -classes 30
 widened SMALL SMALL_118 -classes 118
 train NARROW nnUNetPlans_64 96 64 8 16 32 64 80 80
 widened NARROW FULL --times 4
-widened FULL FULL_30 -classes 30
-with_patch FULL 128 FULL_128
 [ -f FULL/fold_0/local_branch_int8.json ] || nmsw_quantize -m FULL -d 940 -cases 2
+with_patch FULL 128 FULL_128
+widened FULL_128 FULL_128_30 -classes 30
 
-row full_width FULL $organs --disable_tta --int8 --stock_openvino
-row full_width_mirrored FULL $organs --magnify 0.7
-row full_width_128 FULL_128 $organs --disable_tta
-row large_3 SMALL $organs --disable_tta
-row large_30 SMALL_30 $organs --disable_tta
-row medium_118 SMALL_118 $organs --disable_tta --magnify 0.5
-row ten_small_30 SMALL_30 raw/Dataset935_Organs30/imagesTs --disable_tta -cases 10
+row full_width FULL $organs --disable_tta --int8
+row full_width_128 FULL_128 $organs --disable_tta --int8 -rounds 2
+row full_width_128_mirrored FULL_128 $organs --magnify 0.7
 if [ -n "${BTCV_IMAGES:-}" ]; then
-    row full_width_ct FULL_30 "$BTCV_IMAGES" --disable_tta
+    row full_width_128_ct FULL_128_30 "$BTCV_IMAGES" --disable_tta
 fi
 if [ -n "${BTCV_MODEL:-}" ]; then
     row ten_ct "$BTCV_MODEL" "$BTCV_IMAGES" --disable_tta -cases 10
     row ct_mirrored "$BTCV_MODEL" "$BTCV_IMAGES"
 fi
+row large_3 SMALL $organs --disable_tta
+row large_30 SMALL_30 $organs --disable_tta
+row medium_118 SMALL_118 $organs --disable_tta --magnify 0.5
+row ten_small_30 SMALL_30 raw/Dataset935_Organs30/imagesTs --disable_tta -cases 10

@@ -1,7 +1,10 @@
 """The house as docs/architecture.md draws it: who imports whom, how large things are."""
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,9 @@ CORE = (
     "inference/planes.py",
 )
 LARGEST_FILE, MOST_ARGUMENTS = 300, 7
+OTHERWISE_NAMED = {"PIL": "pillow", "skimage": "scikit-image"}
+"""Distributions by module. Python 3.10 does not know those of all modules."""
+
 NNUNETS_SIGNATURES = ("predict_from_files", "__init__ of WholeVolumeLoader")
 
 
@@ -112,3 +118,23 @@ def test_only_one_folder_touches_what_is_private_of_nnunet():
             name for name in private if name in code and not (name == "_build_loss(" and "self._build_loss()" in code)
         ]
         assert not found, f"{name_of(file)} uses {found}"
+
+
+def test_what_is_imported_is_declared():
+    modules: set[str] = set()
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(str(node.module).partition(".")[0])
+            elif isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+    modules -= {*sys.stdlib_module_names, "nnunet_nmsw"}
+    declared = {normalised(re.split(r"[^\w.-]", name)[0]) for name in metadata.requires("nnunet-nmsw") or []}
+    distributions = metadata.packages_distributions()
+    for module in sorted(modules):
+        names = [OTHERWISE_NAMED.get(module, module), *distributions.get(module, [])]
+        assert declared & set(map(normalised, names)), f"{module} is imported and not declared"
+
+
+def normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()

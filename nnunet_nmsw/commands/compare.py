@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 DEFAULT_NUM_PATCHES = ("5%", "10%", "20%", "5", "10", "30", "all")
 
-NEEDED = ("monai", "statsmodels", "jinja2", "pandas", "matplotlib")
+NEEDED = ("monai", "jinja2", "pandas", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     _check(args)
     given = [parse_num_patches(k, "-k", auto=True) for k in args.k or DEFAULT_NUM_PATCHES]
     require_extra("nmsw_compare", "compare", NEEDED)
@@ -98,13 +98,15 @@ def _check(args: argparse.Namespace) -> None:
     args.f = sorted({int(fold) for fold in args.f})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """What reads the flags."""
+    flags = argparse.ArgumentParser(
+        prog="nmsw_compare",
         description="Compare NMSW with the sliding window on the validation cases of trained folds: accuracy, time "
         "and memory by number of patches, as a report (index.html) for people. Interrupted, it goes on where it "
         "stopped when called again.",
     )
-    add: Any = parser.add_argument
+    add: Any = flags.add_argument
     add("-d", required=True, help="dataset name or id")
     add("-o", type=Path, required=True, help="folder of the report, new or of the same comparison")
     add("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds. Default: 0 1 2 3 4")
@@ -144,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-timed_cases", type=int, default=3, help="cases of the first fold to time; 0: no timing. Default: 3")
     add("-rounds", type=int, default=3, help="how often each of them is timed. Default: 3")
     add("-cases_shown", type=int, default=3, help="cases to look at in the report. Default: 3")
-    add_shared_flags(parser)
-    return parser
+    add_shared_flags(flags)
+    return flags
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demonstration."""
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     require_extra("nmsw_demo", "compare", NEEDED)
     if args.o.exists() and any(args.o.iterdir()):
         if not (args.o / "nmsw_demo.json").is_file():
@@ -97,24 +97,26 @@ class Demo:
             raise UserError(f"{name} failed, its log is {log}:\n{last}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """What reads the flags."""
+    flags = argparse.ArgumentParser(
+        prog="nmsw_demo",
         description="Train and run NMSW on a generated phantom and compare it with the sliding window. About 15 "
         "minutes on two CPU cores.",
     )
-    parser.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
-    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
-    parser.add_argument("-tr", default="nnUNetTrainerNMSW_10epochs", help="Default: nnUNetTrainerNMSW_10epochs")
-    parser.add_argument("-tr_baseline", default="nnUNetTrainer_10epochs", help="Default: nnUNetTrainer_10epochs")
-    parser.add_argument(
+    flags.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
+    flags.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
+    flags.add_argument("-tr", default="nnUNetTrainerNMSW_10epochs", help="Default: nnUNetTrainerNMSW_10epochs")
+    flags.add_argument("-tr_baseline", default="nnUNetTrainer_10epochs", help="Default: nnUNetTrainer_10epochs")
+    flags.add_argument(
         "-k", nargs="+", default=["5%", "10%", "20%", "all"], help="patches a case. Default: 5%% 10%% 20%% all"
     )
-    parser.add_argument("--training_cases", type=int, default=30)
-    parser.add_argument("--test_cases", type=int, default=2)
-    parser.add_argument("--size", type=int, default=72, help="voxels along a volume's longest axis")
-    parser.add_argument("--patch_size", type=int, default=16, help="voxels along each axis of a patch")
-    parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the network's stages")
-    return parser
+    flags.add_argument("--training_cases", type=int, default=30, help="Default: 30")
+    flags.add_argument("--test_cases", type=int, default=2, help="Default: 2")
+    flags.add_argument("--size", type=int, default=72, help="voxels along a volume's longest axis")
+    flags.add_argument("--patch_size", type=int, default=16, help="voxels along each axis of a patch")
+    flags.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the network's stages")
+    return flags
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def predict() -> None:
     end_in_one_line(": predictions that are there are whole, --continue_prediction makes the others")
     args = read_flags()  # what is wrong with them is said before seconds of imports
     with importing():
-        if not args.continue_prediction and args.max_memory is None and args.engine != "ray":
+        if args.max_memory is None and args.engine != "ray" and args.num_parts == 1 and not args.continue_prediction:
             from nnunet_nmsw.inference.reading import read_ahead
 
             read_ahead(args.i)

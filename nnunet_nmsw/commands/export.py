@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: the extra is not installed, the model cannot be loaded or exported, or the folder is not empty.
     """
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     num_patches = None if args.k is None else parse_num_patches(args.k, "-k", auto=True)
     require_extra("nmsw_export", "export", NEEDED)
     check_max_drop(args.max_drop, DEFAULT_MAX_DROP)
@@ -51,13 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{folder / DESCRIPTION} says how to run what is beside it; docs/export.md has an example")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """What reads the flags."""
+    flags = argparse.ArgumentParser(
         prog="nmsw_export",
         description="Write both branches of an NMSW model as ONNX and as OpenVINO IR, with a JSON of all that is "
         "needed to run them without PyTorch. Needs the extra export.",
     )
-    add: Any = parser.add_argument
+    add: Any = flags.add_argument
     add("-m", required=True, metavar="FOLDER", help="of the model, which holds fold_0 and so on")
     add("-o", required=True, metavar="FOLDER", help="to write into, new or empty")
     add("-f", nargs="+", metavar="FOLD", help="folds to export. Default: all that are trained")
@@ -65,4 +66,4 @@ def _parser() -> argparse.ArgumentParser:
     add("-k", help="number of patches that the JSON asks for: see nmsw_predict. Default: as the model is set")
     add("--max_drop", type=float, default=DEFAULT_MAX_DROP, help="see nmsw_predict")
     add(TRUST_FLAG, action="store_true", help="see nmsw_predict")
-    return parser
+    return flags

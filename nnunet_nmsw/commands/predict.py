@@ -29,6 +29,7 @@ from nnunet_nmsw.inference.model_folder import (
 )
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.ray_engine import RayPredictor, Workers
+from nnunet_nmsw.inference.reading import forget_others
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import configuration_of, read_checkpoint
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = find_model(args).resolve()
     folds = find_folds(folder, args.f, args.chk)
     cases = find_cases(args.i, folder)
+    forget_others(cases)
     _check_output(args.o)
     if args.max_memory is not None:
         _check_memory(args, cases, folder, folds[0])

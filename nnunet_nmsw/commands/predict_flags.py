@@ -87,6 +87,7 @@ def _absolute(path: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """What reads the flags."""
     flags = argparse.ArgumentParser(
+        prog="nmsw_predict",
         description="Predict with an nnU-Net model trained with nnUNetTrainerNMSW: a few chosen patches instead of a "
         "sliding window. The flags are those of nnUNetv2_predict.",
     )

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: the extra is not installed, the model or its dataset is not there, or int8 costs too much Dice.
     """
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     require_extra("nmsw_quantize", "quantize", NEEDED)
     if args.cases < 1:
         raise UserError(f"-cases is {args.cases}: give 1 or more")
@@ -62,14 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"not quantised: fold {', '.join(failed)} (see above)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """What reads the flags."""
+    flags = argparse.ArgumentParser(
         prog="nmsw_quantize",
         description="Prepare an NMSW model for nmsw_predict --precision int8: the convolutions of its local branches "
         "in 8-bit integers, calibrated on preprocessed training cases and measured on the validation cases of each "
         "fold. Needs the extra quantize.",
     )
-    add: Any = parser.add_argument
+    add: Any = flags.add_argument
     add("-m", required=True, metavar="FOLDER", help="of the model. Files are written into its folders fold_X")
     add("-d", metavar="DATASET", help="name or id of the dataset, preprocessed. Default: that of the model's plans")
     add("-f", nargs="+", metavar="FOLD", help="folds to quantise. Default: all that are trained")
@@ -82,4 +83,4 @@ def _parser() -> argparse.ArgumentParser:
         help=f"Dice, of 1, that may be lost; a fold that loses more is not quantised. Default: {MAX_DROP}",
     )
     add(TRUST_FLAG, action="store_true", help="see nmsw_predict")
-    return parser
+    return flags

@@ -132,3 +132,21 @@ def primary_method(methods: Sequence[Method], num_patches: int | str, selection:
     own = [m for m in candidates if m.num_patches == num_patches]
     percentages = [m for m in candidates if str(m.num_patches).endswith("%")]
     return (own or sorted(percentages, key=lambda m: float(str(m.num_patches)[:-1])) or candidates)[0]
+
+
+def planned_methods(methods: Sequence[Method], primary: Method) -> list[Method]:
+    """The few that a reader decides between, and that are tested: the primary one, 5%, 10%, auto, and no patches.
+
+    Args:
+        methods: of the comparison.
+        primary: see `primary_method`. What another backend computes is in where its K is this one's.
+    """
+    same = [m for m in methods if (m.model, m.mirrored) == (primary.model, primary.mirrored)]
+    own = [
+        m
+        for m in same
+        if m.selection == primary.selection
+        and (m.num_patches == primary.num_patches or (m.backend == PYTORCH and m.num_patches in ("5%", "10%", "auto")))
+    ]
+    alone = [m for m in same if m.selection == "none"]
+    return list(dict.fromkeys([primary, *own, *alone]))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 RESAMPLES = 9999
 CONFIDENCE = 0.95
@@ -26,7 +25,7 @@ class PairedDifference:
         low: lower end of the interval of the mean; NaN with fewer than two cases.
         high: its upper end.
         p: of Wilcoxon's signed-rank test, two-sided; NaN with fewer than two cases.
-        p_holm: corrected for the number of methods compared.
+        p_holm: corrected for the number of comparisons that were planned; NaN for others.
     """
 
     cases: int
@@ -71,16 +70,27 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Pa
     return PairedDifference(len(difference), mean, low, high, p)
 
 
-def correct(differences: dict[str, PairedDifference]) -> dict[str, PairedDifference]:
-    """Fill in Holm's corrected p over all methods that have a p."""
-    tested = [key for key, difference in differences.items() if math.isfinite(difference.p)]
-    if not tested:
+def correct(differences: dict[str, PairedDifference], planned: Sequence[str]) -> dict[str, PairedDifference]:
+    """Fill in Holm's corrected p over the planned comparisons, unless of so few cases none could be significant.
+
+    Args:
+        differences: by method.
+        planned: methods whose comparison was planned; the others stay without a corrected p.
+    """
+    tested = {key: differences[key].p for key in planned if math.isfinite(differences[key].p)}
+    most_cases = max((differences[key].cases for key in tested), default=0)
+    if len(tested) * smallest_p(most_cases) >= 1 - CONFIDENCE:
         return dict(differences)
-    corrected = multipletests([differences[key].p for key in tested], method="holm")[1]
-    result = dict(differences)
-    for key, p_holm in zip(tested, corrected, strict=True):
-        result[key] = dataclasses.replace(differences[key], p_holm=float(p_holm))
+    result, p_holm = dict(differences), 0.0
+    for rank, key in enumerate(sorted(tested, key=tested.__getitem__)):
+        p_holm = max(p_holm, min(1.0, (len(tested) - rank) * tested[key]))
+        result[key] = dataclasses.replace(differences[key], p_holm=p_holm)
     return result
+
+
+def smallest_p(cases: int) -> float:
+    """The smallest p of Wilcoxon's two-sided signed-rank test: all differences have one sign."""
+    return float(2.0 ** (1 - cases))
 
 
 def verdict(name: str, reference: str, difference: PairedDifference, margin: float) -> str:

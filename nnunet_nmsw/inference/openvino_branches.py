@@ -5,6 +5,7 @@ Tensor suffixes: B batch, C channels, D H W axes of the input.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -68,9 +69,43 @@ class OpenVINO:
         """
         local = read_quantized(self.quantized, network.local_branch) if self.int8 else None
         for name, model in (("global_branch", None), ("local_branch", local)):
-            branch = OpenVINOBranch(getattr(network, name), self.bfloat16, self.cache or cache_folder(), model)
-            setattr(network, name, branch)
+            setattr(network, name, self.branch(getattr(network, name), model))
         return network
+
+    def branch(self, network: nn.Module, model: Any = None) -> OpenVINOBranch:
+        """A network with one output, as OpenVINO computes it; see `OpenVINOBranch`."""
+        return OpenVINOBranch(network, self.bfloat16, self.cache or cache_folder(), model)
+
+
+class StockNetwork(nn.Module):
+    """A network of nnU-Net's predictor, as OpenVINO computes it with the weights that were loaded last.
+
+    Args:
+        network: without deep supervision.
+        backend: that computes it.
+    """
+
+    def __init__(self, network: nn.Module, backend: OpenVINO) -> None:
+        super().__init__()
+        self._network, self._backend = (network,), backend  # not a submodule, see `OpenVINOBranch`
+        self._of_folds: dict[int, tuple[Any, OpenVINOBranch]] = {}
+        self._branch: OpenVINOBranch | None = None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """See the parent. Each fold's weights are converted once; nnU-Net loads them for each case."""
+        (network,) = self._network
+        if id(state_dict) not in self._of_folds:
+            of_fold = copy.deepcopy(network)
+            of_fold.load_state_dict(state_dict, *args, **kwargs)
+            # Weights that are kept have a number that no others get.
+            self._of_folds[id(state_dict)] = state_dict, self._backend.branch(of_fold.eval())
+        _, self._branch = self._of_folds[id(state_dict)]
+
+    def forward(self, x_BCDHW: Tensor) -> Tensor:
+        """Logits."""
+        assert self._branch is not None
+        logits: Tensor = self._branch(x_BCDHW)
+        return logits
 
 
 def backend_named(name: str, precision: str, device: torch.device) -> OpenVINO | None:

@@ -21,7 +21,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunet_nmsw.console import printable
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.cases import Case, Cases, in_order
-from nnunet_nmsw.inference.reading import check_file, read_image, read_segmentation
+from nnunet_nmsw.inference.reading import check_file, forget_others, read_image, read_segmentation
 from nnunet_nmsw.inference.resampling import InferenceConfiguration
 
 
@@ -74,6 +74,7 @@ def preprocessed(predictor: nnUNetPredictor, images: list[str], previous_stage: 
         check_names(images, output)
         if not is_stock(predictor.configuration_manager.preprocessor_class(verbose=False)):
             preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
+            forget_others([])  # such a preprocessor reads by itself
             for file in [*images, *([previous_stage] if previous_stage else [])]:
                 check_file(file)
             arguments = (predictor.plans_manager, predictor.dataset_json, _faster(predictor, True))

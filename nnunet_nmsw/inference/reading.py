@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -47,16 +46,15 @@ def read_ahead(folder: str) -> None:
     files = tuple(os.path.join(folder, match[0]) for match in matches if match.groups() == matches[0].groups())
     if not files:
         return
-    future = _ahead[files] = Future()
+    thread = ThreadPoolExecutor(1, "reading ahead")
+    _ahead[files] = thread.submit(_read, SimpleITKIO().read_images, files)
+    thread.shutdown(wait=False)
 
-    def work() -> None:
-        try:
-            future.set_result(_read(SimpleITKIO().read_images, files))
-        except Exception as error:  # noqa: BLE001 - raised where the image is asked for
-            future.set_exception(error)
 
-    # Not a pool's: nobody waits for it when the command ends early.
-    Thread(target=work, name="reading ahead", daemon=True).start()
+def forget_others(cases: Sequence[Sequence[str]]) -> None:
+    """Do not keep what was read ahead and is none of these cases, files by case and channel."""
+    for files in set(_ahead) - set(map(tuple, cases)):
+        del _ahead[files]
 
 
 def read_image(reader: Any, files: Sequence[str]) -> Read:
@@ -69,8 +67,8 @@ def read_image(reader: Any, files: Sequence[str]) -> Read:
     Raises:
         UserError: a file cannot be read or is damaged.
     """
-    future = _ahead.pop(tuple(files), None) if type(reader) is SimpleITKIO else None
-    return _read(reader.read_images, files) if future is None else future.result()
+    future = _ahead.pop(tuple(files), None)
+    return future.result() if future is not None and type(reader) is SimpleITKIO else _read(reader.read_images, files)
 
 
 def read_segmentation(reader: Any, file: str) -> np.ndarray:

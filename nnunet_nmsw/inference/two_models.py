@@ -18,6 +18,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.cases import Case, Cases, loaded
 from nnunet_nmsw.inference.networks import Fold
+from nnunet_nmsw.inference.openvino_branches import StockNetwork
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
 from nnunet_nmsw.inference.volume import Networks, Padded, spatial_shape
@@ -39,7 +40,7 @@ class TwoModelPredictor(NMSWPredictor):
     training would start from. Used as its parent is.
 
     Args:
-        global_model: predictor of the coarse model, initialised.
+        global_model: predictor of the coarse model, initialised. The backend computes its network, too.
         **kwargs: of `NMSWPredictor`.
     """
 
@@ -58,7 +59,9 @@ class TwoModelPredictor(NMSWPredictor):
         """
         super().initialize_from_trained_model_folder(*args, **kwargs)
         check_pair(self.global_model, self)
-        local_branch = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        coarse_network, local_branch = uncompiled(self.global_model.network), uncompiled(self.network)
+        if self.backend is not None and not isinstance(coarse_network, StockNetwork):
+            self.global_model.network = StockNetwork(coarse_network, self.backend)
         configuration, coarse = self.configuration_manager, self.global_model.configuration_manager
         factor = factor_between(configuration.spacing, coarse.spacing)
         changed = {"downsampling_factor": factor, "context_channels": 0}
@@ -161,8 +164,7 @@ def check_pair(coarse: nnUNetPredictor, fine: nnUNetPredictor) -> None:
         UserError: they cannot, and why.
     """
     for flag, model in (("--global_model", coarse), ("--local_model", fine)):
-        network = model.network._orig_mod if isinstance(model.network, OptimizedModule) else model.network
-        if isinstance(network, NMSWNetwork):
+        if isinstance(uncompiled(model.network), NMSWNetwork):
             raise UserError(f"{flag} is an NMSW model, which has both branches: predict with it alone, with -m")
         if len(model.configuration_manager.patch_size) != 3:
             raise UserError(f"{flag} is a 2D model: give 3D models, such as 3d_lowres and 3d_fullres")
@@ -184,6 +186,12 @@ def check_pair(coarse: nnUNetPredictor, fine: nnUNetPredictor) -> None:
             raise UserError(
                 f"the two models differ in their {what}: {of_coarse} of --global_model, {of_fine} of --local_model"
             )
+
+
+def uncompiled(network: nn.Module) -> nn.Module:
+    """A network without `torch.compile`."""
+    original: nn.Module = network._orig_mod if isinstance(network, OptimizedModule) else network
+    return original
 
 
 def factor_between(fine: Sequence[float], coarse: Sequence[float]) -> Shape:

@@ -12,7 +12,7 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
 from nnunet_nmsw.evaluation.models import Case
 from nnunet_nmsw.evaluation.report.results import gather, pareto_front
-from nnunet_nmsw.evaluation.report.tables import accuracy_table, case_table, cost_table, why
+from nnunet_nmsw.evaluation.report.tables import accuracy_table, case_table, cost_table, main_table, why
 from nnunet_nmsw.evaluation.report.write import sentences
 
 METHODS = build_methods(True, ["10%"], [False])
@@ -151,6 +151,16 @@ def test_what_the_tables_say(results):
     assert "10.0 patches a case instead of 100.0, 0.12 times the multiply-accumulates" in text
     assert "0.10 times the seconds of the network and 0.40 times the seconds from file to file" in text
     assert "60% with NMSW, K = 10%" in text
+
+
+def test_the_first_table_has_the_methods_that_matter(results):
+    table = main_table(results)
+    names = [row[0].text for row in table.rows]
+    assert names[:2] == [REFERENCE.name, PRIMARY.name]
+    assert len(names) <= 6
+    assert "global branch" in " ".join(names)
+    assert "p" not in table.columns  # of three cases none could be significant
+    assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
 def test_why_a_case_loses():

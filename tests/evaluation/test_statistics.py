@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from nnunet_nmsw.evaluation.statistics import PairedDifference, correct, paired_difference, verdict
+from nnunet_nmsw.evaluation.statistics import PairedDifference, correct, paired_difference, smallest_p, verdict
 
 
 def test_differences_by_hand():
@@ -35,14 +36,36 @@ def test_degenerate_differences():
     assert paired_difference([math.nan], [0.25]).cases == 0
 
 
-def test_holm_by_hand():
-    def with_p(p: float) -> PairedDifference:
-        return PairedDifference(5, 0.1, 0.0, 0.2, p)
+def with_p(p: float, cases: int = 20) -> PairedDifference:
+    return PairedDifference(cases, 0.1, 0.0, 0.2, p)
 
-    corrected = correct({"a": with_p(0.01), "b": with_p(0.04), "c": with_p(0.03), "none": with_p(math.nan)})
+
+def test_holm_by_hand():
+    differences = {
+        "a": with_p(0.01),
+        "b": with_p(0.04),
+        "c": with_p(0.03),
+        "d": with_p(0.001),
+        "none": with_p(math.nan),
+    }
+    corrected = correct(differences, ["a", "b", "c", "none"])
     # Sorted 0.01, 0.03, 0.04: times 3, 2, 1, and never smaller than the one before.
     assert [corrected[key].p_holm for key in "abc"] == pytest.approx([0.03, 0.06, 0.06])
     assert math.isnan(corrected["none"].p_holm)
+    assert math.isnan(corrected["d"].p_holm)  # was not planned
+
+
+def test_so_few_cases_that_nothing_could_be_significant_have_no_corrected_p():
+    few = correct({"a": with_p(smallest_p(6), 6), "b": with_p(smallest_p(6), 6)}, "ab")
+    assert all(math.isnan(difference.p_holm) for difference in few.values())
+    one = correct({"a": with_p(smallest_p(6), 6)}, "a")
+    assert one["a"].p_holm == smallest_p(6) < 0.05
+
+
+@pytest.mark.parametrize("cases", [6, 9, 20])
+def test_the_smallest_p_is_wilcoxons(cases):
+    gains = np.random.default_rng(0).uniform(0.1, 1, cases)
+    assert stats.wilcoxon(gains).pvalue == pytest.approx(smallest_p(cases))
 
 
 @pytest.mark.parametrize(

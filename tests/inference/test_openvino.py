@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from architectures import BACKBONES, build, plans_with, unet
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from old_model import CASES, FLAGS, FOLDER, read
-from tiny import build_network, initialized
+from tiny import DATASET_JSON, build_network, initialized, make_plans
 
 from nnunet_nmsw.commands.predict import main
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference import openvino_models
-from nnunet_nmsw.inference.openvino_branches import OpenVINOBranch
+from nnunet_nmsw.inference.openvino_branches import OpenVINO, OpenVINOBranch, StockNetwork
 from nnunet_nmsw.inference.openvino_models import DIGEST, MODEL, WEIGHTS, Converted, cache_folder
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
@@ -111,6 +113,23 @@ def test_a_prediction_is_pytorchs(folds, context, cache):
     np.testing.assert_allclose(*logits, atol=2e-3)
     starts = [[windows.starts.tolist() for windows in prediction.windows] for prediction in predictions]
     assert starts[0] == starts[1]
+
+
+def test_a_stock_ensemble_predicts_what_pytorchs_does(cache):
+    network = build_network().local_branch
+    weights = [{name: weight * factor for name, weight in network.state_dict().items()} for factor in (1, 1.5)]
+    volume = torch.randn(1, 20, 16, 12, generator=torch.Generator().manual_seed(0))
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
+    plans = PlansManager(make_plans())
+    arguments = (plans, plans.get_configuration("3d_fullres"), weights, DATASET_JSON, "nnUNetTrainer", (0, 1, 2))
+    predictor.manual_initialization(network, *arguments)
+    expected = predictor.predict_logits_from_preprocessed_data(volume)
+    predictor.network = StockNetwork(network, OpenVINO(cache=cache))
+    for _ in range(2):
+        found = predictor.predict_logits_from_preprocessed_data(volume)
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    assert all((folder / MODEL).is_file() for folder in cache.iterdir())  # otherwise PyTorch has computed it
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_what_cannot_be_is_said_in_one_line(monkeypatch):

@@ -1,8 +1,12 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from old_model import FLAGS, FOLDER
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference import reading
@@ -66,3 +70,33 @@ def test_a_folder_without_images_is_nothing_to_read(tmp_path, reads):
     reading.read_ahead(str(tmp_path))
     reading.read_ahead(str(tmp_path / "file.txt"))
     assert reads == []
+
+
+def test_what_nobody_will_ask_for_is_forgotten(folder, reads):
+    files = [str(folder / f"a_000{channel}.nii.gz") for channel in range(2)]
+    reading.read_ahead(str(folder))
+    reading.forget_others([files])
+    reading.read_image(SimpleITKIO(), files)
+    assert reads == [files]
+    reading.read_ahead(str(folder))
+    reading.forget_others([files[:1]])
+    assert not reading._ahead
+
+
+def test_the_command_reads_every_image_once(tmp_path):
+    code = f"""
+import sys
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunet_nmsw.commands import entry_points
+read = SimpleITKIO.read_images
+SimpleITKIO.read_images = lambda self, files: print("READ", *files) or read(self, files)
+sys.argv = ["nmsw_predict", "-i", {f"{FOLDER / 'images'}/"!r}, "-o", {str(tmp_path / "out")!r}, *{FLAGS!r}, "-k", "3"]
+entry_points.predict()
+from nnunet_nmsw.inference import reading
+print("LEFT", len(reading._ahead))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    images = sorted(map(str, (FOLDER / "images").glob("*.nii.gz")))
+    assert sorted(line.removeprefix("READ ") for line in lines if line.startswith("READ")) == images
+    assert lines[-1] == "LEFT 0"

@@ -1,7 +1,4 @@
-"""The plots of the report, each as SVG and PNG.
-
-Colours are Okabe and Ito's, told apart by the colour-blind; lines differ in marker and dash besides.
-"""
+"""The plots of the report, each as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -16,16 +13,13 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
 from nnunet_nmsw.evaluation.methods import Method
-from nnunet_nmsw.evaluation.report.results import MethodResult, Results, pareto_front
+from nnunet_nmsw.evaluation.report.cost_plots import COLOURS, MARKERS, dice_by_patches, dice_by_seconds, figure_of
+from nnunet_nmsw.evaluation.report.results import Results
 from nnunet_nmsw.files import written_whole
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vPX*"
 SIZE_EDGES_MM = (0, 5, 10, 20, 40, math.inf)
 """Edges of the classes of object size, diameter of the sphere of the object's volume."""
 
@@ -67,16 +61,17 @@ def write_plots(results: Results, folder: Path) -> list[Plot]:
 def _write_plots(results: Results, folder: Path) -> list[Plot]:
     drawings = {
         Plot(
+            "dice_by_seconds",
+            "Dice against seconds",
+            "Seconds from file to file for one case, the model being loaded. The grey line joins the methods that no "
+            "other beats in both (Pareto front); bars are quartiles over cases and rounds. Grey dots: other ways to "
+            "choose windows.",
+        ): dice_by_seconds(results),
+        Plot(
             "dice_by_patches",
             "Dice against the number of patches",
             "Mean Dice over cases and classes. Horizontal lines are methods without a K.",
-        ): _dice_by_patches(results),
-        Plot(
-            "dice_by_seconds",
-            "Dice against seconds",
-            "Seconds from file to file for one case, the model being loaded. The line joins the methods that no other "
-            "beats in both (Pareto front); bars are quartiles over cases and rounds.",
-        ): _dice_by_seconds(results),
+        ): dice_by_patches(results),
         Plot(
             "by_class",
             "Dice by class",
@@ -116,95 +111,10 @@ def shown_methods(results: Results) -> list[Method]:
     return list(dict.fromkeys([comparison.reference, *local, *coarse, comparison.primary]))
 
 
-def _figure(height: float = 4.2) -> tuple[Figure, Axes]:
-    figure, axis = plt.subplots(figsize=(4.8, height))
-    return figure, axis
-
-
-def _dice_by_patches(results: Results) -> Figure:
-    figure, axis = _figure(4.8)
-    lines: dict[str, list[MethodResult]] = {}
-    for result in results.methods:
-        if result.method.num_patches is not None:
-            lines.setdefault(result.method.series, []).append(result)
-    for index, (series, points) in enumerate(lines.items()):
-        points = sorted(points, key=lambda r: r.patches)
-        axis.plot(
-            [r.patches for r in points],
-            [100 * r.mean["Dice"] for r in points],
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            linestyle="-" if index < 2 else "--",
-            label=series,
-        )
-    step = results.comparison.reference.tile_step_size
-    levels = [r for r in results.methods if r.method.tile_step_size == step or r.method.selection == "none"]
-    for result, dash in zip(levels, ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 5))), strict=False):
-        axis.axhline(100 * result.mean["Dice"], color="#555555", linestyle=dash, linewidth=1, label=result.method.name)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if str(x)[0] in "25" else ""))
-    axis.tick_params(axis="x", which="minor", labelsize=9)
-    axis.set_xlabel("patches a case (mean)")
-    axis.set_ylabel("mean Dice, %")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=6.5)
-    return figure
-
-
-def _dice_by_seconds(results: Results) -> Figure | None:
-    timed = [(r, r.cost) for r in results.methods if r.cost is not None]
-    if not timed:
-        return None
-    figure, axis = _figure(5.2)
-    points = [(cost.total_seconds.median, 100 * r.mean["Dice"]) for r, cost in timed]
-    front = pareto_front(points)
-    axis.plot(
-        [points[i][0] for i in front], [points[i][1] for i in front], color="#555555", linewidth=1, label="Pareto front"
-    )
-    series = list(dict.fromkeys(r.method.series for r, _ in timed))
-    for index, name in enumerate(series):
-        mine = [i for i, (r, _) in enumerate(timed) if r.method.series == name]
-        spreads = [timed[i][1].total_seconds for i in mine]
-        axis.errorbar(
-            [points[i][0] for i in mine],
-            [points[i][1] for i in mine],
-            xerr=np.array([[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]),
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            linestyle="none",
-            linewidth=1,
-            label=name,
-        )
-    annotated: list[tuple[float, float]] = []
-    low, high = axis.get_ylim()
-    for i in front:
-        seconds, dice = points[i]
-        if any(abs(math.log(seconds / x)) < 0.25 and abs(dice - y) < 0.06 * (high - low) for x, y in annotated):
-            continue  # it would be written over another one
-        annotated.append(points[i])
-        method = timed[i][0].method
-        what = (
-            f"K = {method.num_patches}" if method.num_patches else method.tile_step_size and f"{method.tile_step_size}"
-        )
-        if what:
-            axis.annotate(what, points[i], textcoords="offset points", xytext=(4, -11), fontsize=8)
-    axis.set_xscale("log")
-    formatter = FuncFormatter(lambda x, _: f"{x:g}")
-    axis.xaxis.set_major_formatter(formatter)
-    axis.xaxis.set_minor_formatter(formatter)
-    axis.tick_params(axis="x", which="both", labelsize=9, rotation=45)
-    axis.set_xlabel("seconds a case, from file to file")
-    axis.set_ylabel("mean Dice, %")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=6.5)
-    return figure
-
-
 def _by_class(results: Results) -> Figure:
     methods = shown_methods(results)
     classes = list(results.comparison.label_names.values())
-    figure, axis = _figure(max(3.2, 1 + 0.32 * len(classes) * (len(methods) + 1)))
+    figure, axis = figure_of(max(3.2, 1 + 0.32 * len(classes) * (len(methods) + 1)))
     rng = np.random.default_rng(0)
     positions = []
     for row, name in enumerate(classes):
@@ -238,7 +148,7 @@ def _by_class(results: Results) -> Figure:
 
 def _by_case(results: Results) -> Figure:
     difference = 100 * results.difference_by_case(results.comparison.primary).dropna().sort_values()
-    figure, axis = _figure(3.6)
+    figure, axis = figure_of(3.6)
     colours = [COLOURS[1] if value < 0 else COLOURS[0] for value in difference]
     axis.bar(range(len(difference)), difference, color=colours, hatch=None, width=0.85)
     axis.axhline(0, color="#000000", linewidth=0.8)
@@ -253,7 +163,7 @@ def _by_case(results: Results) -> Figure:
 
 def _objects_by_size(results: Results) -> Figure | None:
     methods = shown_methods(results)
-    figure, axis = _figure(3.8)
+    figure, axis = figure_of(3.8)
     drawn = False
     labels: list[str] = []
     for index, method in enumerate(methods):

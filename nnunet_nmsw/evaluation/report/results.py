@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region, save_summary_json
 
-from nnunet_nmsw.evaluation.methods import SLIDING_WINDOW_STEPS, Method
+from nnunet_nmsw.evaluation.methods import SLIDING_WINDOW_STEPS, Method, planned_methods
 from nnunet_nmsw.evaluation.metrics import METRICS
 from nnunet_nmsw.evaluation.statistics import PairedDifference, correct, paired_difference
 from nnunet_nmsw.evaluation.store import Comparison
@@ -105,6 +105,12 @@ class Results:
         """The result of a method."""
         return next(result for result in self.methods if result.method == method)
 
+    @property
+    def main(self) -> list[MethodResult]:
+        """The reference and the comparisons that were planned."""
+        comparison = self.comparison
+        return [self.of(m) for m in (comparison.reference, *planned_methods(comparison.methods, comparison.primary))]
+
     def difference_by_case(self, method: Method) -> pd.Series:
         """Dice of a method minus the reference method's, mean over classes, by case."""
         return _difference_by_case(self.table, method, self.comparison.reference)
@@ -128,7 +134,8 @@ def gather(comparison: Comparison) -> Results:
             method.key: _paired(_difference_by_case(table, method, comparison.reference))
             for method in comparison.methods
             if method != comparison.reference
-        }
+        },
+        [method.key for method in planned_methods(comparison.methods, comparison.primary)],
     )
     same = PairedDifference(len(records), 0.0, 0.0, 0.0, math.nan)
     return Results(

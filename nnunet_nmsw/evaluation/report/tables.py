@@ -40,46 +40,69 @@ class Table:
     marked: frozenset[int] = frozenset()
 
 
+def main_table(results: Results) -> Table:
+    """The few methods that a reader decides between."""
+    timed, tested = any(result.cost for result in results.main), _tested(results)
+    rows = []
+    for result in results.main:
+        row = [Cell(result.method.name, result.method.name), _metric("Dice", result.mean), *_compared(results, result)]
+        row += [
+            _metric("NSD", result.mean),
+            Cell(f"{result.missed_objects} of {result.objects}", result.missed_objects),
+        ]
+        row.append(_number(result.patches))
+        if timed:
+            cost = result.cost
+            seconds = math.nan if cost is None else cost.total_seconds.median
+            faster = math.nan if cost is None else 1 / cost.total_ratio.median
+            row += [_number(seconds), Cell("–" if math.isnan(faster) else f"{faster:.1f}", faster)]
+        rows.append(row)
+    return Table(
+        "What matters",
+        "Dice and surface Dice in per cent, means over cases, then classes. Difference: in Dice points, with its 95% "
+        "interval."
+        + (" p: Wilcoxon's test, corrected for these comparisons." if tested else "")
+        + (" Seconds: from file to file, the model being loaded." if timed else ""),
+        ["method", "Dice", "difference", *(["p"] if tested else []), "NSD", "missed objects", "patches"]
+        + (["seconds", "times faster"] if timed else []),
+        rows,
+        _marked(results, results.main),
+    )
+
+
 def accuracy_table(results: Results) -> Table:
     """One row a method."""
-    rows = []
-    for result in results.methods:
-        difference = result.difference
-        if result.method == results.comparison.reference:
-            compared = [Cell("reference", 0.0), Cell("", 2.0)]
-        else:
-            compared = [
-                Cell(with_interval(difference), difference.mean),
-                Cell(_p(difference.p_holm), difference.p_holm),
-            ]
-        rows.append(
-            [
-                Cell(result.method.name, result.method.name),
-                _metric("Dice", result.mean),
-                *compared,
-                *(_metric(name, result.mean) for name in METRICS if name != "Dice"),
-                Cell(f"{result.missed_objects} of {result.objects}", result.missed_objects),
-                Cell(str(result.false_positive_objects), result.false_positive_objects),
-                _number(result.patches),
-                Cell(f"{result.share:.0%}", result.share),
-            ]
-        )
+    tested = _tested(results)
+    rows = [
+        [
+            Cell(result.method.name, result.method.name),
+            _metric("Dice", result.mean),
+            *_compared(results, result),
+            *(_metric(name, result.mean) for name in METRICS if name != "Dice"),
+            Cell(f"{result.missed_objects} of {result.objects}", result.missed_objects),
+            Cell(str(result.false_positive_objects), result.false_positive_objects),
+            _number(result.patches),
+            Cell(f"{result.share:.0%}", result.share),
+        ]
+        for result in results.methods
+    ]
     tolerance_mm = results.comparison.tolerance_mm
     meanings = " ".join(metric.meaning.format(tolerance_mm=tolerance_mm) for metric in METRICS.values())
     return Table(
-        "Accuracy",
+        "Accuracy of all methods",
         f"{meanings} Means over cases, then classes. Difference: in Dice "
         "points to the reference, mean over cases with 95% bootstrap interval (too narrow with fewer than about 20 "
         "cases), over what both methods have a value for: what one of them makes up where the class is not there "
         "lowers its Dice and counts as a false object, but is not in the difference. p: Wilcoxon's signed-rank test "
-        "with Holm's correction. Objects are connected components; missed: no voxel of it predicted; false: overlaps "
+        "of the comparisons that were planned, with Holm's correction; none where so few cases could not show a "
+        "difference. Objects are connected components; missed: no voxel of it predicted; false: overlaps "
         "none of the reference. Patches: mean a case, and their share of the same model's sliding window's at step "
         "0.5. The oracle knows the reference: what any choice of windows could reach with the same networks.",
         [
             "method",
             "Dice",
             "difference",
-            "p",
+            *(["p"] if tested else []),
             *(name for name in METRICS if name != "Dice"),
             "missed objects",
             "false objects",
@@ -111,7 +134,7 @@ def cost_table(results: Results) -> Table:
         ]
         rows.append([*row, _gib(cost.device_peak_bytes)] if with_device else row)
     return Table(
-        "Cost",
+        "Cost of all methods",
         "GMAC: billions of multiply-accumulates of all networks a case, mean over all cases. Seconds: median "
         "(quartiles) over timed cases and rounds, each method alone in a process of its own, in turns; network: from "
         "the preprocessed volume to its logits; file to file: with reading, preprocessing, export and writing, the "
@@ -156,7 +179,7 @@ def class_table(results: Results) -> Table:
     )
 
 
-def case_table(results: Results, number: int = 8) -> Table:
+def case_table(results: Results, number: int = 5) -> Table:
     """The cases that lose most with the primary method, and why."""
     comparison = results.comparison
     primary, reference = comparison.primary, comparison.reference
@@ -215,6 +238,19 @@ def with_interval(difference: PairedDifference) -> str:
     if math.isnan(mean):
         return "–"
     return f"{mean:+.1f}" if math.isnan(low) else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _tested(results: Results) -> bool:
+    """Whether any comparison has a p."""
+    return any(not math.isnan(result.difference.p_holm) for result in results.methods)
+
+
+def _compared(results: Results, result: MethodResult) -> list[Cell]:
+    """Difference to the reference, and p where there is one."""
+    difference, is_reference = result.difference, result.method == results.comparison.reference
+    cell = Cell("reference", 0.0) if is_reference else Cell(with_interval(difference), difference.mean)
+    p = Cell("", 2.0) if is_reference else Cell(_p(difference.p_holm), difference.p_holm)
+    return [cell, p] if _tested(results) else [cell]
 
 
 def _case_facts(results: Results, case: str, method: Method) -> dict[str, float]:

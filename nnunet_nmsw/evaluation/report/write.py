@@ -27,6 +27,7 @@ from nnunet_nmsw.evaluation.report.tables import (
     case_table,
     class_table,
     cost_table,
+    main_table,
     with_interval,
 )
 from nnunet_nmsw.evaluation.report.viewer import CLASS_COLOURS, ShownCase, show_case
@@ -51,7 +52,7 @@ def write_report(comparison: Comparison, margin: float, cases_shown: int) -> lis
     tables = [accuracy_table(results)]
     if any(result.cost for result in results.methods):
         tables.append(cost_table(results))
-    tables += [class_table(results), case_table(results)]
+    tables.append(class_table(results))
     answer = sentences(results, margin)
     shown = _shown_cases(results, cases_shown)
     context = {
@@ -59,6 +60,8 @@ def write_report(comparison: Comparison, margin: float, cases_shown: int) -> lis
         "comparison": comparison,
         "folds": sorted({case.fold for case in comparison.cases}),
         "answer": answer,
+        "further": further(results, margin),
+        "first": [main_table(results), case_table(results)],
         "tables": tables,
         "margin": margin,
         "machine": machine(comparison.device),
@@ -104,15 +107,6 @@ def sentences(results: Results, margin: float) -> list[str]:
             f"{_times(primary.cost.total_ratio.median)} the seconds from file to file"
         )
     answer.append(cost + ".")
-    others = [
-        r
-        for r in results.methods
-        if r.method.selection == primary.method.selection
-        and r.method != primary.method
-        and r.method.mirrored == primary.method.mirrored
-    ]
-    answer += _what_patches_bring(results)
-    answer += [verdict(r.method.name, reference.method.name, r.difference, margin) for r in others]
     found = [
         f"{share:.0%} with {result.method.name}"
         for result in results.methods
@@ -140,6 +134,19 @@ def sentences(results: Results, margin: float) -> list[str]:
             f"with: {'; '.join(unchecked)}."
         )
     return answer
+
+
+def further(results: Results, margin: float) -> list[str]:
+    """What patches bring, and the other numbers of patches, in plain words."""
+    comparison = results.comparison
+    primary, reference = comparison.primary, comparison.reference
+    others = [
+        r
+        for r in results.methods
+        if r.method.selection == primary.selection and r.method != primary and r.method.mirrored == primary.mirrored
+    ]
+    verdicts = [verdict(r.method.name, reference.name, r.difference, margin) for r in others]
+    return [*_what_patches_bring(results), *verdicts]
 
 
 def _what_patches_bring(results: Results) -> list[str]:
@@ -206,6 +213,7 @@ def _plain(results: Results, context: dict[str, Any]) -> dict[str, Any]:
     """Everything that the tables were made of, as JSON types."""
     return {
         "answer": context["answer"],
+        "further": context["further"],
         "machine": context["machine"],
         "versions": context["versions"],
         "command": context["command"],

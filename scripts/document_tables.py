@@ -1,0 +1,128 @@
+"""Writes the tables of README.md and docs/performance.md, from the JSON files under docs/.
+
+python scripts/document_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "experiments"))
+from markers import replace_between_markers  # noqa: E402
+
+STOCK = "nnUNetv2_predict"
+WAYS = {
+    "--backend pytorch": "PyTorch",
+    "--backend openvino": "OpenVINO",
+    "--backend openvino --precision bfloat16": "OpenVINO, bfloat16",
+    "--backend openvino --precision int8": "OpenVINO, int8",
+}
+SHARES = ("5%", "10%")
+MEASURED = {
+    "full_width": "full width, 96³, 3 classes, 105 million voxels (100 windows)",
+    "full_width_128": "full width, 128³, 3 classes, 105 million voxels (48 windows)",
+    "full_width_128_mirrored": "the same, 36 million voxels (8 windows), mirrored",
+    "full_width_128_ct": "full width, 128³, 30 classes, one CT of BTCV (24 windows)",
+    "ten_ct": "small, 24³, 14 classes, ten CTs of BTCV",
+    "ct_mirrored": "the same, one CT, mirrored",
+    "large_3": "small, 64³, 3 classes, 105 million voxels",
+    "large_30": "small, 64³, 30 classes, 105 million voxels",
+    "medium_118": "small, 64³, 118 classes, 13 million voxels",
+    "ten_small_30": "small, 64³, 30 classes, ten images of 3 million voxels",
+}
+"""What `benchmarks/prediction_rows.sh` measures, by name of its files."""
+
+TRAININGS = {
+    "Hippocampus, 2 classes": ("Dataset004_Hippocampus", 50),
+    "BTCV, abdominal CT, 13 organs": ("Dataset731_BTCV", 100),
+}
+"""Datasets of the README's results, and epochs."""
+
+
+def main() -> None:
+    """Write them."""
+    for file, tables in documents().items():
+        for name, table in tables.items():
+            replace_between_markers(ROOT / file, name, table)
+
+
+def documents() -> dict[str, dict[str, str]]:
+    """Tables by document and marker."""
+    return {
+        "README.md": {"results": accuracy(), "speed": speed()},
+        "docs/performance.md": {"file_to_file": file_to_file()},
+    }
+
+
+def accuracy() -> str:
+    """Dice of stock nnU-Net and of NMSW after trainings of equal length."""
+    rows = []
+    for name, (dataset, epochs) in TRAININGS.items():
+        folder = ROOT / "docs" / "ablations" / "0.2.0" / dataset / f"{epochs}_epochs"
+        stock, nmsw = (json.loads((folder / f"{arm}__seed_0.json").read_text()) for arm in ("stock", "default"))
+        windows = nmsw["taken"]["automatic"]["calibrated"], nmsw["taken"]["all windows"]["all"]
+        rows.append(
+            [
+                name,
+                str(epochs),
+                dice(stock, "sliding window", "all"),
+                dice(nmsw, "automatic", "calibrated"),
+                f"{windows[0]:.0f} of {windows[1]:.0f}",
+            ]
+        )
+    return table(["", "epochs", "nnU-Net", "NMSW", "windows of NMSW"], rows)
+
+
+def dice(run: dict[str, Any], method: str, k: str) -> str:
+    """Mean over classes in per cent."""
+    return f"{100 * statistics.mean(run['dice'][method][k]):.1f}"
+
+
+def speed() -> str:
+    """A prediction at full width."""
+    rows = measured("full_width_128")["rows"]
+    lines = [["`nnUNetv2_predict`", f"{rows[STOCK]['seconds']:.0f} s", ""]]
+    for way in list(WAYS)[1:3]:
+        row = rows[f"nmsw_predict -k 10% {way}"]
+        lines.append([f"`nmsw_predict -k 10% {way}`", f"{row['seconds']:.0f} s", f"{row['times_faster']:.0f} times"])
+    return table(["", "seconds", "faster"], lines)
+
+
+def file_to_file() -> str:
+    """All rows that were measured."""
+    lines = []
+    for name, what in MEASURED.items():
+        if not (ROOT / "docs" / "performance" / f"prediction_{name}.json").is_file():
+            continue
+        rows = measured(name)["rows"]
+        for k in SHARES:
+            stock = f"{rows[STOCK]['seconds']:.0f} s, {rows[STOCK]['gib']:.1f} GiB" if k == SHARES[0] else ""
+            found = [rows.get(f"nmsw_predict -k {k} {way}") for way in WAYS]
+            lines.append([what if k == SHARES[0] else "", stock, k, *map(cell, found)])
+    return table(["model and images", "nnU-Net", "K", *WAYS.values()], lines)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """A file of `benchmarks/prediction.py`."""
+    found: dict[str, Any] = json.loads((ROOT / "docs" / "performance" / f"prediction_{name}.json").read_text())
+    return found
+
+
+def cell(row: dict[str, float] | None) -> str:
+    """Times faster, seconds and memory."""
+    return "" if row is None else f"**{row['times_faster']:.1f}×** {row['seconds']:.1f} s, {row['gib']:.1f} GiB"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+if __name__ == "__main__":
+    main()
