@@ -55,7 +55,10 @@ def main_table(results: Results) -> Table:
             cost = result.cost
             seconds = math.nan if cost is None else cost.total_seconds.median
             faster = math.nan if cost is None else 1 / cost.total_ratio.median
-            row += [_number(seconds), Cell("–" if math.isnan(faster) else f"{faster:.1f}", faster)]
+            row += [
+                Cell("–" if math.isnan(seconds) else f"{seconds:.3g}", seconds),
+                Cell("–" if math.isnan(faster) else f"{faster:.1f}", faster),
+            ]
         rows.append(row)
     return Table(
         "What matters",
