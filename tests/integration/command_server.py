@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background would ignore it
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the requests are the server's
             os.chdir(request["folder"])
             os.environ.clear()
