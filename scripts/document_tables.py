@@ -85,7 +85,7 @@ def dice(run: dict[str, Any], method: str, k: str) -> str:
 
 def speed() -> str:
     """A prediction at full width."""
-    rows = measured("full_width_128")["rows"]
+    rows = measured("full_width")["rows"]
     lines = [["`nnUNetv2_predict`", f"{rows[STOCK]['seconds']:.0f} s", ""]]
     for way in list(WAYS)[1:3]:
         row = rows[f"nmsw_predict -k 10% {way}"]
