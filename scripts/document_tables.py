@@ -64,23 +64,30 @@ def accuracy() -> str:
     rows = []
     for name, (dataset, epochs) in TRAININGS.items():
         folder = ROOT / "docs" / "ablations" / "0.2.0" / dataset / f"{epochs}_epochs"
-        stock, nmsw = (json.loads((folder / f"{arm}__seed_0.json").read_text()) for arm in ("stock", "default"))
-        windows = nmsw["taken"]["automatic"]["calibrated"], nmsw["taken"]["all windows"]["all"]
+        stock, nmsw = (
+            [json.loads(file.read_text()) for file in sorted(folder.glob(f"{arm}__seed_*.json"))]
+            for arm in ("stock", "default")
+        )
+        windows = [
+            statistics.mean(run["taken"][method][k] for run in nmsw)
+            for method, k in (("automatic", "calibrated"), ("all windows", "all"))
+        ]
         rows.append(
             [
                 name,
                 str(epochs),
+                str(len(nmsw)),
                 dice(stock, "sliding window", "all"),
                 dice(nmsw, "automatic", "calibrated"),
                 f"{windows[0]:.0f} of {windows[1]:.0f}",
             ]
         )
-    return table(["", "epochs", "nnU-Net", "NMSW", "windows of NMSW"], rows)
+    return table(["", "epochs", "folds", "nnU-Net", "NMSW", "windows of NMSW"], rows)
 
 
-def dice(run: dict[str, Any], method: str, k: str) -> str:
-    """Mean over classes in per cent."""
-    return f"{100 * statistics.mean(run['dice'][method][k]):.1f}"
+def dice(runs: list[dict[str, Any]], method: str, k: str) -> str:
+    """Mean over folds and classes in per cent."""
+    return f"{100 * statistics.mean(statistics.mean(run['dice'][method][k]) for run in runs):.1f}"
 
 
 def speed() -> str:
