@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "experiments"))
+from ablation_tables import dice, head, load_runs, row  # noqa: E402
 from markers import replace_between_markers  # noqa: E402
 
 STOCK = "nnUNetv2_predict"
@@ -63,11 +64,8 @@ def accuracy() -> str:
     """Dice of stock nnU-Net and of NMSW after trainings of equal length."""
     rows = []
     for name, (dataset, epochs) in TRAININGS.items():
-        folder = ROOT / "docs" / "ablations" / "0.2.0" / dataset / f"{epochs}_epochs"
-        stock, nmsw = (
-            [json.loads(file.read_text()) for file in sorted(folder.glob(f"{arm}__seed_*.json"))]
-            for arm in ("stock", "default")
-        )
+        runs = load_runs(ROOT / "docs" / "ablations" / "0.2.0" / dataset / f"{epochs}_epochs")
+        stock, nmsw = runs["stock"], runs["default"]
         windows = [
             statistics.mean(run["taken"][method][k] for run in nmsw)
             for method, k in (("automatic", "calibrated"), ("all windows", "all"))
@@ -77,17 +75,12 @@ def accuracy() -> str:
                 name,
                 str(epochs),
                 str(len(nmsw)),
-                dice(stock, "sliding window", "all"),
-                dice(nmsw, "automatic", "calibrated"),
+                f"{dice(stock, 'sliding window', 'all').mean():.1f}",
+                f"{dice(nmsw, 'automatic', 'calibrated').mean():.1f}",
                 f"{windows[0]:.0f} of {windows[1]:.0f}",
             ]
         )
     return table(["", "epochs", "folds", "nnU-Net", "NMSW", "windows of NMSW"], rows)
-
-
-def dice(runs: list[dict[str, Any]], method: str, k: str) -> str:
-    """Mean over folds and classes in per cent."""
-    return f"{100 * statistics.mean(statistics.mean(run['dice'][method][k]) for run in runs):.1f}"
 
 
 def speed() -> str:
@@ -95,8 +88,8 @@ def speed() -> str:
     rows = measured("full_width")["rows"]
     lines = [["`nnUNetv2_predict`", f"{rows[STOCK]['seconds']:.0f} s", ""]]
     for way in list(WAYS)[1:3]:
-        row = rows[f"nmsw_predict -k 10% {way}"]
-        lines.append([f"`nmsw_predict -k 10% {way}`", f"{row['seconds']:.0f} s", f"{row['times_faster']:.0f} times"])
+        of = rows[f"nmsw_predict -k 10% {way}"]
+        lines.append([f"`nmsw_predict -k 10% {way}`", f"{of['seconds']:.0f} s", f"{of['times_faster']:.0f} times"])
     return table(["", "seconds", "faster"], lines)
 
 
@@ -120,15 +113,14 @@ def measured(name: str) -> dict[str, Any]:
     return found
 
 
-def cell(row: dict[str, float] | None) -> str:
+def cell(way: dict[str, float] | None) -> str:
     """Times faster, seconds and memory."""
-    return "" if row is None else f"**{row['times_faster']:.1f}×** {row['seconds']:.1f} s, {row['gib']:.1f} GiB"
+    return "" if way is None else f"**{way['times_faster']:.1f}×** {way['seconds']:.1f} s, {way['gib']:.1f} GiB"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def table(columns: list[str], rows: list[list[str]]) -> str:
     """A table of Markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+    return "\n".join([*head(*columns), *(row(*cells) for cells in rows)])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,12 @@ MOST_WORDS_OF_README, MOST_WORDS_OF_A_SENTENCE = 700, 25
 PARSERS = {module.parser().prog: module.parser() for module in (predict_flags, compare, demo, export, quantize)}
 
 
+@pytest.fixture
+def scripts(monkeypatch):
+    """Makes the folder's modules importable."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
 def name_of(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
@@ -86,9 +92,8 @@ def test_the_site_is_built(tmp_path):
         assert (tmp_path / "site" / name / "index.html").is_file()
 
 
-def test_tables_are_of_the_json_files(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.delitem(sys.modules, "document_tables", raising=False)
+@pytest.mark.usefixtures("scripts")
+def test_tables_are_of_the_json_files():
     from document_tables import documents
 
     for file, tables in documents().items():
@@ -96,9 +101,8 @@ def test_tables_are_of_the_json_files(monkeypatch):
             assert f"<!-- begin {name} -->\n\n{table}\n\n<!-- end {name} -->" in (ROOT / file).read_text()
 
 
-def test_the_reference_of_commands_is_of_this_version(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.delitem(sys.modules, "command_reference", raising=False)
+@pytest.mark.usefixtures("scripts")
+def test_the_reference_of_commands_is_of_this_version():
     from command_reference import FILE, reference
 
     assert FILE.read_text() == reference()

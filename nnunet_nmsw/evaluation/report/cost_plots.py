@@ -5,7 +5,9 @@ Colours are Okabe and Ito's, told apart by the colour-blind; lines differ in mar
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,10 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nnunet_nmsw.evaluation.methods import Method
-from nnunet_nmsw.evaluation.report.results import MethodResult, Results, pareto_front
+from nnunet_nmsw.evaluation.report.results import MethodResult, Results, Spread, pareto_front
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
+OTHERS = "other choices of windows"
+"""What is grey."""
 
 
 def figure_of(height: float = 4.2) -> tuple[Figure, Axes]:
@@ -38,10 +42,7 @@ def dice_by_patches(results: Results) -> Figure:
         axis.plot(
             [r.patches for r in points],
             [100 * r.mean["Dice"] for r in points],
-            color=COLOURS[index % len(COLOURS)],
-            # The second time around, markers are others, and hollow.
-            marker=MARKERS[(index + index // len(MARKERS)) % len(MARKERS)],
-            fillstyle="full" if index < len(COLOURS) else "none",
+            **_style(index),
             markersize=5,
             linestyle="-" if index < 2 else "--",
             label=series,
@@ -60,41 +61,46 @@ def dice_by_patches(results: Results) -> Figure:
 
 def dice_by_seconds(results: Results) -> Figure | None:
     """Mean Dice against seconds from file to file; None where nothing was timed."""
-    timed = [(r, r.cost) for r in results.methods if r.cost is not None]
+    timed = [(r.method, r.cost.total_seconds, 100 * r.mean["Dice"]) for r in results.methods if r.cost is not None]
     if not timed:
         return None
     figure, axis = figure_of(5.2)
-    points = [(cost.total_seconds.median, 100 * r.mean["Dice"]) for r, cost in timed]
-    front = pareto_front(points)
-    axis.plot(
-        [points[i][0] for i in front], [points[i][1] for i in front], color="#555555", linewidth=1, label="Pareto front"
-    )
-    selections = {None, "none", results.comparison.primary.selection}
-    own = {r.method.series for r, _ in timed if r.method.selection in selections}
-    named = [name for name in dict.fromkeys(r.method.series for r, _ in timed) if name in own]
-    for index, name in enumerate([None, *named]):
-        mine = [
-            i for i, (r, _) in enumerate(timed) if (r.method.series == name if name else r.method.series not in own)
-        ]
-        spreads = [timed[i][1].total_seconds for i in mine]
+    points = [(seconds.median, dice) for _, seconds, dice in timed]
+    front = [points[index] for index in pareto_front(points)]
+    axis.plot(*zip(*front, strict=True), color="#555555", linewidth=1, label="Pareto front")
+    selections = (None, "none", results.comparison.primary.selection)
+    series: dict[str, list[tuple[Method, Spread, float]]] = {}
+    for point in timed:
+        series.setdefault(point[0].series if point[0].selection in selections else OTHERS, []).append(point)
+    others: Any = {"color": "#bbbbbb", "marker": ".", "markersize": 4}
+    styles = ({**_style(index), "markersize": 6} for index in itertools.count())
+    for name, of in series.items():
         axis.errorbar(
-            [points[i][0] for i in mine],
-            [points[i][1] for i in mine],
-            xerr=np.array([[s.median - s.low, s.high - s.median] for s in spreads]).reshape(-1, 2).T,
-            color=COLOURS[(index - 1) % len(COLOURS)] if name else "#bbbbbb",
-            marker=MARKERS[(index - 1) % len(MARKERS)] if name else ".",
-            markersize=6 if name else 4,
+            [seconds.median for _, seconds, _ in of],
+            [dice for *_, dice in of],
+            xerr=np.array([[s.median - s.low, s.high - s.median] for _, s, _ in of]).T,
             linestyle="none",
             linewidth=1,
-            label=name or ("other choices of windows" if mine else None),
+            label=name,
+            **(others if name == OTHERS else next(styles)),
         )
-    _label(axis, [(points[i], timed[i][0].method) for i in range(len(timed)) if timed[i][0].method.series in own])
+    own = [point for name, of in series.items() if name != OTHERS for point in of]
+    _label(axis, [((seconds.median, dice), method) for method, seconds, dice in own])
     axis.set_xscale("log")
     _log_ticks(axis)
     axis.set_xlabel("seconds a case, from file to file")
     axis.set_ylabel("mean Dice, %")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Colour and marker of a series. The second time around, markers are others, and hollow."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[(index + index // len(MARKERS)) % len(MARKERS)],
+        "fillstyle": "full" if index < len(COLOURS) else "none",
+    }
 
 
 def _label(axis: Axes, points: list[tuple[tuple[float, float], Method]]) -> None:

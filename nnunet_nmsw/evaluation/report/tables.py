@@ -57,7 +57,7 @@ def main_table(results: Results) -> Table:
             faster = math.nan if cost is None else 1 / cost.total_ratio.median
             row += [
                 Cell("–" if math.isnan(seconds) else f"{seconds:.3g}", seconds),
-                Cell("–" if math.isnan(faster) else f"{faster:.1f}", faster),
+                _number(faster),
             ]
         rows.append(row)
     return Table(
