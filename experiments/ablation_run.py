@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
-from training_run import flags_of_training, precision_of, trained
+from training_run import flags_of_training, in_bfloat16, precision_of, trained
 
 from nnunet_nmsw.evaluation.oracle import Oracle
 from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold, SharedSlidingWindow
@@ -64,6 +64,7 @@ def main() -> None:
         logging = trainer.logger.local_logger.my_fantastic_logging
         results["training"] = {name: logging[f"nmsw_{name}"] for name in LOGGED if f"nmsw_{name}" in logging}
         ends, starts = (np.array(logging[f"epoch_{what}_timestamps"]) for what in ("end", "start"))
+        results["bfloat16"] = in_bfloat16(args.device)
         results["seconds_of_training"] = float((ends - starts).sum())
     unfinished = args.o.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=1))

@@ -1,7 +1,7 @@
 """One training of an experiment: any trainer for any number of epochs, with a seed, and without nnU-Net's validation.
 
-A training that was interrupted goes on after its last whole epoch. On a CPU it runs in bfloat16, as in
-`benchmarks/bfloat16.py`. NMSW models are calibrated for the number of patches "auto", as their validation would.
+A training that was interrupted goes on after its last whole epoch. On a processor with bfloat16 it runs in bfloat16, as
+in `benchmarks/bfloat16.py`; one that emulates bfloat16 is ten times slower with it. NMSW models are calibrated for the number of patches "auto", as their validation would.
 `study.py` and `ablation_run.py` call this.
 """
 
@@ -19,6 +19,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_nmsw.files import write_json
+from nnunet_nmsw.inference.device import lacks_bfloat16
 from nnunet_nmsw.selection.calibration import FILE, calibration_of
 from nnunet_nmsw.trainers.cases import read_cases
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
@@ -90,10 +91,15 @@ def main() -> None:
 
 @contextmanager
 def precision_of(device: str) -> Iterator[None]:
-    """bfloat16 on a CPU."""
+    """bfloat16 on a CPU that has it."""
     # The cache of cast weights lives until autocast ends, which here is after the last optimiser step.
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if device == "cpu" else nullcontext():
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if in_bfloat16(device) else nullcontext():
         yield
+
+
+def in_bfloat16(device: str) -> bool:
+    """Whether trainings on a device run in bfloat16. On a GPU they have nnU-Net's mixed precision instead."""
+    return device == "cpu" and not lacks_bfloat16()
 
 
 def trained(args: argparse.Namespace, only_load: bool = False) -> nnUNetTrainer:
