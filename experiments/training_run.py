@@ -1,8 +1,8 @@
 """One training of an experiment: any trainer for any number of epochs, with a seed, and without nnU-Net's validation.
 
 A training that was interrupted goes on after its last whole epoch. On a processor with bfloat16 it runs in bfloat16, as
-in `benchmarks/bfloat16.py`; one that emulates bfloat16 is ten times slower with it. NMSW models are calibrated for the number of patches "auto", as their validation would.
-`study.py` and `ablation_run.py` call this.
+in `benchmarks/bfloat16.py`; one that emulates bfloat16 is ten times slower with it. NMSW models are calibrated for the
+number of patches "auto", as their validation would. `study.py` and `ablation_run.py` call this.
 """
 
 from __future__ import annotations
