@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 "${PYTHON:-python3}" -m venv .venv-demo
 . .venv-demo/bin/activate
 python -m pip install --quiet --upgrade pip
-python -m pip install --quiet '.[compare]'
+python -m pip install --quiet '.[compare,openvino]'
 nmsw_demo "$@"

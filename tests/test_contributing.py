@@ -13,7 +13,7 @@ from tiny import build_network
 from torch import nn
 from training import ENCODING, training_step
 
-from nnunet_nmsw.evaluation.methods import build_methods
+from nnunet_nmsw.evaluation.methods import build_methods, primary_method, timed_methods
 from nnunet_nmsw.evaluation.metrics import METRICS, Metric, case_metrics
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Way
 from nnunet_nmsw.selection.budget import Budget
@@ -64,11 +64,12 @@ def test_a_selector_and_a_yardstick(added):
     coarse = CoarsePrediction(torch.randn(3, *grid.low_shape), torch.randn(grid.low_shape), ENCODING)
     selector = WAYS["far_from_the_mean"].selector(CaseFacts())
     assert len(selector.choose(coarse, grid, Budget(4)).starts_K3) == 4
-    (method,) = [m for m in build_methods(False, [5], [False]) if m.selection == "far_from_the_mean"]
+    methods = build_methods(False, [5], [False])
+    (method,) = [m for m in methods if m.selection == "far_from_the_mean"]
     assert method.key == "nmsw_far_from_the_mean_5"
     assert method.name == "windows far from the mean, K = 5"
     assert method.is_yardstick
-    assert not method.is_timed
+    assert method not in timed_methods(methods, primary_method(methods, 5))
 
 
 @pytest.mark.usefixtures("added")

@@ -6,16 +6,23 @@ Every step is the console command that a user would type, shown before it runs.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+from tqdm import tqdm
+
+from nnunet_nmsw import demo
 from nnunet_nmsw.commands.compare import NEEDED
 from nnunet_nmsw.commands.shared_flags import require_extra
 from nnunet_nmsw.demo.phantom import write_dataset
@@ -24,11 +31,46 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
 
 DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
+GLOBAL_WIDTH = 1.0
+"""The default of 0.5 would leave the global branch of so small a network four features, with which it learns nothing."""
+TRAINERS = Path(demo.__file__).parent / "trainers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A console command of the demonstration.
+
+    Attributes:
+        command: with its arguments.
+        epochs: of a training.
+    """
+
+    command: str
+    epochs: int = 0
+
+    def done(self, log: str) -> float:
+        """Share of the command that is done, by what it has printed."""
+        # nnU-Net predicts the validation cases after the last epoch: that counts as one epoch more.
+        return min(1.0, log.count("Epoch time:") / (self.epochs + 1)) if self.epochs else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Console commands that run side by side.
+
+    Attributes:
+        steps: the commands.
+        seconds: about what they take on two cores with the default flags, for the time that is left.
+    """
+
+    steps: list[Step]
+    seconds: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demonstration."""
-    args = parser().parse_args(arguments)
+    start = time.perf_counter()
+    args = read_flags(arguments)
     require_extra("nmsw_demo", "compare", NEEDED)
     if args.o.exists() and any(args.o.iterdir()):
         if not (args.o / "nmsw_demo.json").is_file():
@@ -37,33 +79,69 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.o.mkdir(parents=True, exist_ok=True)
     write_json(args.o / "nmsw_demo.json", {"command": sys.argv})
     folders = {name: args.o.resolve() / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    for name, folder in folders.items():
+    for folder in folders.values():
         folder.mkdir()
-        os.environ[name] = str(folder)
+    trainers = os.pathsep.join(filter(None, [os.environ.get("nnUNet_extTrainer"), str(TRAINERS)]))
+    variables = {**{name: str(folder) for name, folder in folders.items()}, "nnUNet_extTrainer": trainers}
+    print("These variables are set for the commands below:")
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(value)}")
+    os.environ.update(variables)
     os.environ.setdefault("nnUNet_n_proc_DA", "1")
     os.environ.setdefault("nnUNet_def_n_proc", "2")
-    demo = Demo(args.o)
 
-    raw = folders["nnUNet_raw"] / DATASET
-    print(f"Simulating {args.training_cases} training and {args.test_cases} test cases", flush=True)
+    raw, predictions, report = folders["nnUNet_raw"] / DATASET, args.o / "predictions", args.o / "report"
+    print(f"Simulating {args.training_cases} training and {args.test_cases} test cases in {raw}", flush=True)
     write_dataset(raw, args.training_cases, args.test_cases, args.size)
-    demo.run(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2")
-    write_small_plans(DATASET_ID, [args.patch_size] * 3, args.features, PLANS_NAME, {})
-    training = f"{DATASET_ID} 3d_fullres 0 -p {PLANS_NAME} -device {args.device}"
-    for trainer in (args.tr, args.tr_baseline):
-        demo.run(f"nnUNetv2_train {training} -tr {trainer}")
-    predict = f"-device {args.device} --disable_tta --disable_progress_bar -npp 2 -nps 2"
-    images, predictions, report = raw / "imagesTs", args.o / "predictions", args.o / "report"
-    demo.run(f"nmsw_predict -i {quote(images)} -o {quote(predictions)} {predict}")
-    demo.run(
-        f"nmsw_compare -d {DATASET_ID} -f 0 -p {PLANS_NAME} -tr {args.tr} -tr_baseline {args.tr_baseline} "
-        f"-o {quote(report)} -k {' '.join(args.k)} -timed_cases 1 -rounds 2 -nps 1 -device {args.device} --disable_tta "
-        "--disable_progress_bar"
-    )
+    planning, *others = stages(args, raw / "imagesTs", predictions, report)
+    progress = Progress(args.o, [planning, *others])
+    progress.run(planning)
+    network = ([args.patch_size] * 3, args.features)
+    write_small_plans(DATASET_ID, *network, PLANS_NAME, {"global_width": GLOBAL_WIDTH}, args.batch_size)
+    for stage in others:
+        progress.run(stage)
+    progress.bar.close()
     print("", *json.loads((report / "results.json").read_text())["answer"], sep="\n")
-    print(f"Report: {report / 'index.html'}")
-    print(f"Predictions of the test cases: {predictions}")
-    print(f"{time.perf_counter() - demo.start:.0f} seconds in all.")
+    print(f"\nLook at the report in a browser: {report.resolve() / 'index.html'}")
+    print(f"Predictions of the test cases: {predictions.resolve()}")
+    print(f"{time.perf_counter() - start:.0f} seconds in all.")
+
+
+def stages(args: argparse.Namespace, images: Path, predictions: Path, report: Path) -> list[Stage]:
+    """What is run after the phantom is written.
+
+    Args:
+        args: the flags.
+        images: folder of the test cases' images.
+        predictions: folder of their predictions.
+        report: folder of the report.
+    """
+    settings = f"-device {args.device} --disable_tta --disable_progress_bar"
+    trainers = [args.tr] if args.tr_baseline == "none" else [args.tr, args.tr_baseline]
+    trainings = [
+        Step(
+            f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -p {PLANS_NAME} -device {args.device} -tr {trainer}",
+            epochs_of(trainer),
+        )
+        for trainer in trainers
+    ]
+    predict = f"nmsw_predict -i {quote(images)} -o {quote(predictions)} {settings} -npp 2 -nps 2"
+    compare = (
+        f"nmsw_compare -d {DATASET_ID} -f 0 -p {PLANS_NAME} -tr {args.tr} -tr_baseline {args.tr_baseline} "
+        f"-o {quote(report)} -k {' '.join(args.k)} -timed_cases 1 -rounds 1 -nps 1 {settings}"
+    )
+    return [
+        Stage([Step(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2")], 35),
+        Stage(trainings, 300),
+        Stage([Step(predict)], 10),
+        Stage([Step(compare)], 110),
+    ]
+
+
+def epochs_of(trainer: str) -> int:
+    """Of a training, as the trainer's name says; 0 where it does not."""
+    epochs = re.search(r"_(\d+)epochs?", trainer)
+    return int(epochs[1]) if epochs else 0
 
 
 def quote(path: Path) -> str:
@@ -71,50 +149,144 @@ def quote(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-class Demo:
-    """Runs console commands one after the other, their output in a log each."""
+class Running(NamedTuple):
+    """A command that was started.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.number = 0
-        self.start = time.perf_counter()
+    Attributes:
+        step: the command.
+        log: file of its output.
+        process: of the command.
+    """
 
-    def run(self, command: str) -> None:
-        """Run a command of this environment.
+    step: Step
+    log: Path
+    process: subprocess.Popen
+
+    def is_done(self) -> bool:
+        """Whether it has ended.
 
         Raises:
             UserError: it failed; the message ends in what it printed last.
         """
-        print(f"[{time.perf_counter() - self.start:4.0f} s] {command}", flush=True)
-        name, *arguments = shlex.split(command)
+        code = self.process.poll()
+        if code:
+            last = "\n".join(self.printed().splitlines()[-15:])
+            raise UserError(f"{self.step.command.split()[0]} failed, its log is {self.log}:\n{last}")
+        return code is not None
+
+    def printed(self) -> str:
+        """What it has printed."""
+        return self.log.read_text(errors="replace")
+
+
+class Progress:
+    """Runs console commands, their output in a log each, and shows how much time is left.
+
+    Args:
+        folder: of the logs.
+        stages: that will be run.
+
+    Attributes:
+        bar: of all stages, for terminals.
+    """
+
+    def __init__(self, folder: Path, stages: Sequence[Stage]) -> None:
+        self.folder = folder
+        self.number = 0
+        layout = "{percentage:3.0f}% after {elapsed}, about {remaining} left, {desc}"
+        total = sum(stage.seconds for stage in stages)
+        self.bar = tqdm(total=total, bar_format=layout, smoothing=0, leave=False, disable=None)
+        self.finished = 0.0
+        self.start = time.perf_counter()
+
+    def run(self, stage: Stage) -> None:
+        """Run the commands of a stage, from this environment.
+
+        Raises:
+            UserError: one failed. The others are ended.
+        """
+        with ExitStack() as stack:
+            commands = [stack.enter_context(self.started(step)) for step in stage.steps]
+            while False in {command.is_done() for command in commands}:
+                done = min(command.step.done(command.printed()) for command in commands)
+                self.show(self.finished + done * stage.seconds)
+                time.sleep(0.5)
+        self.finished += stage.seconds
+        self.show(self.finished)
+
+    @contextmanager
+    def started(self, step: Step) -> Iterator[Running]:
+        """Start a command. It is killed where its stage ends early."""
+        name, *arguments = shlex.split(step.command)
+        self.bar.set_description(name)
+        self.bar.write(f"[{time.perf_counter() - self.start:4.0f} s] {step.command}", file=sys.stdout)
+        sys.stdout.flush()
         self.number += 1
         log = self.folder / f"{self.number}_{name}.log"
-        with log.open("w") as file:
-            executable = shutil.which(name, path=os.path.dirname(sys.executable)) or name
-            result = subprocess.run([executable, *arguments], stdout=file, stderr=subprocess.STDOUT, check=False)
-        if result.returncode:
-            last = "\n".join(log.read_text().splitlines()[-15:])
-            raise UserError(f"{name} failed, its log is {log}:\n{last}")
+        command = [shutil.which(name, path=os.path.dirname(sys.executable)) or name, *arguments]
+        with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+            try:
+                yield Running(step, log, process)
+            except BaseException:
+                process.kill()
+                raise
+
+    def show(self, seconds: float) -> None:
+        """Put the bar where so many of the expected seconds are done."""
+        self.bar.n = seconds
+        self.bar.refresh()
+
+
+QUICK = {
+    "training_cases": 6,
+    "size": 56,
+    "tr": "nnUNetTrainerNMSW_5epochs_quick",
+    "tr_baseline": "none",
+    "k": ["10%", "auto"],
+}
+"""Defaults of --quick."""
+
+
+def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; --quick changes the defaults of some."""
+    flags = parser()
+    if flags.parse_args(arguments).quick:
+        flags.set_defaults(**QUICK)
+    return flags.parse_args(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
     """What reads the flags."""
     flags = argparse.ArgumentParser(
         prog="nmsw_demo",
-        description="Train and run NMSW on a generated phantom and compare it with the sliding window. About 15 "
+        description="Train NMSW and stock nnU-Net on a generated phantom, predict, and compare both. Less than 8 "
         "minutes on two CPU cores.",
     )
     flags.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
-    flags.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
-    flags.add_argument("-tr", default="nnUNetTrainerNMSW_10epochs", help="Default: nnUNetTrainerNMSW_10epochs")
-    flags.add_argument("-tr_baseline", default="nnUNetTrainer_10epochs", help="Default: nnUNetTrainer_10epochs")
     flags.add_argument(
-        "-k", nargs="+", default=["5%", "10%", "20%", "all"], help="patches a case. Default: 5%% 10%% 20%% all"
+        "--quick",
+        action="store_true",
+        help="a first look in less than 2 minutes: NMSW alone, hardly trained, compared with its own local branch",
     )
-    flags.add_argument("--training_cases", type=int, default=30, help="Default: 30")
+    flags.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
+    flags.add_argument(
+        "-tr",
+        default="nnUNetTrainerNMSW_5epochs_NoMirroring",
+        help="Default: nnUNetTrainerNMSW_5epochs_NoMirroring",
+    )
+    flags.add_argument(
+        "-tr_baseline",
+        default="nnUNetTrainer_5epochs_NoMirroring",
+        help='stock trainer, or "none". Default: nnUNetTrainer_5epochs_NoMirroring, which the demo brings',
+    )
+    flags.add_argument(
+        "-k", nargs="+", default=["5%", "10%", "auto", "all"], help="patches a case. Default: 5%% 10%% auto all"
+    )
+    flags.add_argument("--training_cases", type=int, default=15, help="Default: 15")
     flags.add_argument("--test_cases", type=int, default=2, help="Default: 2")
-    flags.add_argument("--size", type=int, default=72, help="voxels along a volume's longest axis")
+    flags.add_argument("--size", type=int, default=56, help="voxels along a volume's longest axis")
     flags.add_argument("--patch_size", type=int, default=16, help="voxels along each axis of a patch")
+    flags.add_argument("--batch_size", type=int, default=2, help="patches of a training step. Default: 2")
     flags.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the network's stages")
     return flags
 

@@ -42,7 +42,7 @@ def simulate_case(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     labels = np.zeros(tuple(shape), np.uint8)
     for _ in range(8):
         offset = rng.uniform(-0.42, 0.42, 3) * shape
-        if abs(offset[1] - 6 * unit) < 12 * unit and abs(offset[0]) < 16 * unit:
+        if abs(offset[1] - 6 * unit) < 14 * unit and abs(offset[0]) < 20 * unit:
             continue  # where kidneys are
         image[ellipsoid(middle + offset, unit * rng.uniform(4, 9, 3)) & body] = rng.uniform(60, 220)
         if rng.random() < 0.5:
@@ -52,14 +52,15 @@ def simulate_case(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     for side in (-1, 1):
         offset = np.array([rng.uniform(-5, 5), 6 + rng.uniform(-2, 2), side * rng.uniform(18, 23)])
         centre = middle + unit * offset
-        radii = unit * np.array([9, 6, 6]) * rng.uniform(0.8, 1.15)
+        radii = unit * np.array([14, 9, 8]) * rng.uniform(0.8, 1.15)
         kidney = ellipsoid(centre, radii)
         labels[kidney] = LABELS["kidney"]
-        image[kidney] = rng.uniform(120, 180)
+        image[kidney] = rng.uniform(150, 190)
+        image[ellipsoid(centre, 0.6 * radii)] -= 80  # a darker medulla, which look-alikes do not have
         if side == 1 or rng.random() < 0.5:
             direction = rng.normal(size=3)
             direction /= np.linalg.norm(direction)
-            lesion = ellipsoid(centre + direction * radii * 0.7, np.full(3, unit * rng.uniform(3, 5)))
+            lesion = ellipsoid(centre + direction * radii * 0.7, np.full(3, unit * rng.uniform(4, 7)))
             labels[lesion] = LABELS["lesion"]
             image[lesion] = 250
     image = ndimage.gaussian_filter(image, 0.5) + rng.normal(0, 18, tuple(shape))

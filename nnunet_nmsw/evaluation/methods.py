@@ -79,11 +79,6 @@ class Method:
         way = None if self.selection is None else WAYS[self.selection]
         return self.skips_background or (way is not None and not (way.can_be_used and way.takes_k))
 
-    @property
-    def is_timed(self) -> bool:
-        """Whether its time and memory are measured."""
-        return not self.skips_background if self.selection is None else WAYS[self.selection].can_be_used
-
 
 def build_methods(
     with_baseline: bool, num_patches: Sequence[int | str], mirrored: Sequence[bool], backend: str = PYTORCH
@@ -150,3 +145,22 @@ def planned_methods(methods: Sequence[Method], primary: Method) -> list[Method]:
     ]
     alone = [m for m in same if m.selection == "none"]
     return list(dict.fromkeys([primary, *own, *alone]))
+
+
+def timed_methods(methods: Sequence[Method], primary: Method) -> list[Method]:
+    """The methods whose time and memory are measured: nnU-Net's sliding windows, and what somebody would deploy.
+
+    Another way to choose as many windows takes as long, and so does the sliding window of the local branch.
+
+    Args:
+        methods: of the comparison.
+        primary: see `primary_method`.
+    """
+    slides = reference_method(methods).model
+    return [
+        m
+        for m in methods
+        if (m.selection is None and m.model == slides and not m.skips_background)
+        or m.selection in (primary.selection, "none")
+        or m.backend != PYTORCH
+    ]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from nnunet_nmsw.console import follow_parent
 from nnunet_nmsw.errors import Failures, UserError
+from nnunet_nmsw.evaluation.methods import timed_methods
 from nnunet_nmsw.evaluation.metrics import case_metrics
 from nnunet_nmsw.evaluation.models import Case
 from nnunet_nmsw.evaluation.predictions import FoldPredictor, Prediction
@@ -94,7 +95,7 @@ def run_timing(comparison: Comparison, progress: bool) -> None:
     cases = timed_cases(comparison.cases, comparison.timed_cases)
     (comparison.folder / "timing").mkdir(exist_ok=True)
     models = {model.role: model for model in comparison.models}
-    timed = [method for method in comparison.methods if method.is_timed]
+    timed = timed_methods(comparison.methods, comparison.primary)
     todo = [
         (file, method)
         for number, method in measurement_order(timed, comparison.rounds)

@@ -137,7 +137,7 @@ class Way(NamedTuple):
         takes_k: it takes as many windows as it is told; else it decides itself.
         with_all: it is shown with all windows, too. They are the same whoever picks them.
         with_auto: it is shown with the number "auto", too, which goes with the predicted benefit.
-        can_be_used: somebody could deploy it, so its time and memory are measured.
+        can_be_used: somebody could deploy it.
     """
 
     title: str

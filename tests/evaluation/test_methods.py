@@ -8,7 +8,7 @@ from tiny import build_network
 from torch import nn
 from torch.nn import functional
 
-from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method
+from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method, timed_methods
 from nnunet_nmsw.evaluation.oracle import Oracle, oracle_windows
 from nnunet_nmsw.evaluation.shared import PatchStore, count_macs
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Entropy, Objects, Random
@@ -46,6 +46,22 @@ def test_the_primary_method_is_the_models_own_k_or_the_smallest_percentage():
     assert primary_method(methods, "10%", "top_k").selection == "top_k"
     for selection in ("greedy_benefit", "top_k", "greedy_coverage"):
         assert primary_method(build_methods(True, ["all"], [False]), "10%", selection).num_patches == "all"
+
+
+def test_what_is_timed_is_what_somebody_would_deploy():
+    methods = build_methods(True, ["5%", "all", "auto"], [False], "openvino")
+    timed = [method.key for method in timed_methods(methods, primary_method(methods, "auto"))]
+    steps = (0.5, 0.75, 1.0)
+    slides = [f"baseline_sliding_window_step_{step}" for step in steps]
+    own = [f"nmsw_greedy_benefit_{k}{by}" for by in ("", "_openvino") for k in ("5percent", "all", "auto")]
+    assert sorted(timed) == sorted([*slides, *own, "nmsw_global_branch"])
+    without = build_methods(False, ["5%"], [False])
+    of_top_k = [method.key for method in timed_methods(without, primary_method(without, "5%", "top_k"))]
+    assert of_top_k == [
+        *(f"nmsw_sliding_window_step_{s}" for s in (0.5, 0.75, 1.0)),
+        "nmsw_top_k_5percent",
+        "nmsw_global_branch",
+    ]
 
 
 def coarse_of(labels_dhw: torch.Tensor, confidence: float = 5.0) -> CoarsePrediction:

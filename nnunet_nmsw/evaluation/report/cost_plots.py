@@ -5,7 +5,6 @@ Colours are Okabe and Ito's, told apart by the colour-blind; lines differ in mar
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -20,7 +19,6 @@ from nnunet_nmsw.evaluation.report.results import MethodResult, Results, Spread,
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
-OTHERS = "other choices of windows"
 """What is grey."""
 
 
@@ -68,13 +66,10 @@ def dice_by_seconds(results: Results) -> Figure | None:
     points = [(seconds.median, dice) for _, seconds, dice in timed]
     front = [points[index] for index in pareto_front(points)]
     axis.plot(*zip(*front, strict=True), color="#555555", linewidth=1, label="Pareto front")
-    selections = (None, "none", results.comparison.primary.selection)
     series: dict[str, list[tuple[Method, Spread, float]]] = {}
     for point in timed:
-        series.setdefault(point[0].series if point[0].selection in selections else OTHERS, []).append(point)
-    others: Any = {"color": "#bbbbbb", "marker": ".", "markersize": 4}
-    styles = ({**_style(index), "markersize": 6} for index in itertools.count())
-    for name, of in series.items():
+        series.setdefault(point[0].series, []).append(point)
+    for number, (name, of) in enumerate(series.items()):
         axis.errorbar(
             [seconds.median for _, seconds, _ in of],
             [dice for *_, dice in of],
@@ -82,10 +77,9 @@ def dice_by_seconds(results: Results) -> Figure | None:
             linestyle="none",
             linewidth=1,
             label=name,
-            **(others if name == OTHERS else next(styles)),
+            **{**_style(number), "markersize": 6},
         )
-    own = [point for name, of in series.items() if name != OTHERS for point in of]
-    _label(axis, [((seconds.median, dice), method) for method, seconds, dice in own])
+    _label(axis, [((seconds.median, dice), method) for method, seconds, dice in timed])
     axis.set_xscale("log")
     _log_ticks(axis)
     axis.set_xlabel("seconds a case, from file to file")

@@ -1,0 +1,26 @@
+"""Trainers of the demonstration. `nmsw_demo` names this folder in `nnUNet_extTrainer`, where nnU-Net looks for them."""
+
+from __future__ import annotations
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
+from nnunet_nmsw.trainers.variants import NoMirroring
+
+
+class nnUNetTrainer_5epochs_NoMirroring(NoMirroring, nnUNetTrainer):
+    """Stock nnU-Net. It mirrors nothing: its last validation slides eight times as long with mirroring."""
+
+    def initialize(self) -> None:
+        """See the parent."""
+        self.num_epochs = 5
+        super().initialize()
+
+
+class nnUNetTrainerNMSW_5epochs_quick(NoMirroring, nnUNetTrainerNMSW):
+    """NMSW, with fewer steps than are needed to be good."""
+
+    def initialize(self) -> None:
+        """See the parent."""
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 5, 60, 5
+        super().initialize()
