@@ -259,8 +259,8 @@ def parser() -> argparse.ArgumentParser:
     """What reads the flags."""
     flags = argparse.ArgumentParser(
         prog="nmsw_demo",
-        description="Train NMSW and stock nnU-Net on a generated phantom, predict, and compare both. Less than 8 "
-        "minutes on two CPU cores.",
+        description="Train NMSW and stock nnU-Net for about the same time on a generated phantom, predict, and compare "
+        "both. Less than 8 minutes on two CPU cores.",
     )
     flags.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
     flags.add_argument(
@@ -276,8 +276,8 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "-tr_baseline",
-        default="nnUNetTrainer_5epochs_NoMirroring",
-        help='stock trainer, or "none". Default: nnUNetTrainer_5epochs_NoMirroring, which the demo brings',
+        default="nnUNetTrainer_10epochs_NoMirroring",
+        help='stock trainer, or "none". Default: nnUNetTrainer_10epochs_NoMirroring, which the demo brings',
     )
     flags.add_argument(
         "-k", nargs="+", default=["5%", "10%", "auto", "all"], help="patches a case. Default: 5%% 10%% auto all"
