@@ -123,8 +123,8 @@ class NMSWSettings(pydantic.BaseModel):
     )
     global_width: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5,
-        description="Features per stage of the global branch as a fraction of the local branch's. Where these begin with "
-        "fewer than 16, take 1.0: a branch of four features may learn nothing.",
+        description="Features per stage of the global branch as a fraction of the local branch's. Where these begin "
+        "with fewer than 16, take 1.0: a branch of four features may learn nothing.",
         json_schema_extra=_allowed("a number above 0 and up to 1"),
     )
     global_architecture: Annotated[dict[str, Any] | None, BeforeValidator(_architecture)] = Field(
