@@ -32,7 +32,7 @@ from nnunet_nmsw.files import write_json
 
 DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
 GLOBAL_WIDTH = 1.0
-"""The default of 0.5 would leave the global branch of so small a network four features: it learned nothing with them."""
+"""The default of 0.5 would leave the global branch of this small network four features, and it learned nothing."""
 TRAINERS = Path(demo.__file__).parent / "trainers"
 
 
