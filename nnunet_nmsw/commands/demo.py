@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from tqdm import tqdm
 
 from nnunet_nmsw import demo
@@ -95,12 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_dataset(raw, args.training_cases, args.test_cases, args.size)
     planning, *others = stages(args, raw / "imagesTs", predictions, report)
     progress = Progress(args.o, [planning, *others])
-    progress.run(planning)
-    network = ([args.patch_size] * 3, args.features)
-    write_small_plans(DATASET_ID, *network, PLANS_NAME, {"global_width": GLOBAL_WIDTH}, args.batch_size)
-    for stage in others:
-        progress.run(stage)
-    progress.bar.close()
+    with progress.bar:
+        progress.run(planning)
+        network = ([args.patch_size] * 3, args.features)
+        write_small_plans(DATASET_ID, *network, PLANS_NAME, {"global_width": GLOBAL_WIDTH}, args.batch_size)
+        # The first training of a dataset writes its splits. Here two begin at once.
+        cases = sorted(file.name.removesuffix(".nii.gz") for file in (raw / "labelsTr").iterdir())
+        write_json(folders["nnUNet_preprocessed"] / DATASET / "splits_final.json", generate_crossval_split(cases))
+        for stage in others:
+            progress.run(stage)
     print("", *json.loads((report / "results.json").read_text())["answer"], sep="\n")
     print(f"\nLook at the report in a browser: {report.resolve() / 'index.html'}")
     print(f"Predictions of the test cases: {predictions.resolve()}")
@@ -130,11 +134,12 @@ def stages(args: argparse.Namespace, images: Path, predictions: Path, report: Pa
         f"nmsw_compare -d {DATASET_ID} -f 0 -p {PLANS_NAME} -tr {args.tr} -tr_baseline {args.tr_baseline} "
         f"-o {quote(report)} -k {' '.join(args.k)} -timed_cases 1 -rounds 1 -nps 1 {settings}"
     )
+    training_seconds, comparing_seconds = (60, 40) if args.quick else (300, 110)
     return [
         Stage([Step(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2")], 35),
-        Stage(trainings, 300),
+        Stage(trainings, training_seconds),
         Stage([Step(predict)], 10),
-        Stage([Step(compare)], 110),
+        Stage([Step(compare)], comparing_seconds),
     ]
 
 
