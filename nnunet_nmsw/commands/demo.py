@@ -265,13 +265,13 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         prog="nmsw_demo",
         description="Train NMSW and stock nnU-Net for about the same time on a generated phantom, predict, and compare "
-        "both. Less than 8 minutes on two CPU cores.",
+        "both. About 8 minutes on two CPU cores.",
     )
     flags.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
     flags.add_argument(
         "--quick",
         action="store_true",
-        help="a first look in less than 2 minutes: NMSW alone, hardly trained, compared with its own local branch",
+        help="a first look in about 3 minutes: NMSW alone, hardly trained, compared with its own local branch",
     )
     flags.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
     flags.add_argument(
