@@ -71,7 +71,7 @@ class Stage:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demonstration."""
     start = time.perf_counter()
-    args = read_flags(arguments)
+    args = parser().parse_args(arguments)
     require_extra("nmsw_demo", "compare", NEEDED)
     if args.o.exists() and any(args.o.iterdir()):
         if not (args.o / "nmsw_demo.json").is_file():
@@ -134,12 +134,11 @@ def stages(args: argparse.Namespace, images: Path, predictions: Path, report: Pa
         f"nmsw_compare -d {DATASET_ID} -f 0 -p {PLANS_NAME} -tr {args.tr} -tr_baseline {args.tr_baseline} "
         f"-o {quote(report)} -k {' '.join(args.k)} -timed_cases 1 -rounds 1 -nps 1 {settings}"
     )
-    training_seconds, comparing_seconds = (60, 40) if args.quick else (300, 110)
     return [
         Stage([Step(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2")], 35),
-        Stage(trainings, training_seconds),
+        Stage(trainings, 300),
         Stage([Step(predict)], 10),
-        Stage([Step(compare)], comparing_seconds),
+        Stage([Step(compare)], 110),
     ]
 
 
@@ -242,24 +241,6 @@ class Progress:
         self.bar.refresh()
 
 
-QUICK = {
-    "training_cases": 6,
-    "size": 56,
-    "tr": "nnUNetTrainerNMSW_5epochs_quick",
-    "tr_baseline": "none",
-    "k": ["10%", "auto"],
-}
-"""Defaults of --quick."""
-
-
-def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; --quick changes the defaults of some."""
-    flags = parser()
-    if flags.parse_args(arguments).quick:
-        flags.set_defaults(**QUICK)
-    return flags.parse_args(arguments)
-
-
 def parser() -> argparse.ArgumentParser:
     """What reads the flags."""
     flags = argparse.ArgumentParser(
@@ -268,11 +249,6 @@ def parser() -> argparse.ArgumentParser:
         "both. About 8 minutes on two CPU cores.",
     )
     flags.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
-    flags.add_argument(
-        "--quick",
-        action="store_true",
-        help="a first look in about 3 minutes: NMSW alone, hardly trained, compared with its own local branch",
-    )
     flags.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
     flags.add_argument(
         "-tr",

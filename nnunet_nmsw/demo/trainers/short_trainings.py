@@ -1,10 +1,9 @@
-"""Trainers of the demonstration. `nmsw_demo` names this folder in `nnUNet_extTrainer`, where nnU-Net looks for them."""
+"""The trainer of the demonstration. `nmsw_demo` names this folder in `nnUNet_extTrainer`, where nnU-Net looks."""
 
 from __future__ import annotations
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.variants import NoMirroring
 
 
@@ -17,13 +16,4 @@ class nnUNetTrainer_10epochs_NoMirroring(NoMirroring, nnUNetTrainer):
     def initialize(self) -> None:
         """See the parent."""
         self.num_epochs = 10
-        super().initialize()
-
-
-class nnUNetTrainerNMSW_5epochs_quick(NoMirroring, nnUNetTrainerNMSW):
-    """NMSW, with fewer steps than are needed to be good."""
-
-    def initialize(self) -> None:
-        """See the parent."""
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 5, 60, 5
         super().initialize()
