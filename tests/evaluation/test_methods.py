@@ -57,11 +57,8 @@ def test_what_is_timed_is_what_somebody_would_deploy():
     assert sorted(timed) == sorted([*slides, *own, "nmsw_global_branch"])
     without = build_methods(False, ["5%"], [False])
     of_top_k = [method.key for method in timed_methods(without, primary_method(without, "5%", "top_k"))]
-    assert of_top_k == [
-        *(f"nmsw_sliding_window_step_{s}" for s in (0.5, 0.75, 1.0)),
-        "nmsw_top_k_5percent",
-        "nmsw_global_branch",
-    ]
+    of_local_branch = [f"nmsw_sliding_window_step_{step}" for step in steps]
+    assert of_top_k == [*of_local_branch, "nmsw_top_k_5percent", "nmsw_global_branch"]
 
 
 def coarse_of(labels_dhw: torch.Tensor, confidence: float = 5.0) -> CoarsePrediction:
