@@ -10,11 +10,11 @@ PLUGIN_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plugin
 VARIABLE = "nnUNet_extTrainer"
 
 
-def register() -> None:
-    """Append `PLUGIN_FOLDER` to `nnUNet_extTrainer` of this process, once."""
+def register(trainers: str = PLUGIN_FOLDER) -> None:
+    """Append a folder of trainers to `nnUNet_extTrainer` of this process, once."""
     folders = [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
-    if PLUGIN_FOLDER not in folders:
-        os.environ[VARIABLE] = os.pathsep.join([*folders, PLUGIN_FOLDER])
+    if trainers not in folders:
+        os.environ[VARIABLE] = os.pathsep.join([*folders, trainers])
 
 
 register()

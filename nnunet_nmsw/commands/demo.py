@@ -24,6 +24,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from tqdm import tqdm
 
 from nnunet_nmsw import demo
+from nnunet_nmsw._register import VARIABLE, register
 from nnunet_nmsw.commands.compare import NEEDED
 from nnunet_nmsw.commands.shared_flags import require_extra
 from nnunet_nmsw.demo.phantom import write_dataset
@@ -38,33 +39,15 @@ TRAINERS = Path(demo.__file__).parent / "trainers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A console command of the demonstration.
-
-    Attributes:
-        command: with its arguments.
-        epochs: of a training.
-    """
-
-    command: str
-    epochs: int = 0
-
-    def done(self, log: str) -> float:
-        """Share of the command that is done, by what it has printed."""
-        # nnU-Net predicts the validation cases after the last epoch: that counts as one epoch more.
-        return min(1.0, log.count("Epoch time:") / (self.epochs + 1)) if self.epochs else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Stage:
     """Console commands that run side by side.
 
     Attributes:
-        steps: the commands.
+        commands: with their arguments.
         seconds: about what they take on two cores with the default flags, for the time that is left.
     """
 
-    steps: list[Step]
+    commands: list[str]
     seconds: float
 
 
@@ -82,12 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = {name: args.o.resolve() / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     for folder in folders.values():
         folder.mkdir()
-    trainers = os.pathsep.join(filter(None, [os.environ.get("nnUNet_extTrainer"), str(TRAINERS)]))
-    variables = {**{name: str(folder) for name, folder in folders.items()}, "nnUNet_extTrainer": trainers}
+    os.environ.update({name: str(folder) for name, folder in folders.items()})
+    register(str(TRAINERS))
     print("These variables are set for the commands below:")
-    for name, value in variables.items():
-        print(f"export {name}={shlex.quote(value)}")
-    os.environ.update(variables)
+    for name in (*folders, VARIABLE):
+        print(f"export {name}={shlex.quote(os.environ[name])}")
     os.environ.setdefault("nnUNet_n_proc_DA", "1")
     os.environ.setdefault("nnUNet_def_n_proc", "2")
 
@@ -122,30 +104,18 @@ def stages(args: argparse.Namespace, images: Path, predictions: Path, report: Pa
     """
     settings = f"-device {args.device} --disable_tta --disable_progress_bar"
     trainers = [args.tr] if args.tr_baseline == "none" else [args.tr, args.tr_baseline]
-    trainings = [
-        Step(
-            f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -p {PLANS_NAME} -device {args.device} -tr {trainer}",
-            epochs_of(trainer),
-        )
-        for trainer in trainers
-    ]
+    train = f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -p {PLANS_NAME} -device {args.device} -tr"
     predict = f"nmsw_predict -i {quote(images)} -o {quote(predictions)} {settings} -npp 2 -nps 2"
     compare = (
         f"nmsw_compare -d {DATASET_ID} -f 0 -p {PLANS_NAME} -tr {args.tr} -tr_baseline {args.tr_baseline} "
         f"-o {quote(report)} -k {' '.join(args.k)} -timed_cases 1 -rounds 1 -nps 1 {settings}"
     )
     return [
-        Stage([Step(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2")], 35),
-        Stage(trainings, 300),
-        Stage([Step(predict)], 10),
-        Stage([Step(compare)], 110),
+        Stage([f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2"], 35),
+        Stage([f"{train} {trainer}" for trainer in trainers], 300),
+        Stage([predict], 10),
+        Stage([compare], 110),
     ]
-
-
-def epochs_of(trainer: str) -> int:
-    """Of a training, as the trainer's name says; 0 where it does not."""
-    epochs = re.search(r"_(\d+)epochs?", trainer)
-    return int(epochs[1]) if epochs else 0
 
 
 def quote(path: Path) -> str:
@@ -157,12 +127,12 @@ class Running(NamedTuple):
     """A command that was started.
 
     Attributes:
-        step: the command.
+        command: with its arguments.
         log: file of its output.
         process: of the command.
     """
 
-    step: Step
+    command: str
     log: Path
     process: subprocess.Popen
 
@@ -175,8 +145,14 @@ class Running(NamedTuple):
         code = self.process.poll()
         if code:
             last = "\n".join(self.printed().splitlines()[-15:])
-            raise UserError(f"{self.step.command.split()[0]} failed, its log is {self.log}:\n{last}")
+            raise UserError(f"{self.command.split()[0]} failed, its log is {self.log}:\n{last}")
         return code is not None
+
+    def share_done(self) -> float:
+        """Of a training, by its epochs, whose number the name of the trainer says; 0 of all else."""
+        epochs = re.search(r"^nnUNetv2_train .*_(\d+)epochs?", self.command)
+        # nnU-Net predicts the validation cases after the last epoch: that counts as one epoch more.
+        return min(1.0, self.printed().count("Epoch time:") / (int(epochs[1]) + 1)) if epochs else 0.0
 
     def printed(self) -> str:
         """What it has printed."""
@@ -210,27 +186,26 @@ class Progress:
             UserError: one failed. The others are ended.
         """
         with ExitStack() as stack:
-            commands = [stack.enter_context(self.started(step)) for step in stage.steps]
-            while False in {command.is_done() for command in commands}:
-                done = min(command.step.done(command.printed()) for command in commands)
-                self.show(self.finished + done * stage.seconds)
+            running = [stack.enter_context(self.started(command)) for command in stage.commands]
+            while False in {of.is_done() for of in running}:
+                self.show(self.finished + min(of.share_done() for of in running) * stage.seconds)
                 time.sleep(0.5)
         self.finished += stage.seconds
         self.show(self.finished)
 
     @contextmanager
-    def started(self, step: Step) -> Iterator[Running]:
+    def started(self, command: str) -> Iterator[Running]:
         """Start a command. It is killed where its stage ends early."""
-        name, *arguments = shlex.split(step.command)
+        name, *arguments = shlex.split(command)
         self.bar.set_description(name)
-        self.bar.write(f"[{time.perf_counter() - self.start:4.0f} s] {step.command}", file=sys.stdout)
+        self.bar.write(f"[{time.perf_counter() - self.start:4.0f} s] {command}", file=sys.stdout)
         sys.stdout.flush()
         self.number += 1
         log = self.folder / f"{self.number}_{name}.log"
-        command = [shutil.which(name, path=os.path.dirname(sys.executable)) or name, *arguments]
-        with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        words = [shutil.which(name, path=os.path.dirname(sys.executable)) or name, *arguments]
+        with log.open("w") as file, subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT) as process:
             try:
-                yield Running(step, log, process)
+                yield Running(command, log, process)
             except BaseException:
                 process.kill()
                 raise
