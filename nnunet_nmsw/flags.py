@@ -44,3 +44,19 @@ def parse_memory(text: str, source: str = "--max_memory") -> int:
 def in_words(amount: float) -> str:
     """Bytes as people write them."""
     return f"{amount / UNITS['G']:.1f}G"
+
+
+def parse_orientation(text: str) -> str:
+    """Check three letters, such as "RAS": where the axes x, y and z of an image point to, as in nibabel.
+
+    Raises:
+        UserError: they are no orientation.
+    """
+    letters = text.upper()
+    one_of_each = all(sum(letter in pair for letter in letters) == 1 for pair in ("RL", "AP", "SI"))
+    if not re.fullmatch("[RLAPSI]{3}", letters) or not one_of_each:
+        raise UserError(
+            f"--orientation is {text}: give a letter for each axis, R or L, A or P, and S or I, such as RAS, which "
+            "nibabel calls canonical"
+        )
+    return letters

@@ -1,10 +1,9 @@
-"""What the flags of `nmsw_predict` name: a model, its folds, and cases."""
+"""What the flags of `nmsw_predict` name: a model and its folds."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +17,18 @@ from nnunet_nmsw.settings import PLANS_KEY
 
 
 def find_model(args: argparse.Namespace) -> Path:
-    """The model folder that --local_model, -m, or -d with -tr, -p and -c, names; else the only NMSW model there is.
+    """The model folder that -m, or -d with -tr, -p and -c, names; else the only NMSW model there is.
+
+    Of stock models it is the one whose files the predictions get: the fine one of two models of the same labels, the
+    coarse one of a set.
 
     Raises:
         UserError: there is no such folder, or more than one model to choose from.
     """
-    if args.m is not None or args.local_model is not None:
-        return checked_folder(Path(args.m or args.local_model))
+    if args.global_model is not None:
+        return checked_folder(args.global_model if is_set(args) else args.local_model[0])
+    if args.m is not None:
+        return checked_folder(Path(args.m))
     if not nnUNet_results.is_set():
         raise UserError("nnUNet_results is not set: export it as for nnU-Net, or name a model folder with -m")
     results = Path(str(nnUNet_results))
@@ -59,6 +63,21 @@ def find_model(args: argparse.Namespace) -> Path:
     raise UserError(f"{len(candidates)} NMSW models{wanted}, choose one with -d (and -tr, -p, -c) or with -m:\n{names}")
 
 
+def is_set(args: argparse.Namespace) -> bool:
+    """Whether stock models are a set, matched by the names of their classes, and no two models of the same labels.
+
+    Raises:
+        UserError: a folder is not the folder of a trained model.
+    """
+    if args.global_model is None:
+        return False
+    coarse, *fine = (
+        read_document(checked_folder(folder), "dataset.json")["labels"]
+        for folder in (args.global_model, *args.local_model)
+    )
+    return len(fine) > 1 or fine[0] != coarse
+
+
 def find_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[int | str]:
     """The folds to ensemble: those asked for, else every one that is trained.
 
@@ -86,42 +105,6 @@ def find_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> li
         if not file.is_file():
             raise UserError(f"there is no checkpoint {file}: train that fold, or choose with -f and -chk")
     return list(dict.fromkeys(numbers))
-
-
-def find_cases(input_folder: str, model_folder: Path) -> list[list[str]]:
-    """The images in a folder, one list of channel files a case.
-
-    Raises:
-        UserError: there is no folder, no case in it, a file that belongs to none, or a case lacks a channel.
-    """
-    dataset = read_document(model_folder, "dataset.json")
-    ending, channels = dataset["file_ending"], len(dataset.get("channel_names") or dataset["modality"])
-    convention = f"the model expects files named CASE_0000{ending}" + (
-        f", with _0000 to _{channels - 1:04d} for the channels" if channels > 1 else ""
-    )
-    if not os.path.isdir(input_folder):
-        what = "is a file, give the folder that holds it" if os.path.exists(input_folder) else "does not exist"
-        raise UserError(f"-i {input_folder} {what}")
-    try:
-        names = sorted(name for name in os.listdir(input_folder) if name.endswith(ending))
-    except OSError as error:
-        raise UserError(f"-i {input_folder} cannot be read: {error.strerror}") from error
-    cases: dict[str, list[str]] = {}
-    for name in names:
-        if not os.path.isfile(os.path.join(input_folder, name)):
-            raise UserError(f"{os.path.join(input_folder, name)} is no file, or a link to a file that is missing")
-        match = re.fullmatch(r"(.*)_(\d{4})", name.removesuffix(ending), re.DOTALL)
-        if match is None:
-            raise UserError(f"{input_folder} has {name}, and {convention}: rename the file or move it away")
-        cases.setdefault(match[1], []).append(name)
-    if not cases:
-        raise UserError(f"no cases in {input_folder}: {convention}")
-    for case, files in cases.items():
-        if files != [f"{case}_{channel:04d}{ending}" for channel in range(channels)]:
-            raise UserError(
-                f"the model takes {channels} channel(s) a case, and {input_folder} has {', '.join(files)}: {convention}"
-            )
-    return [[os.path.join(input_folder, name) for name in files] for files in cases.values()]
 
 
 def _matches(folder: Path, args: argparse.Namespace) -> bool:

@@ -14,12 +14,14 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_nmsw.commands.find import find_cases, find_folds, find_model
+from nnunet_nmsw.commands.find import find_folds, find_model, is_set
+from nnunet_nmsw.commands.images import Images, find_images
 from nnunet_nmsw.commands.predict_flags import read_flags
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.files import remove_leftovers, written_whole
+from nnunet_nmsw.files import remove_leftovers
 from nnunet_nmsw.flags import parse_memory
 from nnunet_nmsw.inference.device import prepare_device
+from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.loading import load_model
 from nnunet_nmsw.inference.memory import check_least
 from nnunet_nmsw.inference.model_folder import (
@@ -27,9 +29,12 @@ from nnunet_nmsw.inference.model_folder import (
     read_configuration,
     read_document,
 )
+from nnunet_nmsw.inference.model_set import ModelSetPredictor
+from nnunet_nmsw.inference.orientation import orient
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.ray_engine import RayPredictor, Workers
 from nnunet_nmsw.inference.reading import forget_others
+from nnunet_nmsw.inference.set_members import ModelFolder
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import configuration_of, read_checkpoint
@@ -42,23 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prepare_device(args.device)
     folder = find_model(args).resolve()
     folds = find_folds(folder, args.f, args.chk)
-    cases = find_cases(args.i, folder)
-    forget_others(cases)
-    _check_output(args.o)
+    images = find_images(args.i, args.o, folder)
+    if images.is_file:
+        _check_one_image(args)
+    forget_others(images.cases)
     if args.max_memory is not None:
-        _check_memory(args, cases, folder, folds[0])
+        _check_memory(args, images.cases, folder, folds[0])
     make = partial(make_predictor, args, folder, folds)
     predictor = make("cpu" if args.engine == "ray" else args.device)
-    _check_previous_stage(cases, predictor, args.prev_stage_predictions)
-    engine: nnUNetPredictor = predictor
+    _check_previous_stage(images, predictor, args.prev_stage_predictions)
+    engine: FilesPredictor = predictor
     if args.engine == "ray":
         engine = for_ray(predictor, args, make)
     else:
-        predictor.bound_memory(cases, args.npp)
+        predictor.bound_memory(images.cases, args.npp)
     try:
+        if images.is_file:
+            if not (args.continue_prediction and os.path.isfile(args.o)):
+                engine.predict_file(args.i, args.o, args.save_probabilities, args.prev_stage_predictions)
+            return
         remove_leftovers(Path(args.o))
         engine.predict_from_files(
-            args.i,
+            args.i[0],
             args.o,
             save_probabilities=args.save_probabilities,
             overwrite=not args.continue_prediction,
@@ -74,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"cannot write into {args.o}: {reason(error)}") from error
 
 
-def for_ray(predictor: NMSWPredictor, args: argparse.Namespace, make: Callable[[str], NMSWPredictor]) -> RayPredictor:
+def for_ray(predictor: FilesPredictor, args: argparse.Namespace, make: Callable[[str], FilesPredictor]) -> RayPredictor:
     """A predictor of the same model whose work is done by Ray's workers."""
     workers = Workers(
         partial(make, args.device), args.ray_address, args.device == "cuda", args.cores_per_worker, args.verbose
@@ -92,7 +102,7 @@ def for_ray(predictor: NMSWPredictor, args: argparse.Namespace, make: Callable[[
     return by_ray
 
 
-def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str], device: str) -> NMSWPredictor:
+def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str], device: str) -> FilesPredictor:
     """A predictor as the flags ask for, with its model."""
     of_stock: dict[str, Any] = {
         "use_mirroring": not args.disable_tta,
@@ -102,36 +112,35 @@ def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str
         "verbose_preprocessing": args.verbose,
         "allow_tqdm": not args.disable_progress_bar,
     }
-    of_nmsw: dict[str, Any] = {"num_patches": args.k, "save_patches": args.save_patches, **of_stock}
-    of_nmsw |= {"max_drop": args.max_drop, "max_memory": args.max_memory and parse_memory(args.max_memory)}
-    of_nmsw |= {"precision": args.precision, "trust_model": args.trust_model, "backend": args.backend}
-    if args.global_model is None:
-        predictor = NMSWPredictor(**of_nmsw)
-    else:
+    of_both: dict[str, Any] = {"num_patches": args.k, "save_patches": args.save_patches, **of_stock}
+    of_both |= {"precision": args.precision, "trust_model": args.trust_model, "backend": args.backend}
+    of_nmsw = {**of_both, "max_drop": args.max_drop, "max_memory": args.max_memory and parse_memory(args.max_memory)}
+    predictor: FilesPredictor
+    coarse = None
+    if is_set(args):
+        if args.save_probabilities:
+            raise UserError("a set of models gives labels alone: leave out --save_probabilities")
+        fine = [ModelFolder(path, tuple(find_folds(path, args.f, args.chk))) for path in args.local_model]
+        predictor = ModelSetPredictor(fine, **of_both)
+    elif args.global_model is not None:
         of_global = checked_folder(args.global_model)
         coarse = nnUNetPredictor(**of_stock)
         load_model(coarse, of_global, find_folds(of_global, args.f, args.chk), args.chk, args.trust_model)
         predictor = TwoModelPredictor(coarse, **of_nmsw)
+    else:
+        predictor = NMSWPredictor(**of_nmsw)
     load_model(predictor, folder, folds, args.chk, args.trust_model)
+    if args.orientation is not None:
+        for of_image in (predictor, *([] if coarse is None else [coarse])):
+            orient(of_image, args.orientation)
     return predictor
 
 
-def _check_output(folder: str) -> None:
-    """See that files can be written into a folder, or into the one that it will be made in.
-
-    Raises:
-        UserError: they cannot.
-    """
-    there = Path(os.path.abspath(folder))
-    while not os.path.lexists(there):
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"-o {folder}: {there} is a file, give a folder")
-    try:
-        with written_whole(there):
-            pass
-    except OSError as error:
-        raise UserError(f"-o {folder} cannot be written into: {error.strerror or reason(error)}") from error
+def _check_one_image(args: argparse.Namespace) -> None:
+    if args.engine == "ray":
+        raise UserError("--engine ray shares out a folder, and -i names one image: leave it out, or give a folder")
+    if args.num_parts != 1:
+        raise UserError("-num_parts shares out a folder, and -i names one image: leave it out, or give a folder")
 
 
 def _check_memory(args: argparse.Namespace, cases: list[list[str]], folder: Path, fold: int | str) -> None:
@@ -151,22 +160,26 @@ def _check_memory(args: argparse.Namespace, cases: list[list[str]], folder: Path
     check_least(parse_memory(args.max_memory), cases, plans, configuration, channels, classes, factor)
 
 
-def _check_previous_stage(cases: list[list[str]], predictor: NMSWPredictor, folder: str | None) -> None:
+def _check_previous_stage(images: Images, predictor: FilesPredictor, given: str | None) -> None:
     previous_stage = predictor.configuration_manager.previous_stage_name
     if previous_stage is None:
-        if folder is not None:
+        if given is not None:
             raise UserError("-prev_stage_predictions is for the cascade, and this configuration has no previous stage")
         return
-    if folder is None:
+    if given is None:
         raise UserError(
             f"the cascade needs the predictions of {previous_stage} for these images: make them with that "
             "configuration's model and give their folder with -prev_stage_predictions"
         )
+    if images.is_file:
+        if not os.path.isfile(given):
+            raise UserError(f"-prev_stage_predictions {given} is no file: give the {previous_stage} of this image")
+        return
     ending = predictor.dataset_json["file_ending"]
-    for files in cases:
+    for files in images.cases:
         name = os.path.basename(files[0])[: -len(f"_0000{ending}")] + ending
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(f"-prev_stage_predictions {folder} has no {name}, the {previous_stage} of an input image")
+        if not os.path.isfile(os.path.join(given, name)):
+            raise UserError(f"-prev_stage_predictions {given} has no {name}, the {previous_stage} of an input image")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from nnunet_nmsw.flags import (
     PRECISIONS,
     PYTORCH,
     parse_memory,
+    parse_orientation,
 )
 from nnunet_nmsw.selection.budget import parse_num_patches
 
@@ -39,6 +40,7 @@ def read_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """
     args = parser().parse_args(arguments)
     args.k = None if args.k is None else parse_num_patches(args.k, "-k", auto=True)
+    args.orientation = args.orientation and parse_orientation(args.orientation)
     check_flags(args)
     return args
 
@@ -58,7 +60,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.global_model is not None and any(flag is not None for flag in (args.m, args.d, args.tr, args.p, args.c)):
         raise UserError("--global_model and --local_model are folders, without -m, -d, -tr, -p and -c")
     if args.global_model is not None and args.k == "auto":
-        raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; two stock models do not")
+        raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; stock models do not")
     if args.global_model is not None and args.max_memory is not None:
         raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
     if args.max_memory is not None:
@@ -92,8 +94,14 @@ def parser() -> argparse.ArgumentParser:
         "sliding window. The flags are those of nnUNetv2_predict.",
     )
     add: Any = flags.add_argument
-    add("-i", required=True, help="input folder; files are named CASE_0000, CASE_0001 ... by channel, as for nnU-Net")
-    add("-o", required=True, help="output folder, made if it does not exist")
+    add(
+        "-i",
+        required=True,
+        nargs="+",
+        help="input folder; files are named CASE_0000, CASE_0001 ... by channel, as for nnU-Net. Or the file of one "
+        "image, of any name; several where it has several channels",
+    )
+    add("-o", required=True, help="output folder, made if it does not exist; the file to write where -i is a file")
     add("-d", help="dataset name or id; without it (and -m) the only NMSW model under nnUNet_results is taken")
     add("-p", help=f"plans identifier. Default: {DEFAULT_PLANS}")
     add("-tr", help=f"trainer the model was trained with. Default: {DEFAULT_TRAINER}")
@@ -109,8 +117,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--local_model",
         type=_absolute,
+        nargs="+",
         metavar="FOLDER",
-        help="and folder of a stock model of the same dataset for the patches, such as 3d_fullres",
+        help="and folder of a stock model for the patches, such as 3d_fullres; or folders of several, each with some "
+        "of the coarse model's classes. Classes are matched by name",
     )
     add("-chk", default="checkpoint_final.pth", help="name of the checkpoint. Default: checkpoint_final.pth")
     add(
@@ -181,6 +191,12 @@ def parser() -> argparse.ArgumentParser:
         help="of a running Ray cluster. Default: RAY_ADDRESS, else the one that runs here, else one is started here",
     )
     add("--cores_per_worker", type=int, help="with Ray on a CPU: cores of a worker. Default: those of a machine")
+    add(
+        "--orientation",
+        metavar="RAS",
+        help="for models that were trained on images in one orientation: turn each image into it, and the labels "
+        "back. The letters say where the axes x, y and z point to; RAS is nibabel's canonical one",
+    )
     add("--verbose", action="store_true", help="tell what is being done")
     add("--not_on_device", action="store_true", help="keep results on the host: for volumes too large for the device")
     add_shared_flags(flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
+from nnunet_nmsw.inference.cases import Cases
+from nnunet_nmsw.inference.export import ending_of
 from nnunet_nmsw.nnunet.predictor import PredictorHooks
 
 
 class FilesPredictor(PredictorHooks):
     """nnU-Net's predictor, whose own files beside the predictions are written whole or not at all."""
+
+    dataset_json: dict[str, Any]
 
     def predict_from_files(
         self,
@@ -70,6 +75,54 @@ class FilesPredictor(PredictorHooks):
             return None
         cases = self.cases_from_files(images, previous_stage, files, num_processes_preprocessing)
         return self.predict_from_data_iterator(cases, save_probabilities, num_processes_segmentation_export)
+
+    def predict_file(
+        self,
+        images: str | Sequence[str],
+        output: str,
+        save_probabilities: bool = False,
+        previous_stage: str | None = None,
+    ) -> None:
+        """Predict one image and write its labels, and nothing else beside them.
+
+        Args:
+            images: file of the image; several by channel. Of any name, with an ending that the model's reader knows.
+            output: the file to be written, with such an ending.
+            save_probabilities: write these, too, under the same name.
+            previous_stage: for the cascade, the file of its labels.
+
+        Raises:
+            OSError: nothing can be written there.
+            UserError: the image cannot be read or predicted, or the output has no ending that can be written.
+        """
+        files, ending = [images] if isinstance(images, str) else list(images), ending_of(output, self.plans_manager)
+        if ending not in self.plans_manager.image_reader_writer_class().supported_file_endings:
+            raise UserError(f"cannot write {output}: give a file with an ending that the model's writer knows")
+        dataset, name = self.dataset_json, output.removesuffix(ending)
+        os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+        self.dataset_json = {**dataset, "file_ending": ending}
+        try:
+            cases = self.preprocess([files], None if previous_stage is None else [previous_stage], [name], 0)
+            self.predict_from_data_iterator(cases, save_probabilities, 1)
+        finally:
+            self.dataset_json = dataset
+
+    def bound_memory(self, cases: list[list[str]], num_preprocessing: int) -> int:
+        """How many cases may be preprocessed beside the prediction, of those that are wanted; here all.
+
+        Args:
+            cases: files by case and channel.
+            num_preprocessing: cases to preprocess beside the prediction, if memory allows.
+        """
+        return num_preprocessing
+
+    def cases_from_files(self, images: Any, previous_stage: Any, outputs: Any, num_processes: int) -> Any:
+        """See the parent."""
+        return self.preprocess(images, previous_stage, outputs, self.bound_memory(images, num_processes))
+
+    def preprocess(self, images: Any, previous_stage: Any, outputs: Any, num_threads: int) -> Cases:
+        """Preprocessed cases for `predict_from_data_iterator`, of files; arguments as in `cases_from_files`."""
+        raise NotImplementedError
 
     def predict_from_files_sequential(
         self,

@@ -9,6 +9,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_nmsw.imports import importing
 from nnunet_nmsw.inference.model_folder import initialize
+from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 
@@ -28,9 +29,10 @@ def load_model(
         UserError: see `initialize`; or the predictor is NMSW's and the model is not.
     """
     with importing():  # nnU-Net imports trainers and networks when it needs them
-        if isinstance(predictor, NMSWPredictor):
+        if isinstance(predictor, NMSWPredictor | ModelSetPredictor):
             predictor.trust_model = trust
             predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
-            _ = predictor.nmsw_network  # raises for a model without one
+            if isinstance(predictor, NMSWPredictor):
+                _ = predictor.nmsw_network  # raises for a model without one
         else:
             initialize(predictor.initialize_from_trained_model_folder, predictor, folder, folds, checkpoint, trust)

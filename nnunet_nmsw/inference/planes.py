@@ -214,7 +214,7 @@ def segment(
     for slab, first, end in slabs_of(axes[0], planes_at_once):
         planes = prediction.planes(offset[0] + first, offset[0] + end, box)
         across = axes[0].part(slab.start, slab.stop).to(device)
-        result_ZYX[slab] = _resampled(prediction, planes, [across, *in_plane]).cpu()
+        result_ZYX[slab] = resampled(prediction, planes, [across, *in_plane]).cpu()
     return result_ZYX
 
 
@@ -232,7 +232,7 @@ def slabs_of(axis: Axis, planes_at_once: int) -> Iterator[tuple[slice, int, int]
         begin = end
 
 
-def _resampled(prediction: FusedPrediction, planes: Planes, axes: Sequence[Axis]) -> Tensor:
+def resampled(prediction: FusedPrediction, planes: Planes, axes: Sequence[Axis]) -> Tensor:
     """Labels of planes on another grid, int16 of shape Z, Y, X."""
     labels_ZYX, disagree_ZYX = agreed(planes.labels_DHW, axes)
     points_P3 = disagree_ZYX.nonzero()

@@ -285,10 +285,6 @@ class NMSWPredictor(FilesPredictor):
             ending = self.dataset_json["file_ending"]
             write_windows(folder / "patches", name, windows, properties, self.plans_manager, ending)
 
-    def cases_from_files(self, images: Any, previous_stage: Any, outputs: Any, num_processes: int) -> Cases:
-        """See the parent."""
-        return self.preprocess(images, previous_stage, outputs, self.bound_memory(images, num_processes))
-
     def preprocess(self, images: Any, previous_stage: Any, outputs: Any, num_threads: int) -> Cases:
         """Preprocessed cases for `predict_from_data_iterator`, of files; see `preprocessed_cases`."""
         return preprocessed_cases(self, images, previous_stage, outputs, num_threads)

@@ -10,13 +10,13 @@ import os
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from nnunetv2.inference.data_iterators import PreprocessAdapter, PreprocessAdapterFromNpy
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_nmsw.console import printable
 from nnunet_nmsw.errors import UserError
@@ -25,8 +25,37 @@ from nnunet_nmsw.inference.reading import check_file, forget_others, read_image,
 from nnunet_nmsw.inference.resampling import InferenceConfiguration
 
 
+class OfPlans(Protocol):
+    """What a case is preprocessed by: nnU-Net's predictors are such, and fine models of a set, not loaded yet."""
+
+    @property
+    def device(self) -> torch.device:
+        """To resample on."""
+        ...
+
+    @property
+    def verbose_preprocessing(self) -> bool:
+        """Tell of it."""
+        ...
+
+    @property
+    def plans_manager(self) -> PlansManager:
+        """The model's plans."""
+        ...
+
+    @property
+    def configuration_manager(self) -> ConfigurationManager:
+        """The model's configuration."""
+        ...
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        """The model's dataset.json."""
+        ...
+
+
 def preprocessed_cases(
-    predictor: nnUNetPredictor,
+    predictor: OfPlans,
     images: list[list[str]],
     previous_stage: list[str] | None,
     outputs: list[str] | None,
@@ -48,7 +77,7 @@ def preprocessed_cases(
 
 
 def preprocessed_arrays(
-    predictor: nnUNetPredictor,
+    predictor: OfPlans,
     images: list[np.ndarray],
     properties: list[dict[str, Any]],
     previous_stage: list[np.ndarray | None],
@@ -60,7 +89,7 @@ def preprocessed_arrays(
     return in_order([partial(preprocessed_array, predictor, *of_case) for of_case in of_cases], num_threads)
 
 
-def preprocessed(predictor: nnUNetPredictor, images: list[str], previous_stage: str | None, output: str | None) -> Case:
+def preprocessed(predictor: OfPlans, images: list[str], previous_stage: str | None, output: str | None) -> Case:
     """A case from files; with `error` where they cannot be read or preprocessed.
 
     Args:
@@ -88,7 +117,7 @@ def preprocessed(predictor: nnUNetPredictor, images: list[str], previous_stage: 
 
 
 def preprocessed_array(
-    predictor: nnUNetPredictor,
+    predictor: OfPlans,
     image: np.ndarray,
     properties: dict[str, Any],
     previous_stage: np.ndarray | None,
@@ -124,7 +153,7 @@ def preprocessed_array(
     return _contiguous(case)
 
 
-def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+def read_images(predictor: OfPlans, files: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
     """The channels of an image, by nnU-Net's reader, and its properties. Warns of voxels that are no numbers.
 
     Raises:
@@ -144,7 +173,7 @@ def read_images(predictor: nnUNetPredictor, files: list[str]) -> tuple[np.ndarra
     return image, properties
 
 
-def check_channels(predictor: nnUNetPredictor, image: np.ndarray, what: str) -> None:
+def check_channels(predictor: OfPlans, image: np.ndarray, what: str) -> None:
     """See that an image has the channels that a model takes, and three axes.
 
     Args:
@@ -163,7 +192,7 @@ def check_channels(predictor: nnUNetPredictor, image: np.ndarray, what: str) -> 
         )
 
 
-def read_labels(predictor: nnUNetPredictor, file: str, shape: Sequence[int]) -> np.ndarray:
+def read_labels(predictor: OfPlans, file: str, shape: Sequence[int]) -> np.ndarray:
     """Labels of an image, such as those of the cascade's previous stage, shape 1, Z, Y, X.
 
     Args:
@@ -203,7 +232,7 @@ def is_stock(preprocessor: DefaultPreprocessor) -> bool:
     )
 
 
-def _faster(predictor: nnUNetPredictor, keeps_labels: bool) -> Any:
+def _faster(predictor: OfPlans, keeps_labels: bool) -> Any:
     """The configuration with a faster resampling of the same result."""
     return InferenceConfiguration(predictor.configuration_manager, predictor.device, keeps_labels)
 

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.inference.files import FilesPredictor
-from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 ATTEMPTS = 3
 """How often a case is given to a worker that then dies."""
@@ -63,7 +62,7 @@ class Workers:
         verbose: print what workers print.
     """
 
-    make_predictor: Callable[[], NMSWPredictor]
+    make_predictor: Callable[[], FilesPredictor]
     address: str | None = None
     on_gpu: bool = False
     cores: int | None = None
@@ -221,7 +220,7 @@ class Worker:
 
     def __init__(
         self,
-        make_predictor: Callable[[], NMSWPredictor],
+        make_predictor: Callable[[], FilesPredictor],
         files: list[list[str]],
         cores: int | None,
         save_probabilities: bool,

@@ -28,27 +28,35 @@ _ahead: dict[tuple[str, ...], Future[Read]] = {}
 """What is being read before it is asked for, by files. Who asks for it takes it out."""
 
 
-def read_ahead(folder: str) -> None:
-    """Start to read the first case of a folder of images, for whoever calls `read_image` for it.
+def read_ahead(inputs: Sequence[str]) -> None:
+    """Start to read the first image, for whoever calls `read_image` for it.
 
     Which model they are for is not known yet. So this is for nnU-Net's usual reader, and whatever is wrong with the
-    folder or its files is left to others to say.
+    inputs is left to others to say.
 
     Args:
-        folder: with files CASE_0000.nii.gz, CASE_0001.nii.gz and so on.
+        inputs: a folder with files CASE_0000.nii.gz, CASE_0001.nii.gz and so on; or the files of an image.
     """
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return
-    endings = "|".join(map(re.escape, HEADERS))
-    matches = [match for name in names if (match := re.fullmatch(rf"(.*)_\d{{4}}({endings})", name, re.DOTALL))]
-    files = tuple(os.path.join(folder, match[0]) for match in matches if match.groups() == matches[0].groups())
+    if len(inputs) == 1 and os.path.isdir(inputs[0]):
+        files = _first_case(inputs[0])
+    else:
+        files = tuple(inputs) if all(os.path.isfile(file) and file.endswith(HEADERS) for file in inputs) else ()
     if not files:
         return
     thread = ThreadPoolExecutor(1, "reading ahead")
     _ahead[files] = thread.submit(_read, SimpleITKIO().read_images, files)
     thread.shutdown(wait=False)
+
+
+def _first_case(folder: str) -> tuple[str, ...]:
+    """Files of the first case of a folder, by channel."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return ()
+    endings = "|".join(map(re.escape, HEADERS))
+    matches = [match for name in names if (match := re.fullmatch(rf"(.*)_\d{{4}}({endings})", name, re.DOTALL))]
+    return tuple(os.path.join(folder, match[0]) for match in matches if match.groups() == matches[0].groups())
 
 
 def forget_others(cases: Sequence[Sequence[str]]) -> None:

@@ -1,7 +1,7 @@
 """NMSW inference without any training: two stock models of one dataset, a coarse and a fine one.
 
-Tensor suffixes: C classes, D H W axes of the volume, d h w axes of the low-resolution view, l voxels of the view along
-one axis, m voxels of the coarse model's volume along it.
+Tensor suffixes: C classes, D H W axes of the volume, K windows, d h w axes of the coarse model's volume, 3 one
+coordinate per axis.
 """
 
 from __future__ import annotations
@@ -9,30 +9,24 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
+from torch import Tensor
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.cases import Case, Cases, loaded
+from nnunet_nmsw.inference.fine_model import FineModelPredictor, StockModel, coarse_prediction_of, uncompiled
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.openvino_branches import StockNetwork
-from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
-from nnunet_nmsw.inference.volume import Networks, Padded, spatial_shape
+from nnunet_nmsw.inference.volume import Networks, Padded
 from nnunet_nmsw.model.fusion import FusionWeights
-from nnunet_nmsw.model.network import NMSWNetwork
-from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.selection.interface import CoarsePrediction
-from nnunet_nmsw.volume.interpolation import axis_between, interpolated
 from nnunet_nmsw.volume.labels import LabelEncoding
-from nnunet_nmsw.volume.windows import Shape, WindowGrid, low_shape
+from nnunet_nmsw.volume.windows import Shape, WindowGrid
 
 
-class TwoModelPredictor(NMSWPredictor):
+class TwoModelPredictor(FineModelPredictor):
     """Takes the coarse prediction from one stock model and patches from another.
 
     The coarse model, nnU-Net's `3d_lowres` say, slides its window over the image at its own spacing. Windows of the
@@ -44,11 +38,8 @@ class TwoModelPredictor(NMSWPredictor):
         **kwargs: of `NMSWPredictor`.
     """
 
-    network: nn.Module
-    list_of_parameters: list[dict[str, Tensor]]
-
     def __init__(self, global_model: nnUNetPredictor, **kwargs: Any) -> None:
-        super().__init__(**{"selector": GreedyBenefit(), **kwargs})
+        super().__init__(lambda: global_model.configuration_manager.spacing, **{"selector": GreedyBenefit(), **kwargs})
         self.global_model = global_model
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
@@ -58,23 +49,8 @@ class TwoModelPredictor(NMSWPredictor):
             UserError: the two models do not belong together, or one is no stock 3D model.
         """
         super().initialize_from_trained_model_folder(*args, **kwargs)
-        check_pair(self.global_model, self)
-        coarse_network, local_branch = uncompiled(self.global_model.network), uncompiled(self.network)
-        if self.backend is not None and not isinstance(coarse_network, StockNetwork):
-            self.global_model.network = StockNetwork(coarse_network, self.backend)
-        configuration, coarse = self.configuration_manager, self.global_model.configuration_manager
-        factor = factor_between(configuration.spacing, coarse.spacing)
-        changed = {"downsampling_factor": factor, "context_channels": 0}
-        settings = settings_of(configuration.configuration).model_copy(update=changed)
-        d, h, w = configuration.patch_size
-        images = determine_num_input_channels(self.plans_manager, configuration, self.dataset_json)
-        channels = images, self.label_manager.num_segmentation_heads
-        self.network = NMSWNetwork(nn.Identity(), local_branch, channels, (d, h, w), settings)
-        others = {k: v for k, v in self.network.state_dict().items() if not k.startswith("local_branch.")}
-        self.list_of_parameters = [
-            {**others, **{f"local_branch.{name}": weight for name, weight in parameters.items()}}
-            for parameters in self.list_of_parameters
-        ]
+        check_pair(StockModel.of("--global_model", self.global_model), StockModel.of("--local_model", self))
+        give_backend(self.global_model, self.backend)
 
     def networks_of(self, case: Case) -> Sequence[Networks]:
         """See the parent. The coarse model predicts the case for all folds.
@@ -129,14 +105,7 @@ class GivenCoarse:
 
     def coarse(self, padded: Padded) -> CoarsePrediction:
         """The other model's logits on the low-resolution grid of the padded volume, and their entropy."""
-        matrices: list[Tensor | None] = []
-        for axis, low in enumerate(low_shape(spatial_shape(padded.volume_CDHW), self.factor)):
-            centres = (torch.arange(low, dtype=torch.float64) + 0.5) * self.factor[axis] - padded.offset[axis]
-            size = self.logits_Cdhw.shape[axis + 1]
-            axis_of_view = axis_between(centres / padded.inside[axis] * size - 0.5, size)
-            matrices.append(axis_of_view.matrix(size).to(self.logits_Cdhw.device))
-        logits_Cdhw = interpolated(self.logits_Cdhw, matrices)
-        return CoarsePrediction(logits_Cdhw, self.encoding.entropy(logits_Cdhw), self.encoding)
+        return coarse_prediction_of(self.logits_Cdhw, padded, self.factor, self.encoding)
 
     def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
         """Logits of windows."""
@@ -157,44 +126,30 @@ VOLUME_OF_GLOBAL_MODEL = "data_of_global_model"
 """Key of a preprocessed case: the volume as the coarse model sees it."""
 
 
-def check_pair(coarse: nnUNetPredictor, fine: nnUNetPredictor) -> None:
-    """See that two models can be used together.
+def give_backend(coarse: nnUNetPredictor, backend: Any) -> None:
+    """Let a backend compute the network of nnU-Net's predictor; nothing changes where it is None, or done."""
+    network = uncompiled(coarse.network)
+    if backend is not None and not isinstance(network, StockNetwork):
+        coarse.network = StockNetwork(network, backend)
+
+
+def check_pair(coarse: StockModel, fine: StockModel) -> None:
+    """See that two models of one dataset can be used together.
 
     Raises:
         UserError: they cannot, and why.
     """
-    for flag, model in (("--global_model", coarse), ("--local_model", fine)):
-        if isinstance(uncompiled(model.network), NMSWNetwork):
-            raise UserError(f"{flag} is an NMSW model, which has both branches: predict with it alone, with -m")
-        if len(model.configuration_manager.patch_size) != 3:
-            raise UserError(f"{flag} is a 2D model: give 3D models, such as 3d_lowres and 3d_fullres")
-        if model.configuration_manager.previous_stage_name is not None:
-            raise UserError(f"{flag} is the second stage of a cascade: give models that need no other's prediction")
 
-    def of(model: nnUNetPredictor) -> dict[str, Any]:
-        labels = model.label_manager
+    def facts(model: StockModel) -> dict[str, Any]:
+        labels = model.plans.get_label_manager(model.dataset)
         return {
-            "labels": model.dataset_json["labels"],
+            "labels": model.dataset["labels"],
             "regions_class_order": list(labels.regions_class_order) if labels.has_regions else None,
-            "channels": model.dataset_json.get("channel_names") or model.dataset_json.get("modality"),
-            "file ending": model.dataset_json["file_ending"],
-            "axis order (transpose_forward)": list(model.plans_manager.transpose_forward),
+            "channels": model.channels,
+            "file ending": model.dataset["file_ending"],
+            "axis order (transpose_forward)": list(model.plans.transpose_forward),
         }
 
-    for (what, of_coarse), of_fine in zip(of(coarse).items(), of(fine).values(), strict=True):
-        if of_coarse != of_fine:
-            raise UserError(
-                f"the two models differ in their {what}: {of_coarse} of --global_model, {of_fine} of --local_model"
-            )
-
-
-def uncompiled(network: nn.Module) -> nn.Module:
-    """A network without `torch.compile`."""
-    original: nn.Module = network._orig_mod if isinstance(network, OptimizedModule) else network
-    return original
-
-
-def factor_between(fine: Sequence[float], coarse: Sequence[float]) -> Shape:
-    """Voxels of the fine spacing per voxel of the coarse one, by axis, rounded, at least 1."""
-    d, h, w = (max(1, round(b / a)) for a, b in zip(fine, coarse, strict=True))
-    return d, h, w
+    coarse.check()
+    fine.check()
+    coarse.check_same(fine, facts)

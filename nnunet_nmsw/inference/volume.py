@@ -56,7 +56,15 @@ class Padded(NamedTuple):
         return self._replace(volume_CDHW=volume_CDHW)
 
 
-class Networks(Protocol):
+class Patches(Protocol):
+    """What predicts windows at full resolution."""
+
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
+        """Logits of the windows of a volume, floating, of shape K, C, patch size."""
+        ...
+
+
+class Networks(Patches, Protocol):
     """The two networks of a fold, and the weights of their fusion."""
 
     @property
@@ -70,10 +78,6 @@ class Networks(Protocol):
 
     def coarse(self, padded: Padded) -> CoarsePrediction:
         """The coarse prediction of a volume."""
-        ...
-
-    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
-        """Logits of the windows of a volume, floating, of shape K, C, patch size."""
         ...
 
 
@@ -118,14 +122,14 @@ class FoldOfCase(NamedTuple):
     """What a fold has made of a volume before its patches are predicted.
 
     Attributes:
-        networks: of the fold.
-        coarse: their coarse prediction.
+        networks: of the fold, which predict its patches.
+        coarse: the coarse prediction.
         grid: of the padded volume.
         windows: that were chosen.
         weights: of the fusion.
     """
 
-    networks: Networks
+    networks: Patches
     coarse: CoarsePrediction
     grid: WindowGrid
     windows: WindowChoice
@@ -202,8 +206,8 @@ def predict_labels(padded: Padded, folds: Sequence[FoldOfCase], axes: Sequence[A
     """
     num_channels = len(folds[0].coarse.logits_Cdhw)
     _, height, width = padded.inside
-    with _bar(folds, work) as bar:
-        prediction = _fused(padded, folds, work, bar)
+    with patches_bar(folds, work) as bar:
+        prediction = fused_prediction(padded, folds, work, bar)
         if work.device.type == "cpu":
             planes = planes_for(work.share.planes, num_channels, height, width)
             return segment(prediction, axes, padded.offset, padded.inside, planes)
@@ -229,8 +233,8 @@ def predict_logits(padded: Padded, folds: Sequence[FoldOfCase], work: Work) -> T
     logits_CDHW = torch.empty(num_channels, *padded.inside, dtype=torch.float16, device=work.device)
     before, *offset = padded.offset
     box = [slice(start, start + size) for start, size in zip(offset, (height, width), strict=True)]
-    with _bar(folds, work) as bar:
-        prediction = _fused(padded, folds, work, bar)
+    with patches_bar(folds, work) as bar:
+        prediction = fused_prediction(padded, folds, work, bar)
         for first in range(0, depth, planes):
             end = min(depth, first + planes)
             logits_CDHW[:, first:end] = prediction.dense(before + first, before + end, box)
@@ -243,12 +247,14 @@ def spatial_shape(volume_CDHW: Tensor) -> Shape:
     return d, h, w
 
 
-def _bar(folds: Sequence[FoldOfCase], work: Work) -> tqdm:
+def patches_bar(folds: Sequence[FoldOfCase], work: Work) -> tqdm:
+    """A progress bar over the patches of a volume."""
     total = sum(len(fold.windows.starts_K3) for fold in folds)
     return tqdm(total=total, desc="patches", disable=not work.progress_bar, leave=False)
 
 
-def _fused(padded: Padded, folds: Sequence[FoldOfCase], work: Work, bar: tqdm) -> FusedPrediction:
+def fused_prediction(padded: Padded, folds: Sequence[FoldOfCase], work: Work, bar: tqdm) -> FusedPrediction:
+    """The fused prediction of a volume, whose patches are predicted when they are asked for."""
     device, share, grid = work.device, work.share, folds[0].grid
 
     def model(fold: FoldOfCase) -> FusedModel:

@@ -74,14 +74,28 @@ FLAGS = {
     "--global_model {model} --local_model {model}": "without -m",
     "-prev_stage_predictions x": "for the cascade",
     "-i missing": "does not exist",
-    "-i {model}/plans.json": "is a file",
+    "-i {model}/plans.json -o out.nii.gz": "the model reads .nii.gz",
     "-i empty": "no cases in",
+    "-i dicom": "convert them first, with dcm2niix",
+    "-i dicom/slice -o out.nii.gz": "convert it first, with dcm2niix",
+    "-i empty stray -o out.nii.gz": "-i empty is a folder",
+    "-i stray/a.nii.gz": "give the file to write",
+    "-i stray/a.nii.gz -o stray": "give the file to write",
+    "-i stray/a.nii.gz -o out.txt": "give the file to write",
+    "-i stray/a.nii.gz -o stray/a.nii.gz": "is the image itself",
+    "-i stray/a.nii.gz stray/a.nii.gz -o out.nii.gz": "-i names 2 file(s), and the model takes 1 channel(s)",
+    "-i stray/a.nii.gz stray/b.nii.gz -o out.nii.gz": "-i stray/b.nii.gz does not exist",
+    "-i stray/a.nii.gz -o out.nii.gz -num_parts 2": "-num_parts shares out a folder",
+    "-i stray/a.nii.gz -o out.nii.gz --engine ray": "--engine ray shares out a folder",
+    "-i stray/a.nii.gz -o {model}/plans.json/out.nii.gz": "is a file",
     "-i stray": "a.nii.gz",
     "-i channels": "the model takes 1 channel",
     "-i gap": "the model takes 1 channel",
     "-i broken_link": "a link to a file that is missing",
     "-o {model}/plans.json": "is a file",
     "-o {model}/plans.json/x": "is a file",
+    "-o out.nii.gz": "give a folder for the predictions",
+    "--orientation XYZ": "--orientation is XYZ",
     "-m missing": "not the folder of a trained model",
     "-m {model}/fold_0": "not the folder of a trained model",
     "-m {model}/plans.json": "not the folder of a trained model",
@@ -96,11 +110,12 @@ def test_flags_are_refused_in_one_line(images, untrained, tmp_path, monkeypatch,
     ):
         pytest.skip("this machine has the device")
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "stray", "channels", "gap", "broken_link"):
+    for folder in ("empty", "stray", "channels", "gap", "broken_link", "dicom"):
         Path(folder).mkdir()
     write_image(Path("stray/a.nii.gz"))
     for name in ("channels/a_0000", "channels/a_0001", "gap/a_0001"):
         write_image(Path(f"{name}.nii.gz"))
+    Path("dicom/slice").write_bytes(bytes(128) + b"DICM")
     Path("broken_link/a_0000.nii.gz").symlink_to("nowhere")
     given = [word.format(model=untrained) for word in flags.split()]
     defaults = {"-i": str(images), "-o": "out", "-m": str(untrained), "-device": "cpu"}

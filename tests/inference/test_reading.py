@@ -34,7 +34,7 @@ def test_the_first_case_is_read_once(folder, reads):
     first, second = [str(folder / f"a_000{channel}.nii.gz") for channel in range(2)], [str(folder / "b_0000.nii.gz")]
     expected = SimpleITKIO().read_images(first)
     reads.clear()
-    reading.read_ahead(str(folder))
+    reading.read_ahead([str(folder)])
     image, properties, not_finite = reading.read_image(SimpleITKIO(), first)
     np.testing.assert_array_equal(image, expected[0])
     assert (properties["spacing"], not_finite) == (expected[1]["spacing"], 0)
@@ -44,8 +44,17 @@ def test_the_first_case_is_read_once(folder, reads):
     assert reads == [first, second, first]
 
 
+def test_the_files_of_one_image_are_read_once(folder, reads):
+    files = [str(folder / f"a_000{channel}.nii.gz") for channel in range(2)]
+    reading.read_ahead(files)
+    reading.read_image(SimpleITKIO(), files)
+    assert reads == [files]
+    reading.read_ahead([*files, str(folder / "missing.nii.gz")])  # which others say
+    assert reads == [files]
+
+
 def test_what_was_read_for_another_model_is_not_taken(folder, reads):
-    reading.read_ahead(str(folder))
+    reading.read_ahead([str(folder)])
     files = [str(folder / f"a_000{channel}.nii.gz") for channel in range(2)]
     _, properties, _ = reading.read_image(NibabelIO(), files)
     assert "nibabel_stuff" in properties
@@ -58,27 +67,27 @@ def test_what_was_read_for_another_model_is_not_taken(folder, reads):
 def test_what_fails_is_said_where_the_image_is_asked_for(folder):
     broken = folder / "a_0001.nii.gz"
     broken.write_bytes(broken.read_bytes()[:100])
-    reading.read_ahead(str(folder))
+    reading.read_ahead([str(folder)])
     with pytest.raises(UserError, match=r"cannot read .*a_0001"):
         reading.read_image(SimpleITKIO(), [str(folder / "a_0000.nii.gz"), str(broken)])
 
 
 def test_a_folder_without_images_is_nothing_to_read(tmp_path, reads):
-    reading.read_ahead(str(tmp_path))
-    reading.read_ahead(str(tmp_path / "missing"))
+    reading.read_ahead([str(tmp_path)])
+    reading.read_ahead([str(tmp_path / "missing")])
     (tmp_path / "file.txt").write_text("")
-    reading.read_ahead(str(tmp_path))
-    reading.read_ahead(str(tmp_path / "file.txt"))
+    reading.read_ahead([str(tmp_path)])
+    reading.read_ahead([str(tmp_path / "file.txt")])
     assert reads == []
 
 
 def test_what_nobody_will_ask_for_is_forgotten(folder, reads):
     files = [str(folder / f"a_000{channel}.nii.gz") for channel in range(2)]
-    reading.read_ahead(str(folder))
+    reading.read_ahead([str(folder)])
     reading.forget_others([files])
     reading.read_image(SimpleITKIO(), files)
     assert reads == [files]
-    reading.read_ahead(str(folder))
+    reading.read_ahead([str(folder)])
     reading.forget_others([files[:1]])
     assert not reading._ahead
 

@@ -115,11 +115,11 @@ def test_two_stock_models_without_training(stock, monkeypatch):
     for name in ("plans.json", "fold_0"):
         (other / name).symlink_to(coarse / name)
     dataset = json.loads((coarse / "dataset.json").read_text())
-    dataset["labels"] = {"background": 0, "spleen": 1, "lesion": 2}
+    dataset["labels"] = {"background": 0, "spleen": 1, "heart": 2}
     (other / "dataset.json").write_text(json.dumps(dataset))
     images = stock / "nnUNet_raw" / DATASET / "imagesTs"
     for models, says in (
-        (f"--global_model {other} --local_model {fine}", "differ in their labels"),
+        (f"--global_model {other} --local_model {fine}", "no class of --global_model"),
         (f"--global_model {coarse}", "go together"),
         (f"--global_model {coarse} --local_model {fine} -d 990", "without -m"),
     ):

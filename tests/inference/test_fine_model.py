@@ -1,8 +1,8 @@
-"""Two stock models as one: where their grids meet."""
+"""A fine and a coarse model as one: where their grids meet."""
 
 import pytest
 
-from nnunet_nmsw.inference.two_models import factor_between
+from nnunet_nmsw.inference.fine_model import factor_between
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,257 @@
+"""A coarse stock model of many classes and fine stock models, each with some of these classes, predict together.
+
+Tensor suffixes: C channels of the coarse model's logits, d h w axes of its volume, Z Y X axes of the cropped image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.utilities.helpers import empty_cache
+from torch import Tensor
+
+from nnunet_nmsw.console import printable
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.flags import FLOAT32, PYTORCH
+from nnunet_nmsw.inference.case_model import Segmented
+from nnunet_nmsw.inference.cases import Case, Cases, in_order
+from nnunet_nmsw.inference.claims import Merged, claims_of
+from nnunet_nmsw.inference.export import in_image, resampling_axes, write_labels
+from nnunet_nmsw.inference.files import FilesPredictor
+from nnunet_nmsw.inference.fine_model import FineModelPredictor, StockModel, coarse_prediction_of
+from nnunet_nmsw.inference.model_folder import initialize
+from nnunet_nmsw.inference.networks import unbounded
+from nnunet_nmsw.inference.open_windows import FusedModel
+from nnunet_nmsw.inference.openvino_branches import backend_named
+from nnunet_nmsw.inference.planes import FusedPrediction, planes_for
+from nnunet_nmsw.inference.preprocessing import check_names, preprocessed_array, read_images
+from nnunet_nmsw.inference.set_members import FineModel, MatchedPatches, ModelFolder, check_folders, unmatched
+from nnunet_nmsw.inference.two_models import give_backend
+from nnunet_nmsw.inference.volume import FoldOfCase, Padded, Spending, Work, fused_prediction, patches_bar
+from nnunet_nmsw.inference.windows import write_windows
+from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
+from nnunet_nmsw.model.fusion import INITIAL_CLASS_WEIGHT, FusionWeights
+from nnunet_nmsw.selection.budget import UNCALIBRATED, parse_num_patches
+from nnunet_nmsw.selection.by_score import GreedyBenefit
+from nnunet_nmsw.selection.interface import WindowChoice
+from nnunet_nmsw.selection.of_present import OfPresentClasses
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.windows import WindowGrid
+
+AS_READ = "image_as_read"
+"""Key of a preprocessed case: the image as nnU-Net's reader gives it, and its properties."""
+
+IDENTITY = (1, 1, 1)
+"""Voxels of the coarse model's volume for each voxel of its prediction."""
+
+
+class ModelSetPredictor(FilesPredictor):
+    """nnU-Net's predictor of a coarse model, whose labels fine models make better where their classes are.
+
+    Classes are matched by name, and the result has the coarse model's numbers. Each fine model gets windows where the
+    coarse prediction sees its classes, greedily where it is unsure of them. Models are loaded one after the other. See
+    `inference.claims` for who decides where windows of several models lie.
+
+    Args:
+        fine_models: their folders.
+        num_patches: K, patches of each fine model for a case: a number, a percentage of its windows, or "all": every
+            window in which the coarse prediction sees one of its classes. 10% where None.
+        save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
+        precision: see `NMSWPredictor`; of all models.
+        backend: see `NMSWPredictor`; of all models.
+        trust_model: see `NMSWPredictor`; of all models.
+        **kwargs: those of `nnUNetPredictor`, of all models.
+    """
+
+    def __init__(
+        self,
+        fine_models: Sequence[ModelFolder],
+        num_patches: int | str | None = None,
+        save_patches: bool = False,
+        precision: str = FLOAT32,
+        backend: str = PYTORCH,
+        trust_model: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.folders, self.save_patches, self.trust_model = tuple(fine_models), save_patches, trust_model
+        self.num_patches = parse_num_patches(UNCALIBRATED if num_patches is None else num_patches, "num_patches")
+        self._of_fine = {**kwargs, "precision": precision, "backend": backend, "trust_model": trust_model}
+        self._backend = backend_named(backend, precision, self.device)
+        self.fine_models: list[FineModel] = []
+        self.checkpoint = ""
+
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """Load the coarse model, and see that the fine models fit it; see the parent.
+
+        Raises:
+            UserError: a model cannot be loaded, is not to be trusted, is no stock 3D model, or does not fit.
+        """
+        folder, self.checkpoint = Path(model_training_output_dir), checkpoint_name
+        check_folders(folder, [fine.path for fine in self.folders])
+        load = super().initialize_from_trained_model_folder
+        initialize(load, self, folder, list(use_folds or ()), checkpoint_name, self.trust_model)
+        coarse = StockModel.of(f"--global_model {folder}", self)
+        coarse.check()
+        give_backend(self, self._backend)
+        known = checkpoint_name, self.trust_model, self.device
+        self.fine_models = [FineModel.of(fine, coarse, *known) for fine in self.folders]
+        for line in unmatched(coarse, self.fine_models):
+            print(line)
+
+    def preprocess(self, images: Any, previous_stage: Any, outputs: Any, num_threads: int) -> Cases:
+        """See the parent."""
+        files: list[Any] = outputs if outputs is not None else [None] * len(images)
+        jobs = [partial(self._read, channels, output) for channels, output in zip(images, files, strict=True)]
+        return in_order(jobs, num_threads)
+
+    def preprocess_arrays(
+        self, images: Any, properties: Any, previous_stage: Any, outputs: Any, num_threads: int
+    ) -> Cases:
+        """See the parent."""
+        of_cases = zip(images, properties, outputs, strict=True)
+        return in_order([partial(self._preprocessed, *of_case) for of_case in of_cases], num_threads)
+
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[Case],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+    ) -> list[Any]:
+        """See the parent. A case that fails is reported, and the others go on; see `done_one_after_the_other`.
+
+        Raises:
+            UserError: cases have failed, or probabilities are asked for, which a set does not have.
+        """
+        if save_probabilities:
+            raise UserError("a set of models gives labels alone: leave out --save_probabilities")
+        writers = max(1, num_processes_segmentation_export)
+        writing = Writing(self.dataset_json["file_ending"], writers, self.allow_tqdm)
+        return done_one_after_the_other(data_iterator, self._done, partial(empty_cache, self.device), writing)
+
+    @torch.inference_mode()
+    def predict_case(self, case: Case) -> Segmented:
+        """Labels of a case's image with the coarse model's numbers, and the windows of each fine model.
+
+        Args:
+            case: of `preprocess` or `preprocess_arrays`.
+        """
+        properties = case["data_properties"]
+        logits_Cdhw = self.predict_logits_from_preprocessed_data(case["data"]).to(self.device).float()
+        shape = properties["shape_after_cropping_and_before_resampling"]
+        merged = Merged(shape, [model.labels.coarse for model in self.fine_models])
+        chosen = [self._choose(model, logits_Cdhw, properties) for model in self.fine_models]
+        needed = [number for number, fold in enumerate(chosen) if len(fold.windows.starts_K3)]
+        # Models that see the image in the same way one after the other: it is resampled once for them.
+        needed.sort(key=lambda number: self.fine_models[number].preprocessing)
+        groups = [list(g) for _, g in groupby(needed, key=lambda number: self.fine_models[number].preprocessing)]
+        image, as_read = case[AS_READ]
+        jobs = [partial(preprocessed_array, self.fine_models[g[0]], image, as_read, None, None) for g in groups]
+        for group, seen in zip(groups, in_order(jobs, 1), strict=True):
+            if "error" in seen:
+                raise seen["error"]
+            for number in group:
+                self._ask(number, chosen[number], seen, merged)
+        labels_ZYX = self._labels(logits_Cdhw, merged, properties)
+        segmentation = in_image(labels_ZYX, self.plans_manager, self.label_manager, properties)
+        windows = [
+            fold.in_volume(model.empty_volume(properties)) for model, fold in zip(self.fine_models, chosen, strict=True)
+        ]
+        return Segmented(segmentation, windows)
+
+    def _choose(self, model: FineModel, logits_Cdhw: Tensor, properties: dict[str, Any]) -> FoldOfCase:
+        """The windows of a fine model, by the coarse prediction of its classes."""
+        padded, labels = model.empty_volume(properties), model.labels
+        coarse = coarse_prediction_of(labels.of_coarse(logits_Cdhw), padded, model.factor, labels.encoding)
+        d, h, w = padded.volume_CDHW.shape[1:]
+        grid = WindowGrid((d, h, w), model.patch_size, model.factor)
+        windows = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches).choose(coarse, grid)
+        weight = torch.sigmoid(torch.tensor(INITIAL_CLASS_WEIGHT, device=self.device))
+        return FoldOfCase(_Nothing(), coarse, grid, windows, FusionWeights.convex(weight.repeat(labels.num_channels)))
+
+    def _ask(self, number: int, chosen: FoldOfCase, seen: Case, merged: Merged) -> None:
+        """Take in what a fine model claims."""
+        model = self.fine_models[number]
+        predictor = FineModelPredictor(lambda: self.configuration_manager.spacing, **self._of_fine)
+        predictor.initialize_from_trained_model_folder(str(model.folder.path), model.folder.folds, self.checkpoint)
+        padded = Padded.of(seen["data"], model.patch_size).on(self.device)
+        folds = [chosen._replace(networks=MatchedPatches(fold, model.labels)) for fold in predictor.folds()]
+        axes = resampling_axes(model.plans_manager, model.configuration_manager, seen["data_properties"], padded.inside)
+        work = self._work(model.patch_size)
+        planes = planes_for(work.share.planes, model.labels.num_channels, *padded.inside[1:])
+        with patches_bar(folds, work) as bar:
+            prediction = fused_prediction(padded, folds, work, bar)
+            for claims in claims_of(prediction, chosen.windows.starts_K3, axes, padded, planes):
+                merged.add(number, claims)
+
+    def _labels(self, logits_Cdhw: Tensor, merged: Merged, properties: dict[str, Any]) -> Tensor:
+        """Labels of the cropped image."""
+        num_channels, d, h, w = logits_Cdhw.shape
+        weight_C = torch.zeros(num_channels, device=logits_Cdhw.device)
+        nowhere = WindowChoice.nothing().starts_K3
+        model = FusedModel(logits_Cdhw, nowhere, FusionWeights.convex(weight_C), _no_windows)
+        coarse = FusedPrediction(
+            [model], WindowGrid((d, h, w), (d, h, w), IDENTITY), LabelEncoding.of(self.label_manager)
+        )
+        axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, (d, h, w))
+        planes = planes_for(self._work((d, h, w)).share.planes, num_channels, h, w)
+        return merged.labels(coarse, axes, planes)
+
+    def _work(self, patch_size: Sequence[int]) -> Work:
+        device = self.device if self.perform_everything_on_device else torch.device("cpu")
+        return Work(unbounded(patch_size, self.device), device, self.allow_tqdm)
+
+    def _done(self, case: Case) -> Done:
+        segmentation, windows = self.predict_case(case)
+        properties, ending = case["data_properties"], self.dataset_json["file_ending"]
+
+        def write(folder: Path, name: str) -> None:
+            write_labels(segmentation, folder / (name + ending), self.plans_manager, properties)
+            if self.save_patches:
+                write_windows(folder / "patches", name, windows, properties, self.plans_manager, ending)
+
+        return Done(lambda: segmentation, write)
+
+    def _read(self, images: list[str], output: str | None) -> Case:
+        """A case from files, preprocessed for the coarse model."""
+        what = printable(f"cannot preprocess {', '.join(images)}")
+        try:
+            check_names(images, output)
+            image, properties = read_images(self, images)
+        except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
+            return {"error": error, "what": what}
+        return self._preprocessed(image, properties, output, what)
+
+    def _preprocessed(
+        self,
+        image: np.ndarray,
+        properties: dict[str, Any],
+        output: str | None,
+        what: str = "cannot preprocess an array",
+    ) -> Case:
+        """A case as the coarse model sees it, and as it was read."""
+        case = preprocessed_array(self, image, properties, None, output, what)
+        return case if "error" in case else {**case, AS_READ: (image, properties)}
+
+
+class _Nothing:
+    """The patches of a model that is not loaded yet."""
+
+    def patches(self, *_: Any) -> Tensor:
+        raise AssertionError("a model is loaded before its patches are asked for")
+
+
+def _no_windows(starts_K3: Tensor) -> Tensor:
+    raise AssertionError("the coarse prediction has no windows")

@@ -1,0 +1,215 @@
+"""The fine models of a set, each with some of the coarse model's classes: found and checked before they are loaded.
+
+Tensor suffixes: K windows, 3 one coordinate per axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor
+
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.export import can_stream
+from nnunet_nmsw.inference.fine_model import StockModel, factor_between
+from nnunet_nmsw.inference.model_folder import check_model, read_document
+from nnunet_nmsw.inference.networks import Fold
+from nnunet_nmsw.inference.volume import Padded
+from nnunet_nmsw.model.safe_loading import configuration_of
+from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.volume.matched_labels import MatchedLabels, is_class
+from nnunet_nmsw.volume.windows import Shape
+
+
+class ModelFolder(NamedTuple):
+    """Where a trained model is.
+
+    Attributes:
+        path: of the folder.
+        folds: to ensemble.
+    """
+
+    path: Path
+    folds: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FineModel:
+    """A fine model of a set, without its weights. Images are preprocessed for it as for a predictor.
+
+    Attributes:
+        folder: of the model.
+        model: its plans and labels.
+        labels: the classes that the coarse model has, too.
+        factor: voxels of its volume per voxel of the coarse one.
+        device: to preprocess on.
+        verbose_preprocessing: tell of it.
+    """
+
+    folder: ModelFolder
+    model: StockModel
+    labels: MatchedLabels
+    factor: Shape
+    device: torch.device
+    verbose_preprocessing: bool = False
+
+    @classmethod
+    def of(
+        cls, folder: ModelFolder, coarse: StockModel, checkpoint: str, trust: bool, device: torch.device
+    ) -> FineModel:
+        """Read what is known of a model before it is loaded.
+
+        Args:
+            folder: of the model.
+            coarse: the model that it is to be used with.
+            checkpoint: file name of the checkpoints.
+            trust: see `check_model`.
+            device: to preprocess on.
+
+        Raises:
+            UserError: it cannot be loaded, or not be used with the coarse model.
+        """
+        checkpoints = check_model(folder.path, folder.folds, checkpoint, trust)
+        file, first = next(iter(checkpoints.items()))
+        plans, dataset = (read_document(folder.path, name) for name in ("plans.json", "dataset.json"))
+        manager = PlansManager(plans)
+        configuration = manager.get_configuration(configuration_of(first, file))
+        model = StockModel(f"--local_model {folder.path}", manager, configuration, dataset, first["trainer_name"])
+        labels = check_member(coarse, model)
+        return cls(folder, model, labels, factor_between(configuration.spacing, coarse.configuration.spacing), device)
+
+    @property
+    def plans_manager(self) -> PlansManager:
+        """As a predictor has it."""
+        return self.model.plans
+
+    @property
+    def configuration_manager(self) -> ConfigurationManager:
+        """As a predictor has it."""
+        return self.model.configuration
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        """As a predictor has it."""
+        return self.model.dataset
+
+    @property
+    def patch_size(self) -> Shape:
+        """Voxels by axis."""
+        d, h, w = self.configuration_manager.patch_size
+        return d, h, w
+
+    @property
+    def preprocessing(self) -> str:
+        """All that the preprocessed image depends on, beside the image: models of the same share it."""
+        configuration = self.configuration_manager.configuration
+        keys = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name")
+        resampling = ("resampling_fn_data", "resampling_fn_data_kwargs")
+        of_plans = [
+            self.plans_manager.transpose_forward,
+            self.plans_manager.foreground_intensity_properties_per_channel,
+        ]
+        return json.dumps([*(configuration.get(key) for key in (*keys, *resampling)), *of_plans], sort_keys=True)
+
+    def empty_volume(self, properties: dict[str, Any]) -> Padded:
+        """The padded volume of an image without its voxels, to choose windows in.
+
+        Args:
+            properties: nnU-Net's of the image, preprocessed for the coarse model.
+        """
+        shape = properties["shape_after_cropping_and_before_resampling"]
+        spacing = [properties["spacing"][axis] for axis in self.plans_manager.transpose_forward]
+        new_shape = compute_new_shape(shape, spacing, self.configuration_manager.spacing)
+        volume_CDHW = torch.empty((1, *map(int, new_shape)), device="meta")
+        return Padded.of(volume_CDHW, self.patch_size)
+
+
+class MatchedPatches:
+    """The patches of a fold, whose logits are those of the matched channels; see `volume.Patches`.
+
+    Args:
+        fold: predicts patches.
+        labels: the classes.
+    """
+
+    def __init__(self, fold: Fold, labels: MatchedLabels) -> None:
+        self.fold, self.labels = fold, labels
+
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
+        """Logits of windows."""
+        return self.labels.of_fine(self.fold.patches(padded, coarse, starts_K3))
+
+
+def check_member(coarse: StockModel, fine: StockModel) -> MatchedLabels:
+    """See that a fine model can be used with a coarse one.
+
+    Returns:
+        The classes that both have.
+
+    Raises:
+        UserError: it cannot, and why.
+    """
+
+    def facts(model: StockModel) -> dict[str, Any]:
+        return {
+            "channels": model.channels,
+            "reader of images": model.plans.plans["image_reader_writer"],
+            "axis order (transpose_forward)": list(model.plans.transpose_forward),
+        }
+
+    fine.check()
+    for model in (coarse, fine):
+        if model.plans.get_label_manager(model.dataset).has_regions:
+            raise UserError(f"{model.what} has regions, which can overlap: a set takes models of plain labels")
+        if not can_stream(model.configuration):
+            raise UserError(
+                f"{model.what}: its plans resample probabilities with a function or settings of their own, which a set "
+                "does not know"
+            )
+    coarse.check_same(fine, facts)
+    labels = MatchedLabels.of(coarse.dataset["labels"], fine.dataset["labels"])
+    if not labels.coarse:
+        raise UserError(
+            f"{fine.what} has no class of {coarse.what}, and classes are matched by name: it has "
+            f"{names_of(fine.dataset['labels'])}"
+        )
+    return labels
+
+
+def names_of(labels: dict[str, int]) -> str:
+    """Names of classes, for a message."""
+    return ", ".join(name for name, number in labels.items() if is_class(name, number))
+
+
+def check_folders(coarse: Path, fine: Sequence[Path]) -> None:
+    """See that no folder is named twice.
+
+    Raises:
+        UserError: one is.
+    """
+    for number, folder in enumerate(fine):
+        if folder in (coarse, *fine[:number]):
+            raise UserError(f"{folder} is named twice: give each model once, with --global_model or --local_model")
+
+
+def unmatched(coarse: StockModel, models: Sequence[FineModel]) -> list[str]:
+    """Lines for people: which classes only one side has."""
+    labels = {name: number for name, number in coarse.dataset["labels"].items() if is_class(name, number)}
+    found = {number for model in models for number in model.labels.coarse}
+    lines = []
+    alone = [name for name, number in labels.items() if number not in found]
+    if alone:
+        lines.append(f"No fine model has {', '.join(alone)}: they stay as {coarse.what} predicts them")
+    lines += [
+        f"{model.model.what} has {', '.join(model.labels.only_fine)}, which {coarse.what} does not: left out"
+        for model in models
+        if model.labels.only_fine
+    ]
+    return lines

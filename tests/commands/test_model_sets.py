@@ -1,0 +1,82 @@
+"""`nmsw_predict` with a coarse model and several fine ones."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from untrained import refused_by, write_image, write_model
+
+from nnunet_nmsw.commands.predict import main
+
+COARSE = ("liver", "spleen", "kidney", "rib")
+FINE = {"organs": ("kidney", "liver"), "bones": ("rib", "vertebra")}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The models, and how to predict with them."""
+    folder = tmp_path_factory.mktemp("models")
+    low = {"spacing": [2.0] * 3, "data_identifier": "low"}
+    coarse = write_model(folder / "coarse", "nnUNetTrainer", COARSE, seed=7, **low)
+    fine = [
+        write_model(folder / name, "nnUNetTrainer", labels, seed) for seed, (name, labels) in enumerate(FINE.items())
+    ]
+    return ["--global_model", str(coarse), "--local_model", *map(str, fine), "-device", "cpu", "--disable_tta"]
+
+
+def labels(file: Path) -> np.ndarray:
+    array: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    return array
+
+
+def test_a_folder_and_one_image(flags, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for seed, name in enumerate(("a", "b")):
+        write_image(images / f"{name}_0000.nii.gz", seed)
+    (images / "c_0000.nii.gz").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match=r"cannot read .*c_0000"):
+        main(["-i", str(images), "-o", str(tmp_path / "out"), "-k", "25%", "--save_patches", *flags])
+    assert "vertebra" in capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.nii.gz")) == ["a.nii.gz", "b.nii.gz"]
+    # What is written beside the labels is the coarse model's: its numbers are theirs.
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"]["rib"] == 4
+    windows = json.loads((tmp_path / "out" / "patches" / "a.json").read_text())
+    assert windows["patches_per_model"] == [-(-windows["windows_to_choose_from"] // 4)] * 2
+
+    main(["-i", str(images / "a_0000.nii.gz"), "-o", str(tmp_path / "a.nii.gz"), "-k", "25%", *flags])
+    found = labels(tmp_path / "a.nii.gz")
+    assert np.array_equal(found, labels(tmp_path / "out" / "a.nii.gz"))
+    assert len(set(found.flat)) > 2
+
+
+def test_images_in_another_orientation(flags, tmp_path):
+    write_image(tmp_path / "scan.nii.gz")
+    turned = sitk.DICOMOrient(sitk.ReadImage(str(tmp_path / "scan.nii.gz")), "PIR")
+    sitk.WriteImage(turned, str(tmp_path / "turned.nii.gz"))
+    for name in ("scan", "turned"):
+        image, output = (str(tmp_path / f"{stem}.nii.gz") for stem in (name, f"{name}_labels"))
+        main(["-i", image, "-o", output, "-k", "5", "--orientation", "ras", *flags])
+    back = sitk.DICOMOrient(sitk.ReadImage(str(tmp_path / "turned_labels.nii.gz")), "LPS")
+    assert np.array_equal(sitk.GetArrayFromImage(back), labels(tmp_path / "scan_labels.nii.gz"))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["-k", "auto"], "-k auto needs"),
+        (["--save_probabilities"], "leave out --save_probabilities"),
+        (["--max_memory", "8G"], "--max_memory needs"),
+        (["--precision", "int8"], "--precision int8 is for"),
+        (["-f", "3"], "there is no checkpoint"),
+        (["-prev_stage_predictions", "x"], "for the cascade"),
+    ],
+)
+def test_flags_that_a_set_does_not_have(flags, tmp_path, capfd, more, says):
+    write_image(tmp_path / "scan.nii.gz")
+    files = ["-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "out.nii.gz")]
+    assert says in partial(refused_by, main)([*files, *flags, *more], capfd)
+    assert not (tmp_path / "out.nii.gz").exists()
