@@ -121,7 +121,9 @@ def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str
         if args.save_probabilities:
             raise UserError("a set of models gives labels alone: leave out --save_probabilities")
         fine = [ModelFolder(path, tuple(find_folds(path, args.f, args.chk))) for path in args.local_model]
-        predictor = ModelSetPredictor(fine, **of_both)
+        predictor = ModelSetPredictor(fine, explore=args.explore, **of_both)
+    elif args.explore:
+        raise UserError("--explore is for a set of models: several with --local_model, or one with labels of its own")
     elif args.global_model is not None:
         of_global = checked_folder(args.global_model)
         coarse = nnUNetPredictor(**of_stock)

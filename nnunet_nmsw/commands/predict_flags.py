@@ -61,6 +61,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--global_model and --local_model are folders, without -m, -d, -tr, -p and -c")
     if args.global_model is not None and args.k == "auto":
         raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; stock models do not")
+    if args.explore < 0:
+        raise UserError(f"--explore is {args.explore}: give a number of patches, 0 or more")
     if args.global_model is not None and args.max_memory is not None:
         raise UserError("--max_memory needs an NMSW model: the sliding window of --global_model keeps whole volumes")
     if args.max_memory is not None:
@@ -121,6 +123,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="and folder of a stock model for the patches, such as 3d_fullres; or folders of several, each with some "
         "of the coarse model's classes. Classes are matched by name",
+    )
+    add(
+        "--explore",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a set of models: N further patches of each fine model for a case, over the part of the body where it "
+        "has none, for objects that the coarse model misses. Default: 0",
     )
     add("-chk", default="checkpoint_final.pth", help="name of the checkpoint. Default: checkpoint_final.pth")
     add(

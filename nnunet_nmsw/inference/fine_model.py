@@ -76,14 +76,25 @@ def coarse_prediction_of(
         factor: voxels of the volume per low-resolution voxel.
         encoding: of the labels.
     """
+    on_grid_Cdhw = on_low_grid(logits_Cdhw, padded, factor)
+    return CoarsePrediction(on_grid_Cdhw, encoding.entropy(on_grid_Cdhw), encoding)
+
+
+def on_low_grid(map_Cdhw: Tensor, padded: Padded, factor: Shape) -> Tensor:
+    """A map in voxels of another model on the low-resolution grid of a padded volume, edges replicated.
+
+    Args:
+        map_Cdhw: over the volume without padding.
+        padded: the volume; its shape alone is looked at.
+        factor: voxels of the volume per low-resolution voxel.
+    """
     matrices: list[Tensor | None] = []
     for axis, low in enumerate(low_shape(spatial_shape(padded.volume_CDHW), factor)):
         centres = (torch.arange(low, dtype=torch.float64) + 0.5) * factor[axis] - padded.offset[axis]
-        size = logits_Cdhw.shape[axis + 1]
+        size = map_Cdhw.shape[axis + 1]
         axis_of_view = axis_between(centres / padded.inside[axis] * size - 0.5, size)
-        matrices.append(axis_of_view.matrix(size).to(logits_Cdhw.device))
-    on_grid_Cdhw = interpolated(logits_Cdhw, matrices)
-    return CoarsePrediction(on_grid_Cdhw, encoding.entropy(on_grid_Cdhw), encoding)
+        matrices.append(axis_of_view.matrix(size).to(map_Cdhw.device))
+    return interpolated(map_Cdhw, matrices)
 
 
 def uncompiled(network: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from nnunet_nmsw.inference.cases import Case, Cases, in_order
 from nnunet_nmsw.inference.claims import Merged, claims_of
 from nnunet_nmsw.inference.export import in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.files import FilesPredictor
-from nnunet_nmsw.inference.fine_model import FineModelPredictor, StockModel, coarse_prediction_of
+from nnunet_nmsw.inference.fine_model import FineModelPredictor, StockModel, coarse_prediction_of, on_low_grid
 from nnunet_nmsw.inference.model_folder import initialize
 from nnunet_nmsw.inference.networks import unbounded
 from nnunet_nmsw.inference.open_windows import FusedModel
@@ -40,6 +40,7 @@ from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_othe
 from nnunet_nmsw.model.fusion import INITIAL_CLASS_WEIGHT, FusionWeights
 from nnunet_nmsw.selection.budget import UNCALIBRATED, parse_num_patches
 from nnunet_nmsw.selection.by_score import GreedyBenefit
+from nnunet_nmsw.selection.explore import body_of, explored
 from nnunet_nmsw.selection.interface import WindowChoice
 from nnunet_nmsw.selection.of_present import OfPresentClasses
 from nnunet_nmsw.volume.labels import LabelEncoding
@@ -63,6 +64,8 @@ class ModelSetPredictor(FilesPredictor):
         fine_models: their folders.
         num_patches: K, patches of each fine model for a case: a number, a percentage of its windows, or "all": every
             window in which the coarse prediction sees one of its classes. 10% where None.
+        explore: further windows of each fine model for a case, over the part of the body where it has none: a guard
+            against objects that the coarse model misses.
         save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
         precision: see `NMSWPredictor`; of all models.
         backend: see `NMSWPredictor`; of all models.
@@ -74,6 +77,7 @@ class ModelSetPredictor(FilesPredictor):
         self,
         fine_models: Sequence[ModelFolder],
         num_patches: int | str | None = None,
+        explore: int = 0,
         save_patches: bool = False,
         precision: str = FLOAT32,
         backend: str = PYTORCH,
@@ -82,6 +86,7 @@ class ModelSetPredictor(FilesPredictor):
     ) -> None:
         super().__init__(**kwargs)
         self.folders, self.save_patches, self.trust_model = tuple(fine_models), save_patches, trust_model
+        self.explore = explore
         self.num_patches = parse_num_patches(UNCALIBRATED if num_patches is None else num_patches, "num_patches")
         self._of_fine = {**kwargs, "precision": precision, "backend": backend, "trust_model": trust_model}
         self._backend = backend_named(backend, precision, self.device)
@@ -152,7 +157,8 @@ class ModelSetPredictor(FilesPredictor):
         logits_Cdhw = self.predict_logits_from_preprocessed_data(case["data"]).to(self.device).float()
         shape = properties["shape_after_cropping_and_before_resampling"]
         merged = Merged(shape, [model.labels.coarse for model in self.fine_models])
-        chosen = [self._choose(model, logits_Cdhw, properties) for model in self.fine_models]
+        body_1dhw = body_of(case["data"][0])[None] if self.explore else torch.ones(1, *logits_Cdhw.shape[1:])
+        chosen = [self._choose(model, logits_Cdhw, body_1dhw, properties) for model in self.fine_models]
         needed = [number for number, fold in enumerate(chosen) if len(fold.windows.starts_K3)]
         # Models that see the image in the same way one after the other: it is resampled once for them.
         needed.sort(key=lambda number: self.fine_models[number].preprocessing)
@@ -171,13 +177,17 @@ class ModelSetPredictor(FilesPredictor):
         ]
         return Segmented(segmentation, windows)
 
-    def _choose(self, model: FineModel, logits_Cdhw: Tensor, properties: dict[str, Any]) -> FoldOfCase:
+    def _choose(
+        self, model: FineModel, logits_Cdhw: Tensor, body_1dhw: Tensor, properties: dict[str, Any]
+    ) -> FoldOfCase:
         """The windows of a fine model, by the coarse prediction of its classes."""
         padded, labels = model.empty_volume(properties), model.labels
         coarse = coarse_prediction_of(labels.of_coarse(logits_Cdhw), padded, model.factor, labels.encoding)
         d, h, w = padded.volume_CDHW.shape[1:]
         grid = WindowGrid((d, h, w), model.patch_size, model.factor)
         windows = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches).choose(coarse, grid)
+        body_dhw = on_low_grid(body_1dhw.to(self.device), padded, model.factor)[0]
+        windows = explored(windows, body_dhw, grid, self.explore)
         weight = torch.sigmoid(torch.tensor(INITIAL_CLASS_WEIGHT, device=self.device))
         return FoldOfCase(_Nothing(), coarse, grid, windows, FusionWeights.convex(weight.repeat(labels.num_channels)))
 

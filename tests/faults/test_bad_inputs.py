@@ -95,6 +95,8 @@ FLAGS = {
     "-o {model}/plans.json": "is a file",
     "-o {model}/plans.json/x": "is a file",
     "-o out.nii.gz": "give a folder for the predictions",
+    "--explore 3": "--explore is for a set",
+    "--explore -1": "--explore is -1",
     "--orientation XYZ": "--orientation is XYZ",
     "-m missing": "not the folder of a trained model",
     "-m {model}/fold_0": "not the folder of a trained model",

@@ -130,6 +130,16 @@ def test_a_model_without_a_class_in_the_image_is_not_loaded(models, image, monke
     assert [len(chosen.starts) > 0 for chosen in windows] == [False, True, True]
 
 
+def test_a_model_explores_where_the_coarse_prediction_has_none_of_its_classes(models, image, monkeypatch):
+    predictor = the_set(models, num_patches=2, explore=3)
+    case = case_of(predictor, image)
+    logits = predictor.predict_logits_from_preprocessed_data(case["data"]).clone()
+    logits[[1, 3]] = -100.0
+    monkeypatch.setattr(predictor, "predict_logits_from_preprocessed_data", lambda _: logits)
+    windows = predictor.predict_case(case).windows
+    assert [len(chosen.starts) for chosen in windows] == [3, 5, 5]
+
+
 def test_an_image_is_resampled_once_for_models_that_see_it_alike(models, image, monkeypatch):
     from nnunet_nmsw.inference import model_set
 
