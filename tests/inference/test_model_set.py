@@ -1,5 +1,7 @@
 """Sets of stock models against nnU-Net's own sliding windows, merged voxel by voxel."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,35 @@ def test_an_image_is_resampled_once_for_models_that_see_it_alike(models, image, 
     predictor = the_set(models, num_patches=2)
     predictor.predict_case(case_of(predictor, image))
     assert len(seen) == 2  # for the coarse model, and for three fine ones
+
+
+def in_old_plans(folder: Path) -> None:
+    """Describe a model's network as nnU-Net did before version 2.4. Public models have such plans."""
+    plans = json.loads((folder / "plans.json").read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    of_network = configuration.pop("architecture")["arch_kwargs"]
+    configuration |= {
+        "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": of_network["features_per_stage"][0],
+        "unet_max_num_features": 320,
+        "n_conv_per_stage_encoder": of_network["n_conv_per_stage"],
+        "n_conv_per_stage_decoder": of_network["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [1, 1, 1],
+        "pool_op_kernel_sizes": of_network["strides"],
+        "conv_kernel_sizes": of_network["kernel_sizes"],
+    }
+    (folder / "plans.json").write_text(json.dumps(plans))
+
+
+def test_models_with_plans_of_old_nnunet(models, image, tmp_path):
+    old = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in models.items()}
+    for folder in old.values():
+        in_old_plans(folder)
+    found = []
+    for of in (models, old):
+        predictor = the_set(of, num_patches=2)
+        found.append(predictor.predict_case(case_of(predictor, image)).segmentation)
+    assert np.array_equal(*found)
 
 
 def test_classes_of_one_side_are_reported(models, capsys):
