@@ -14,6 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_nmsw.commands.calibrate_set import calibrate_set
 from nnunet_nmsw.commands.find import find_folds, find_model, is_set
 from nnunet_nmsw.commands.images import Images, find_images
 from nnunet_nmsw.commands.predict_flags import read_flags
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prepare_device(args.device)
     folder = find_model(args).resolve()
     folds = find_folds(folder, args.f, args.chk)
+    if args.calibrate is not None:
+        calibrate_set(args, folder, lambda: make_predictor(args, folder, folds, args.device))
+        return
     images = find_images(args.i, args.o, folder)
     if images.is_file:
         _check_one_image(args)
@@ -121,9 +125,10 @@ def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str
         if args.save_probabilities:
             raise UserError("a set of models gives labels alone: leave out --save_probabilities")
         fine = [ModelFolder(path, tuple(find_folds(path, args.f, args.chk))) for path in args.local_model]
-        predictor = ModelSetPredictor(fine, explore=args.explore, **of_both)
-    elif args.explore:
-        raise UserError("--explore is for a set of models: several with --local_model, or one with labels of its own")
+        predictor = ModelSetPredictor(fine, explore=args.explore, calibration=args.calibration, **of_both)
+    elif args.explore or args.calibration is not None:
+        flag = "--explore" if args.explore else "--calibration"
+        raise UserError(f"{flag} is for a set of models: several with --local_model, or one with labels of its own")
     elif args.global_model is not None:
         of_global = checked_folder(args.global_model)
         coarse = nnUNetPredictor(**of_stock)

@@ -59,8 +59,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
     if args.global_model is not None and any(flag is not None for flag in (args.m, args.d, args.tr, args.p, args.c)):
         raise UserError("--global_model and --local_model are folders, without -m, -d, -tr, -p and -c")
-    if args.global_model is not None and args.k == "auto":
-        raise UserError("-k auto needs an NMSW model, which predicts the benefit of patches; stock models do not")
+    if args.global_model is not None and args.k == "auto" and args.calibration is None:
+        raise UserError(
+            "-k auto needs an NMSW model, which predicts the benefit of patches; stock models do not. A set of them "
+            "can be calibrated with --calibrate"
+        )
+    if args.calibrate is not None and args.calibration is not None:
+        raise UserError("--calibrate makes the file that --calibration takes: give one of them")
     if args.explore < 0:
         raise UserError(f"--explore is {args.explore}: give a number of patches, 0 or more")
     if args.global_model is not None and args.max_memory is not None:
@@ -132,6 +137,15 @@ def parser() -> argparse.ArgumentParser:
         help="of a set of models: N further patches of each fine model for a case, over the part of the body where it "
         "has none, for objects that the coarse model misses. Default: 0",
     )
+    add(
+        "--calibrate",
+        type=_absolute,
+        metavar="FOLDER",
+        help="of a set of models: do not predict. Fit the fusion of its models, and find the threshold of -k auto, to "
+        "the reference labels in this folder, files CASE with the coarse model's numbers. -i is the folder of their "
+        "images, a handful suffices, and -o the JSON file to write",
+    )
+    add("--calibration", type=_absolute, metavar="FILE", help="take what --calibrate wrote for these models")
     add("-chk", default="checkpoint_final.pth", help="name of the checkpoint. Default: checkpoint_final.pth")
     add(
         "-k",

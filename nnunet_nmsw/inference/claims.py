@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.inference.open_windows import FusedModel
 from nnunet_nmsw.inference.planes import (
     MOST_POINTS,
     TILE,
@@ -29,8 +30,10 @@ from nnunet_nmsw.inference.planes import (
     weighted_rows,
 )
 from nnunet_nmsw.inference.volume import Padded
+from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.volume.interpolation import Axis, interpolated
-from nnunet_nmsw.volume.windows import Shape, overlap, window_slices
+from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.windows import Shape, WindowGrid, overlap, window_slices
 
 MOST_MODELS = 63
 """A bit of a whole number for each."""
@@ -52,18 +55,28 @@ class Claims(NamedTuple):
     sureness_ZYX: Tensor
 
 
-def claims_of(
-    prediction: FusedPrediction, starts_K3: Tensor, axes: Sequence[Axis], padded: Padded, planes_at_once: int
-) -> Iterator[Claims]:
-    """What a model claims, box by box along the first axis; tensors are on the host.
+class FinePrediction(NamedTuple):
+    """A fine model's prediction of an image, not worked out yet: arguments of `claims_of`.
 
-    Args:
+    Attributes:
         prediction: of the padded volume; its first channel is "none of the classes".
         starts_K3: first voxels of the windows in the padded volume.
         axes: from the volume before padding to the cropped image.
         padded: the volume.
         planes_at_once: planes of the volume to hold logits of.
     """
+
+    prediction: FusedPrediction
+    starts_K3: Tensor
+    axes: Sequence[Axis]
+    padded: Padded
+    planes_at_once: int
+
+
+def claims_of(
+    prediction: FusedPrediction, starts_K3: Tensor, axes: Sequence[Axis], padded: Padded, planes_at_once: int
+) -> Iterator[Claims]:
+    """What a model claims, box by box along the first axis; tensors are on the host. See `FinePrediction`."""
     device, patch_size = prediction.device, prediction.patch_size
     first = [int(start) - before for start, before in zip(starts_K3.amin(0), padded.offset, strict=True)]
     last = starts_K3.amax(0) + torch.tensor(patch_size)
@@ -168,6 +181,18 @@ class Merged:
             for number in classes:
                 owners[number] |= 1 << model
         return owners
+
+
+def without_windows(logits_Cdhw: Tensor, encoding: LabelEncoding) -> FusedPrediction:
+    """A model's prediction in voxels of its own, which no window touches: for `Merged.labels`."""
+    d, h, w = logits_Cdhw.shape[1:]
+    weights = FusionWeights.convex(torch.zeros(len(logits_Cdhw), device=logits_Cdhw.device))
+    model = FusedModel(logits_Cdhw, torch.zeros((0, 3), dtype=torch.int64), weights, _no_windows)
+    return FusedPrediction([model], WindowGrid((d, h, w), (d, h, w), (1, 1, 1)), encoding)
+
+
+def _no_windows(starts_K3: Tensor) -> Tensor:
+    raise AssertionError("there are no windows")
 
 
 def covered(starts_K3: Tensor, patch_size: Shape, start: Shape, size: Shape) -> Tensor:

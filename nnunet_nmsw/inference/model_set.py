@@ -5,7 +5,7 @@ Tensor suffixes: C channels of the coarse model's logits, d h w axes of its volu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -22,35 +22,37 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import FLOAT32, PYTORCH
 from nnunet_nmsw.inference.case_model import Segmented
 from nnunet_nmsw.inference.cases import Case, Cases, in_order
-from nnunet_nmsw.inference.claims import Merged, claims_of
+from nnunet_nmsw.inference.claims import FinePrediction, Merged, claims_of, without_windows
 from nnunet_nmsw.inference.export import in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.fine_model import FineModelPredictor, StockModel, coarse_prediction_of, on_low_grid
 from nnunet_nmsw.inference.model_folder import initialize
 from nnunet_nmsw.inference.networks import unbounded
-from nnunet_nmsw.inference.open_windows import FusedModel
 from nnunet_nmsw.inference.openvino_branches import backend_named
-from nnunet_nmsw.inference.planes import FusedPrediction, planes_for
+from nnunet_nmsw.inference.planes import planes_for
 from nnunet_nmsw.inference.preprocessing import check_names, preprocessed_array, read_images
-from nnunet_nmsw.inference.set_members import FineModel, MatchedPatches, ModelFolder, check_folders, unmatched
+from nnunet_nmsw.inference.set_calibration import SetCalibration, read_calibration
+from nnunet_nmsw.inference.set_members import (
+    FineModel,
+    MatchedPatches,
+    ModelFolder,
+    check_folders,
+    digest_of_folds,
+    unmatched,
+)
 from nnunet_nmsw.inference.two_models import give_backend
 from nnunet_nmsw.inference.volume import FoldOfCase, Padded, Spending, Work, fused_prediction, patches_bar
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
-from nnunet_nmsw.model.fusion import INITIAL_CLASS_WEIGHT, FusionWeights
-from nnunet_nmsw.selection.budget import UNCALIBRATED, parse_num_patches
+from nnunet_nmsw.selection.budget import parse_num_patches
 from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.selection.explore import body_of, explored
-from nnunet_nmsw.selection.interface import WindowChoice
 from nnunet_nmsw.selection.of_present import OfPresentClasses
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import WindowGrid
 
 AS_READ = "image_as_read"
 """Key of a preprocessed case: the image as nnU-Net's reader gives it, and its properties."""
-
-IDENTITY = (1, 1, 1)
-"""Voxels of the coarse model's volume for each voxel of its prediction."""
 
 
 class ModelSetPredictor(FilesPredictor):
@@ -62,10 +64,12 @@ class ModelSetPredictor(FilesPredictor):
 
     Args:
         fine_models: their folders.
-        num_patches: K, patches of each fine model for a case: a number, a percentage of its windows, or "all": every
-            window in which the coarse prediction sees one of its classes. 10% where None.
+        num_patches: K, patches of each fine model for a case: a number, a percentage of its windows, "all": every
+            window in which the coarse prediction sees one of its classes, or with a calibration "auto". Where None,
+            "auto" with a calibration, else 10%.
         explore: further windows of each fine model for a case, over the part of the body where it has none: a guard
             against objects that the coarse model misses.
+        calibration: file of a calibration of these very models, see `set_calibration`.
         save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
         precision: see `NMSWPredictor`; of all models.
         backend: see `NMSWPredictor`; of all models.
@@ -78,6 +82,7 @@ class ModelSetPredictor(FilesPredictor):
         fine_models: Sequence[ModelFolder],
         num_patches: int | str | None = None,
         explore: int = 0,
+        calibration: Path | None = None,
         save_patches: bool = False,
         precision: str = FLOAT32,
         backend: str = PYTORCH,
@@ -86,8 +91,11 @@ class ModelSetPredictor(FilesPredictor):
     ) -> None:
         super().__init__(**kwargs)
         self.folders, self.save_patches, self.trust_model = tuple(fine_models), save_patches, trust_model
-        self.explore = explore
-        self.num_patches = parse_num_patches(UNCALIBRATED if num_patches is None else num_patches, "num_patches")
+        self.explore, self._calibration_file = explore, calibration
+        self.num_patches = "auto" if num_patches is None else parse_num_patches(num_patches, "num_patches", auto=True)
+        if num_patches == "auto" and calibration is None:
+            raise UserError('num_patches "auto" needs a calibration of the set: make one with --calibrate')
+        self.calibration = SetCalibration({}, None)
         self._of_fine = {**kwargs, "precision": precision, "backend": backend, "trust_model": trust_model}
         self._backend = backend_named(backend, precision, self.device)
         self.fine_models: list[FineModel] = []
@@ -115,6 +123,13 @@ class ModelSetPredictor(FilesPredictor):
         self.fine_models = [FineModel.of(fine, coarse, *known) for fine in self.folders]
         for line in unmatched(coarse, self.fine_models):
             print(line)
+        if self._calibration_file is not None:
+            self.calibration = read_calibration(self._calibration_file, self.digest, self.fine_models)
+
+    @property
+    def digest(self) -> str:
+        """Says which coarse model it is, by its weights."""
+        return digest_of_folds(self.list_of_parameters)
 
     def preprocess(self, images: Any, previous_stage: Any, outputs: Any, num_threads: int) -> Cases:
         """See the parent."""
@@ -154,11 +169,41 @@ class ModelSetPredictor(FilesPredictor):
             case: of `preprocess` or `preprocess_arrays`.
         """
         properties = case["data_properties"]
-        logits_Cdhw = self.predict_logits_from_preprocessed_data(case["data"]).to(self.device).float()
+        logits_Cdhw = self.coarse_logits(case)
+        chosen = self.chosen(case, logits_Cdhw)
         shape = properties["shape_after_cropping_and_before_resampling"]
         merged = Merged(shape, [model.labels.coarse for model in self.fine_models])
+        for number, fine in self.fine_predictions(case, chosen):
+            for claims in claims_of(*fine):
+                merged.add(number, claims)
+        labels_ZYX = self._labels(logits_Cdhw, merged, properties)
+        segmentation = in_image(labels_ZYX, self.plans_manager, self.label_manager, properties)
+        windows = [
+            fold.in_volume(model.empty_volume(properties)) for model, fold in zip(self.fine_models, chosen, strict=True)
+        ]
+        return Segmented(segmentation, windows)
+
+    def coarse_logits(self, case: Case) -> Tensor:
+        """The coarse model's logits, float32 in voxels of its own."""
+        return self.predict_logits_from_preprocessed_data(case["data"]).to(self.device).float()
+
+    def chosen(self, case: Case, logits_Cdhw: Tensor) -> list[FoldOfCase]:
+        """The windows of each fine model, whose networks are not loaded yet.
+
+        Args:
+            case: preprocessed.
+            logits_Cdhw: of `coarse_logits`.
+        """
         body_1dhw = body_of(case["data"][0])[None] if self.explore else torch.ones(1, *logits_Cdhw.shape[1:])
-        chosen = [self._choose(model, logits_Cdhw, body_1dhw, properties) for model in self.fine_models]
+        return [self._choose(model, logits_Cdhw, body_1dhw, case["data_properties"]) for model in self.fine_models]
+
+    def fine_predictions(self, case: Case, chosen: Sequence[FoldOfCase]) -> Iterator[tuple[int, FinePrediction]]:
+        """The predictions of the models that have windows, with the models' numbers; one is loaded at a time.
+
+        Args:
+            case: preprocessed.
+            chosen: of `chosen`.
+        """
         needed = [number for number, fold in enumerate(chosen) if len(fold.windows.starts_K3)]
         # Models that see the image in the same way one after the other: it is resampled once for them.
         needed.sort(key=lambda number: self.fine_models[number].preprocessing)
@@ -169,13 +214,7 @@ class ModelSetPredictor(FilesPredictor):
             if "error" in seen:
                 raise seen["error"]
             for number in group:
-                self._ask(number, chosen[number], seen, merged)
-        labels_ZYX = self._labels(logits_Cdhw, merged, properties)
-        segmentation = in_image(labels_ZYX, self.plans_manager, self.label_manager, properties)
-        windows = [
-            fold.in_volume(model.empty_volume(properties)) for model, fold in zip(self.fine_models, chosen, strict=True)
-        ]
-        return Segmented(segmentation, windows)
+                yield from self._predicted(number, chosen[number], seen)
 
     def _choose(
         self, model: FineModel, logits_Cdhw: Tensor, body_1dhw: Tensor, properties: dict[str, Any]
@@ -185,14 +224,13 @@ class ModelSetPredictor(FilesPredictor):
         coarse = coarse_prediction_of(labels.of_coarse(logits_Cdhw), padded, model.factor, labels.encoding)
         d, h, w = padded.volume_CDHW.shape[1:]
         grid = WindowGrid((d, h, w), model.patch_size, model.factor)
-        windows = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches).choose(coarse, grid)
+        spending = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches, self.calibration.threshold)
         body_dhw = on_low_grid(body_1dhw.to(self.device), padded, model.factor)[0]
-        windows = explored(windows, body_dhw, grid, self.explore)
-        weight = torch.sigmoid(torch.tensor(INITIAL_CLASS_WEIGHT, device=self.device))
-        return FoldOfCase(_Nothing(), coarse, grid, windows, FusionWeights.convex(weight.repeat(labels.num_channels)))
+        windows = explored(spending.choose(coarse, grid), body_dhw, grid, self.explore)
+        weights = self.calibration.weights_of(model).to(self.device)
+        return FoldOfCase(_Nothing(), coarse, grid, windows, weights)
 
-    def _ask(self, number: int, chosen: FoldOfCase, seen: Case, merged: Merged) -> None:
-        """Take in what a fine model claims."""
+    def _predicted(self, number: int, chosen: FoldOfCase, seen: Case) -> Iterator[tuple[int, FinePrediction]]:
         model = self.fine_models[number]
         predictor = FineModelPredictor(lambda: self.configuration_manager.spacing, **self._of_fine)
         predictor.initialize_from_trained_model_folder(str(model.folder.path), model.folder.folds, self.checkpoint)
@@ -203,21 +241,14 @@ class ModelSetPredictor(FilesPredictor):
         planes = planes_for(work.share.planes, model.labels.num_channels, *padded.inside[1:])
         with patches_bar(folds, work) as bar:
             prediction = fused_prediction(padded, folds, work, bar)
-            for claims in claims_of(prediction, chosen.windows.starts_K3, axes, padded, planes):
-                merged.add(number, claims)
+            yield number, FinePrediction(prediction, chosen.windows.starts_K3, axes, padded, planes)
 
     def _labels(self, logits_Cdhw: Tensor, merged: Merged, properties: dict[str, Any]) -> Tensor:
         """Labels of the cropped image."""
         num_channels, d, h, w = logits_Cdhw.shape
-        weight_C = torch.zeros(num_channels, device=logits_Cdhw.device)
-        nowhere = WindowChoice.nothing().starts_K3
-        model = FusedModel(logits_Cdhw, nowhere, FusionWeights.convex(weight_C), _no_windows)
-        coarse = FusedPrediction(
-            [model], WindowGrid((d, h, w), (d, h, w), IDENTITY), LabelEncoding.of(self.label_manager)
-        )
+        coarse = without_windows(logits_Cdhw, LabelEncoding.of(self.label_manager))
         axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, (d, h, w))
-        planes = planes_for(self._work((d, h, w)).share.planes, num_channels, h, w)
-        return merged.labels(coarse, axes, planes)
+        return merged.labels(coarse, axes, planes_for(self._work((d, h, w)).share.planes, num_channels, h, w))
 
     def _work(self, patch_size: Sequence[int]) -> Work:
         device = self.device if self.perform_everything_on_device else torch.device("cpu")
@@ -261,7 +292,3 @@ class _Nothing:
 
     def patches(self, *_: Any) -> Tensor:
         raise AssertionError("a model is loaded before its patches are asked for")
-
-
-def _no_windows(starts_K3: Tensor) -> Tensor:
-    raise AssertionError("the coarse prediction has no windows")

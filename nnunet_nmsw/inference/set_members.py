@@ -6,8 +6,10 @@ Tensor suffixes: K windows, 3 one coordinate per axis.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from nnunet_nmsw.inference.export import can_stream
 from nnunet_nmsw.inference.fine_model import StockModel, factor_between
 from nnunet_nmsw.inference.model_folder import check_model, read_document
 from nnunet_nmsw.inference.networks import Fold
+from nnunet_nmsw.inference.openvino_models import digest_of_weights
 from nnunet_nmsw.inference.volume import Padded
 from nnunet_nmsw.model.safe_loading import configuration_of
 from nnunet_nmsw.selection.interface import CoarsePrediction
@@ -49,6 +52,7 @@ class FineModel:
         model: its plans and labels.
         labels: the classes that the coarse model has, too.
         factor: voxels of its volume per voxel of the coarse one.
+        weights: of each fold, by name, on the disk.
         device: to preprocess on.
         verbose_preprocessing: tell of it.
     """
@@ -57,6 +61,7 @@ class FineModel:
     model: StockModel
     labels: MatchedLabels
     factor: Shape
+    weights: tuple[Mapping[str, Tensor], ...]
     device: torch.device
     verbose_preprocessing: bool = False
 
@@ -83,7 +88,9 @@ class FineModel:
         configuration = manager.get_configuration(configuration_of(first, file))
         model = StockModel(f"--local_model {folder.path}", manager, configuration, dataset, first["trainer_name"])
         labels = check_member(coarse, model)
-        return cls(folder, model, labels, factor_between(configuration.spacing, coarse.configuration.spacing), device)
+        factor = factor_between(configuration.spacing, coarse.configuration.spacing)
+        weights = tuple(read["network_weights"] for read in checkpoints.values())
+        return cls(folder, model, labels, factor, weights, device)
 
     @property
     def plans_manager(self) -> PlansManager:
@@ -99,6 +106,11 @@ class FineModel:
     def dataset_json(self) -> dict[str, Any]:
         """As a predictor has it."""
         return self.model.dataset
+
+    @cached_property
+    def digest(self) -> str:
+        """Says which model it is, by its weights."""
+        return digest_of_folds(self.weights)
 
     @property
     def patch_size(self) -> Shape:
@@ -129,6 +141,11 @@ class FineModel:
         new_shape = compute_new_shape(shape, spacing, self.configuration_manager.spacing)
         volume_CDHW = torch.empty((1, *map(int, new_shape)), device="meta")
         return Padded.of(volume_CDHW, self.patch_size)
+
+
+def digest_of_folds(weights: Sequence[Mapping[str, Tensor]]) -> str:
+    """Says which model it is that has these weights, fold by fold."""
+    return hashlib.sha256(" ".join(map(digest_of_weights, weights)).encode()).hexdigest()
 
 
 class MatchedPatches:

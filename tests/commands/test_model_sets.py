@@ -64,6 +64,53 @@ def test_images_in_another_orientation(flags, tmp_path):
     assert np.array_equal(sitk.GetArrayFromImage(back), labels(tmp_path / "scan_labels.nii.gz"))
 
 
+def write_labels(file: Path, shape: tuple[int, ...] = (14, 15, 16), largest: int = 4) -> None:
+    """Labels of noise, for `write_image`."""
+    array = np.random.default_rng(0).integers(0, largest + 1, shape).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(file))
+
+
+def test_a_set_is_calibrated(flags, tmp_path, capsys):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for seed, name in enumerate(("a", "b")):
+        write_image(tmp_path / "images" / f"{name}_0000.nii.gz", seed)
+        write_labels(tmp_path / "labels" / f"{name}.nii.gz")
+    given, file = ["-i", str(tmp_path / "images")], str(tmp_path / "new" / "calibration.json")
+    main([*given, "--calibrate", str(tmp_path / "labels"), "-o", file, "-k", "25%", *flags])
+    output = capsys.readouterr().out
+    assert "Left-out cases gain" in output
+    assert f"Predict with --calibration {file}" in output
+    assert json.loads(Path(file).read_text())["cases"] == 2
+    main([*given, "-o", str(tmp_path / "out"), "--calibration", file, *flags])
+    assert (tmp_path / "out" / "b.nii.gz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"-o": "out"}, "give the file to write"),
+        ({"-i": "images/a_0000.nii.gz"}, "takes a folder of images"),
+        ({"--calibrate": "images"}, "has no a.nii.gz, the labels of an image"),
+        ({"--calibrate": "large"}, "has 14 × 15 × 17 voxels"),
+        ({"--calibrate": "strange"}, "has a label that is none of --global_model's"),
+        ({"--calibration": "x.json"}, "give one of them"),
+    ],
+)
+def test_calibrations_that_cannot_be_made(flags, tmp_path, monkeypatch, capfd, change, says):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("images", "labels", "large", "strange"):
+        Path(folder).mkdir()
+    write_image(Path("images/a_0000.nii.gz"))
+    write_labels(Path("labels/a.nii.gz"))
+    write_labels(Path("large/a.nii.gz"), (14, 15, 17))
+    write_labels(Path("strange/a.nii.gz"), largest=9)
+    given = {"-i": "images", "--calibrate": "labels", "-o": "calibration.json", **change}
+    command = [word for pair in given.items() for word in pair]
+    assert says in partial(refused_by, main)([*command, *flags], capfd)
+    assert not Path(given["-o"]).exists()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

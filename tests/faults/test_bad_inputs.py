@@ -95,6 +95,8 @@ FLAGS = {
     "-o {model}/plans.json": "is a file",
     "-o {model}/plans.json/x": "is a file",
     "-o out.nii.gz": "give a folder for the predictions",
+    "--calibrate x": "--calibrate is for a set",
+    "--calibration x": "--calibration is for a set",
     "--explore 3": "--explore is for a set",
     "--explore -1": "--explore is -1",
     "--orientation XYZ": "--orientation is XYZ",

@@ -8,27 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.inference.claims import Claims, Merged, covered
-from nnunet_nmsw.inference.open_windows import FusedModel
-from nnunet_nmsw.inference.planes import FusedPrediction
-from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.inference.claims import Claims, Merged, covered, without_windows
 from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.volume.labels import LabelEncoding
-from nnunet_nmsw.volume.windows import WindowGrid
 
 SHAPE = (3, 4, 5)
 CLASSES = ((1, 3), (2,), (3, 4))
 """Of three models; two of them have class 3."""
 
 WHOLE = tuple(slice(0, size) for size in SHAPE)
-
-
-def coarse_prediction(logits_Cdhw: torch.Tensor) -> FusedPrediction:
-    """A prediction without windows, in the voxels of the image."""
-    shape = tuple(logits_Cdhw.shape[1:])
-    weights = FusionWeights.convex(torch.zeros(len(logits_Cdhw)))
-    model = FusedModel(logits_Cdhw, torch.zeros((0, 3), dtype=torch.int64), weights, lambda _: torch.empty(0))
-    return FusedPrediction([model], WindowGrid(shape, shape, (1, 1, 1)), LabelEncoding(len(logits_Cdhw)))
 
 
 def random_claims(generator: torch.Generator, num_classes: int) -> Claims:
@@ -62,7 +50,7 @@ def test_every_voxel_gets_the_label_that_the_rule_gives_it_whatever_the_order(se
     merged = Merged(SHAPE, CLASSES)
     for model in order:
         merged.add(model, claims[model])
-    labels_ZYX = merged.labels(coarse_prediction(logits_Cdhw), [linear_axis(n, n) for n in SHAPE], 4)
+    labels_ZYX = merged.labels(without_windows(logits_Cdhw, LabelEncoding(6)), [linear_axis(n, n) for n in SHAPE], 4)
     for voxel in itertools.product(*map(range, SHAPE)):
         assert int(labels_ZYX[voxel]) == by_voxel(claims, logits_Cdhw, voxel)
 

@@ -126,7 +126,7 @@ def test_a_model_without_a_class_in_the_image_is_not_loaded(models, image, monke
     logits[[1, 3]] = -100.0  # neither liver nor kidney
     monkeypatch.setattr(predictor, "predict_logits_from_preprocessed_data", lambda _: logits)
     asked = []
-    monkeypatch.setattr(predictor, "_ask", lambda number, *_: asked.append(number))
+    monkeypatch.setattr(predictor, "_predicted", lambda number, *_: iter(asked.append(number) or ()))
     windows = predictor.predict_case(case).windows
     assert asked == [1, 2]
     assert [len(chosen.starts) > 0 for chosen in windows] == [False, True, True]

@@ -1,0 +1,73 @@
+"""`nmsw_predict --calibrate`: a set of stock models, and labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_nmsw.commands.find import is_set
+from nnunet_nmsw.commands.images import check_output, find_cases
+from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import write_json
+from nnunet_nmsw.inference.files import FilesPredictor
+from nnunet_nmsw.inference.model_folder import read_document
+from nnunet_nmsw.inference.model_set import ModelSetPredictor
+from nnunet_nmsw.inference.preprocessing import read_labels
+from nnunet_nmsw.inference.set_calibration import document_of
+
+
+def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[], FilesPredictor]) -> None:
+    """Calibrate a set of models, and write the file that `--calibration` takes.
+
+    Args:
+        args: flags of `nmsw_predict`.
+        model_folder: of the coarse model.
+        make: makes the predictor of the set.
+
+    Raises:
+        UserError: a flag, a file or a model does not fit; or an image or its labels cannot be read.
+    """
+    from nnunet_nmsw.evaluation.set_calibration import Labelled, calibrate  # of what predictions do not import
+
+    if not is_set(args):
+        raise UserError("--calibrate is for a set of models: several with --local_model, or one with labels of its own")
+    if not args.o.endswith(".json") or os.path.isdir(args.o):
+        raise UserError(f"-o {args.o}: with --calibrate, give the file to write, such as calibration.json")
+    if len(args.i) > 1 or os.path.isfile(args.i[0]):
+        raise UserError("--calibrate takes a folder of images with -i")
+    check_output(os.path.dirname(args.o) or ".")
+    ending = read_document(model_folder, "dataset.json")["file_ending"]
+    images = find_cases(args.i[0], model_folder)
+    names = [os.path.basename(files[0])[: -len(f"_0000{ending}")] for files in images]
+    references = [args.calibrate / (name + ending) for name in names]
+    missing = next((file for file in references if not file.is_file()), None)
+    if missing is not None:
+        raise UserError(f"--calibrate {args.calibrate} has no {missing.name}, the labels of an image in {args.i[0]}")
+    predictor = make()
+    assert isinstance(predictor, ModelSetPredictor)
+    cases = []
+    for name, reference, case in zip(names, references, predictor.preprocess(images, None, None, 0), strict=True):
+        if "error" in case:
+            raise UserError(f"{case['what']}: {case['error']}") from case["error"]
+        shape = case["data_properties"]["shape_before_cropping"]
+        of_reader = [shape[axis] for axis in predictor.plans_manager.transpose_backward]
+        (labels,) = read_labels(predictor, str(reference), of_reader)
+        largest = max(predictor.label_manager.all_labels)
+        if labels.min() < 0 or labels.max() > largest:
+            raise UserError(f"{reference} has a label that is none of --global_model's, which are 0 to {largest}")
+        cases.append(Labelled(name, case, labels.astype(np.int16)))
+    found = calibrate(predictor, cases, args.max_drop, lambda line: print(line, flush=True))
+    gained = None
+    if found.left_out:
+        gained = 100 * float(np.mean(found.left_out) - np.mean(found.before))
+        print(f"Left-out cases gain {gained:+.1f} Dice points by the fusion, over {len(cases)} cases")
+    else:
+        print("What is gained on left-out cases needs a second case")
+    print(f"auto takes {found.patches:.1f} patches a case on these cases, which have set its threshold")
+    document = document_of(found.calibration, predictor.digest, predictor.fine_models)
+    write_json(Path(args.o), {**document, "cases": len(cases), "gain_on_left_out_cases": gained})
+    print(f"Predict with --calibration {args.o}")
