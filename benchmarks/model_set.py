@@ -31,7 +31,7 @@ FIRST_ID, NUM_CLASSES, NUM_FINE = 940, 30, 4
 TRAINING_SHAPE, TEST_SHAPE, NUM_TRAINING, FIRST_TEST = (96, 112, 112), (256, 288, 288), 10, 2000
 NAMES = [f"organ_{number:02d}" for number in range(1, NUM_CLASSES)]
 SHARES = [list(share) for share in np.array_split(np.array(NAMES), NUM_FINE)]
-PLANS, TRAINER = "nnUNetPlans_small", "nnUNetTrainer_{epochs}"
+PLANS, TRAINER = "nnUNetPlans_small", "nnUNetTrainer_120steps"
 COARSE_SPACING = 3.0
 
 
@@ -39,7 +39,6 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="write the datasets and train the models instead")
-    parser.add_argument("--epochs", choices=("1epoch", "5epochs"), default="1epoch", help="of the trainings")
     parser.add_argument("-k", nargs="+", default=["10%"])
     parser.add_argument("-cases", type=int, default=1, help="images to predict")
     parser.add_argument("-rounds", type=int, default=2)
@@ -47,8 +46,10 @@ def main() -> None:
     parser.add_argument("-o", type=Path, help="JSON file")
     args = parser.parse_args()
     if args.train:
+        trainers = [os.environ.get("nnUNet_extTrainer", ""), str(Path(__file__).with_name("trainers"))]
+        os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, trainers))
         for number, names in enumerate([NAMES, *SHARES]):
-            train(FIRST_ID + number, names, args.epochs, args.device, coarse=number == 0)
+            train(FIRST_ID + number, names, args.device, coarse=number == 0)
         return
     with tempfile.TemporaryDirectory() as folder:
         results = measured(args, Path(folder))
@@ -61,7 +62,7 @@ def dataset_name(number: int) -> str:
     return f"Dataset{number}_Part{number - FIRST_ID}"
 
 
-def train(number: int, names: list[str], epochs: str, device: str, coarse: bool) -> None:
+def train(number: int, names: list[str], device: str, coarse: bool) -> None:
     """Write the dataset of some classes, and train a stock model of it."""
     dataset = Path(os.environ["nnUNet_raw"]) / dataset_name(number)
     for folder in ("imagesTr", "labelsTr"):
@@ -86,16 +87,16 @@ def train(number: int, names: list[str], epochs: str, device: str, coarse: bool)
         f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -npfp 1 -np 1 {plans} -overwrite_plans_name parts",
         f"python -m nnunet_nmsw.demo.small_plans -d {number} --patch_size {patch} --features {features} "
         f"--batch_size 2 -p parts --name {PLANS}",
-        f"nnUNetv2_train {number} 3d_fullres 0 -p {PLANS} -tr {TRAINER.format(epochs=epochs)} -device {device}",
+        f"nnUNetv2_train {number} 3d_fullres 0 -p {PLANS} -tr {TRAINER} -device {device}",
     ):
         print(command, flush=True)
         subprocess.run(command.split(), check=True)
 
 
-def model_of(number: int, epochs: str) -> Path:
+def model_of(number: int) -> Path:
     """Folder of a model."""
     results = Path(os.environ["nnUNet_results"])
-    return results / dataset_name(number) / f"{TRAINER.format(epochs=epochs)}__{PLANS}__3d_fullres"
+    return results / dataset_name(number) / f"{TRAINER}__{PLANS}__3d_fullres"
 
 
 def measured(args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -106,7 +107,7 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         image, labels = organs(list(TEST_SHAPE), NUM_CLASSES, FIRST_TEST + case)
         write(image, images / f"case_{case:03d}_0000.nii.gz", SPACING)
         references.append(labels)
-    models = [model_of(FIRST_ID + number, args.epochs) for number in range(1 + NUM_FINE)]
+    models = [model_of(FIRST_ID + number) for number in range(1 + NUM_FINE)]
     common = f"-i {images} -f 0 -device {args.device} --disable_progress_bar --disable_tta"
     fine = " ".join(map(str, models[1:]))
     ways = {"nnUNetv2_predict, five models": [f"{OF_NNUNET} {common} -m {model}" for model in models]}

@@ -3,8 +3,8 @@
 Each fine model's fused logits are an affine function of its own and of the coarse model's, with three numbers a class.
 They are fitted as a logistic regression to the labels of voxels in the model's windows.
 
-Tensor suffixes: M matched channels, C channels of the coarse model, V voxels, D H W axes of a padded volume, Z Y X axes
-of the cropped image.
+Tensor suffixes: M channels of a fine model, see `MatchedLabels`, V voxels, D H W axes of a padded volume, Z Y X axes of
+the cropped image.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 from torch import Tensor
 
+from nnunet_nmsw.evaluation.set_recall import Reached, reached
 from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.claims import FinePrediction, covered
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
@@ -83,12 +84,14 @@ class Calibrated(NamedTuple):
         before: mean Dice of each case without it, of 1, over the classes that fine models have.
         left_out: the same with weights that the other cases set; empty of a single case.
         patches: mean number of patches a case with "auto".
+        reached: what windows reach of each class, by the coarse model's number, over all cases; see `set_recall`.
     """
 
     calibration: SetCalibration
     before: list[float]
     left_out: list[float]
     patches: float
+    reached: dict[int, Reached]
 
 
 def calibrate(
@@ -105,11 +108,12 @@ def calibrate(
     nothing, num_patches = SetCalibration({}, None), predictor.num_patches
     predictor.calibration = nothing
     observed: list[dict[int, Observed]] = []
-    before = []
+    before, objects = [], []
     for labelled in cases:
         observed.append(_observed(predictor, labelled))
         before.append(_mean(_dice(predictor, labelled)[1]))
         tell(f"{labelled.name}: Dice {100 * before[-1]:.1f} without a calibration")
+        objects.append(reached(predictor, labelled.case))
     left_out = []
     for number, labelled in enumerate(cases if len(cases) > 1 else ()):
         others = [of_case for other, of_case in enumerate(observed) if other != number]
@@ -126,7 +130,8 @@ def calibrate(
         tell(f"auto, threshold {threshold}: {_patches(measured[threshold]):.1f} patches, Dice {100 * dice:.1f}")
     best = threshold_of([calibration_of([measured])], max_drop)
     predictor.calibration, predictor.num_patches = SetCalibration(weights, best), num_patches
-    return Calibrated(predictor.calibration, before, left_out, _patches(measured[best]))
+    by_class = {label: Reached.together([of_case[label] for of_case in objects]) for label in objects[0]}
+    return Calibrated(predictor.calibration, before, left_out, _patches(measured[best]), by_class)
 
 
 def fitted(observed: Observed, start: FusionWeights) -> FusionWeights:
@@ -196,11 +201,11 @@ def _observed(predictor: ModelSetPredictor, labelled: Labelled) -> dict[int, Obs
         for number, fine in predictor.fine_predictions(case, patch_alone):
             labels = predictor.fine_models[number].labels
             channels = torch.zeros(predictor.label_manager.num_segmentation_heads, dtype=torch.int64)
-            channels[list(labels.coarse)] = torch.arange(1, labels.num_channels)
+            channels[list(labels.coarse)] = torch.arange(1, labels.num_shared)
             transposed = labelled.reference.transpose(predictor.plans_manager.transpose_forward)
             cropped = transposed[bounding_box_to_slice(case["data_properties"]["bbox_used_for_cropping"])]
             reference_ZYX = channels[torch.from_numpy(cropped.astype(np.int64))]
-            coarse_Mdhw = chosen[number].coarse.logits_Cdhw.cpu()
+            coarse_Mdhw = chosen[number].coarse.logits_Cdhw[: labels.num_shared].cpu()
             factor = predictor.fine_models[number].factor
             parts = list(_voxels(fine, coarse_Mdhw, factor, reference_ZYX))
             if parts:
@@ -224,7 +229,7 @@ def _voxels(fine: FinePrediction, coarse_Mdhw: Tensor, factor: Shape, reference_
         covered_DHW = covered(fine.starts_K3, prediction.patch_size, start, size)
         if not covered_DHW.any():
             continue
-        patch_MDHW = prediction.dense(before + first, before + end, box).cpu()
+        patch_MDHW = fine.labels.of_shared(prediction.dense(before + first, before + end, box).cpu())
         coarse_MDHW = upsample_window(coarse_Mdhw, start, size, factor)
         labels_DHW = reference_DHW[first:end]
         for label in labels_DHW[covered_DHW].unique().tolist():

@@ -5,8 +5,8 @@ logit than "none of its classes", and the difference of the two is how sure it i
 claimed most surely. Where nobody claims it, it gets the best label of the coarse model among the labels that no model
 with a window there has. The order of the models makes no difference.
 
-Tensor suffixes: C channels of the coarse model's logits, D H W axes of a padded volume, Z Y X axes of the cropped
-image, K windows, P points, 3 one coordinate per axis.
+Tensor suffixes: C channels of the coarse model's logits, F and M channels of a fine model, see `MatchedLabels`, D H W
+axes of a padded volume, Z Y X axes of the cropped image, K windows, P points, 3 one coordinate per axis.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from nnunet_nmsw.inference.volume import Padded
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.volume.interpolation import Axis, interpolated
 from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.matched_labels import MatchedLabels
 from nnunet_nmsw.volume.windows import Shape, WindowGrid, overlap, window_slices
 
 MOST_MODELS = 63
@@ -56,10 +57,11 @@ class Claims(NamedTuple):
 
 
 class FinePrediction(NamedTuple):
-    """A fine model's prediction of an image, not worked out yet: arguments of `claims_of`.
+    """A fine model's prediction of an image, not worked out yet.
 
     Attributes:
-        prediction: of the padded volume; its first channel is "none of the classes".
+        prediction: of the padded volume.
+        labels: the classes that it has channels for.
         starts_K3: first voxels of the windows in the padded volume.
         axes: from the volume before padding to the cropped image.
         padded: the volume.
@@ -67,16 +69,16 @@ class FinePrediction(NamedTuple):
     """
 
     prediction: FusedPrediction
+    labels: MatchedLabels
     starts_K3: Tensor
     axes: Sequence[Axis]
     padded: Padded
     planes_at_once: int
 
 
-def claims_of(
-    prediction: FusedPrediction, starts_K3: Tensor, axes: Sequence[Axis], padded: Padded, planes_at_once: int
-) -> Iterator[Claims]:
-    """What a model claims, box by box along the first axis; tensors are on the host. See `FinePrediction`."""
+def claims_of(fine: FinePrediction) -> Iterator[Claims]:
+    """What a model claims, box by box along the first axis; tensors are on the host."""
+    prediction, labels, starts_K3, axes, padded, planes_at_once = fine
     device, patch_size = prediction.device, prediction.patch_size
     first = [int(start) - before for start, before in zip(starts_K3.amin(0), padded.offset, strict=True)]
     last = starts_K3.amax(0) + torch.tensor(patch_size)
@@ -101,16 +103,17 @@ def claims_of(
         planes = prediction.planes(first_plane, first_plane + stop - begin, box)
         across = parts[0].part(slab.start, slab.stop).to(device)
         to_image = [across, *in_plane]
-        labels_ZYX = resampled(prediction, planes, to_image)
+        labels_ZYX = resampled(prediction, planes, to_image).cpu()
+        labels_ZYX[labels_ZYX >= labels.num_shared] = 0  # classes that nobody asks for
         matrices = [axis.matrix(size) for axis, size in zip(to_image, planes.labels_DHW.shape, strict=True)]
         # An interpolated maximum is at least the maximum of what is interpolated: a claim stays above 0.
-        sureness_ZYX = interpolated(_sureness(planes), matrices).cpu()
-        covered_ZYX = _nearest(covered_DHW, [axis.to(torch.device("cpu")) for axis in to_image])
+        sureness_ZYX = interpolated(_sureness(planes, labels), matrices).cpu()
+        covered_ZYX = nearest(covered_DHW, [axis.to(torch.device("cpu")) for axis in to_image])
         smallest, largest = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
         yield Claims(
             (slice(targets[0].start + slab.start, targets[0].start + slab.stop), targets[1], targets[2]),
             covered_ZYX,
-            torch.where(covered_ZYX, labels_ZYX.cpu(), 0),
+            torch.where(covered_ZYX, labels_ZYX, 0),
             sureness_ZYX.clamp(smallest, largest).half(),
         )
 
@@ -219,7 +222,8 @@ def _targets(axis: Axis, first: int, end: int) -> slice:
     return slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
 
 
-def _nearest(values_DHW: Tensor, axes: Sequence[Axis]) -> Tensor:
+def nearest(values_DHW: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Values of the nearest voxels on another grid, shape Z, Y, X."""
     for dimension, axis in enumerate(axes):
         values_DHW = values_DHW.index_select(dimension, _nearest_voxels(axis))
     return values_DHW
@@ -229,13 +233,14 @@ def _nearest_voxels(axis: Axis) -> Tensor:
     return torch.where(axis.weight > 0.5, axis.upper, axis.lower)
 
 
-def _sureness(planes: Planes) -> Tensor:
+def _sureness(planes: Planes, labels: MatchedLabels) -> Tensor:
     """How far the best class is above none, float32 of the planes' shape; 0 where no logits were needed."""
     sureness_DHW = torch.zeros(planes.labels_DHW.shape, device=planes.labels_DHW.device)
     columns = -(-planes.labels_DHW.shape[2] // TILE)
-    for number, tile_CDHW in planes.tiles.items():
+    for number, tile_FDHW in planes.tiles.items():
         row, column = divmod(number, columns)
-        depth, height, width = tile_CDHW.shape[1:]
+        depth, height, width = tile_FDHW.shape[1:]
         tile = window_slices((0, row * TILE, column * TILE), (depth, height, width))
-        sureness_DHW[tile] = tile_CDHW[1:].amax(0) - tile_CDHW[0]
+        shared_MDHW = labels.of_shared(tile_FDHW)
+        sureness_DHW[tile] = shared_MDHW[1:].amax(0) - shared_MDHW[0]
     return sureness_DHW

@@ -1,6 +1,7 @@
 """A coarse stock model of many classes and fine stock models, each with some of these classes, predict together.
 
-Tensor suffixes: C channels of the coarse model's logits, d h w axes of its volume, Z Y X axes of the cropped image.
+Tensor suffixes: C channels of the coarse model's logits, d h w axes of its volume, F channels of a fine model's fusion,
+Z Y X axes of the cropped image.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from nnunet_nmsw.inference.two_models import give_backend
 from nnunet_nmsw.inference.volume import FoldOfCase, Padded, Spending, Work, fused_prediction, patches_bar
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
+from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.selection.budget import parse_num_patches
 from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.selection.explore import body_of, explored
@@ -174,7 +176,7 @@ class ModelSetPredictor(FilesPredictor):
         shape = properties["shape_after_cropping_and_before_resampling"]
         merged = Merged(shape, [model.labels.coarse for model in self.fine_models])
         for number, fine in self.fine_predictions(case, chosen):
-            for claims in claims_of(*fine):
+            for claims in claims_of(fine):
                 merged.add(number, claims)
         labels_ZYX = self._labels(logits_Cdhw, merged, properties)
         segmentation = in_image(labels_ZYX, self.plans_manager, self.label_manager, properties)
@@ -221,13 +223,16 @@ class ModelSetPredictor(FilesPredictor):
     ) -> FoldOfCase:
         """The windows of a fine model, by the coarse prediction of its classes."""
         padded, labels = model.empty_volume(properties), model.labels
-        coarse = coarse_prediction_of(labels.of_coarse(logits_Cdhw), padded, model.factor, labels.encoding)
+        encoding = LabelEncoding(labels.num_shared)
+        coarse = coarse_prediction_of(labels.of_coarse(logits_Cdhw), padded, model.factor, encoding)
         d, h, w = padded.volume_CDHW.shape[1:]
         grid = WindowGrid((d, h, w), model.patch_size, model.factor)
         spending = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches, self.calibration.threshold)
         body_dhw = on_low_grid(body_1dhw.to(self.device), padded, model.factor)[0]
         windows = explored(spending.choose(coarse, grid), body_dhw, grid, self.explore)
-        weights = self.calibration.weights_of(model).to(self.device)
+        weights = FusionWeights(*map(labels.for_fusion, self.calibration.weights_of(model))).to(self.device)
+        logits_Fdhw, encoding = labels.for_fusion(coarse.logits_Cdhw), LabelEncoding(labels.num_channels)
+        coarse = coarse._replace(logits_Cdhw=logits_Fdhw, encoding=encoding)
         return FoldOfCase(_Nothing(), coarse, grid, windows, weights)
 
     def _predicted(self, number: int, chosen: FoldOfCase, seen: Case) -> Iterator[tuple[int, FinePrediction]]:
@@ -241,7 +246,7 @@ class ModelSetPredictor(FilesPredictor):
         planes = planes_for(work.share.planes, model.labels.num_channels, *padded.inside[1:])
         with patches_bar(folds, work) as bar:
             prediction = fused_prediction(padded, folds, work, bar)
-            yield number, FinePrediction(prediction, chosen.windows.starts_K3, axes, padded, planes)
+            yield number, FinePrediction(prediction, model.labels, chosen.windows.starts_K3, axes, padded, planes)
 
     def _labels(self, logits_Cdhw: Tensor, merged: Merged, properties: dict[str, Any]) -> Tensor:
         """Labels of the cropped image."""

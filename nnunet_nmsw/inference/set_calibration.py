@@ -48,11 +48,11 @@ class SetCalibration(NamedTuple):
     threshold: float | None
 
     def weights_of(self, model: FineModel) -> FusionWeights:
-        """Weights of a model's fusion, by matched channel."""
+        """Weights of a model's fusion, for the shared classes, see `MatchedLabels`."""
         if self.weights and model.digest in self.weights:
             return self.weights[model.digest]
         weight = torch.sigmoid(torch.tensor(INITIAL_CLASS_WEIGHT))
-        return FusionWeights.convex(weight.repeat(model.labels.num_channels))
+        return FusionWeights.convex(weight.repeat(model.labels.num_shared))
 
 
 def document_of(calibration: SetCalibration, coarse: str, models: Sequence[FineModel]) -> dict[str, Any]:
@@ -91,6 +91,6 @@ def read_calibration(file: Path, coarse: str, models: Sequence[FineModel]) -> Se
     if content["global_model"] != coarse or set(digests) != set(weights):
         raise UserError(f"{file} is the calibration of other models or folds: {REMEDY}")
     for digest, of_model in weights.items():
-        if any(len(part) != digests[digest].labels.num_channels for part in of_model):
+        if any(len(part) != digests[digest].labels.num_shared for part in of_model):
             raise UserError(f"{file} is broken: it has other classes than {digests[digest].model.what}; {REMEDY}")
     return SetCalibration(weights, content["threshold"])

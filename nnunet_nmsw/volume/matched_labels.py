@@ -1,18 +1,20 @@
 """Classes that two models share by name.
 
-Tensor suffixes: C channels of a model's logits, M matched channels: none of the matched classes, then these classes,
-V voxels, any shape.
+A fine model's fused logits have a channel for its background, one for each class that the coarse model has, too, and
+last those for other classes, which nobody asks for. The coarse model has one logit for all that is none of the shared
+classes.
+
+Tensor suffixes: B batch, C channels of a model, M channels of the coarse model for the shared classes: none of them,
+then each; F channels of the fusion; V voxels, any shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from nnunet_nmsw.volume.labels import LabelEncoding
 
 
 class MatchedLabels(NamedTuple):
@@ -22,11 +24,13 @@ class MatchedLabels(NamedTuple):
         coarse: the coarse model's number of each class, increasing.
         fine: the fine model's number of each.
         only_fine: names that the coarse model does not have.
+        others: the fine model's numbers of these.
     """
 
     coarse: tuple[int, ...]
     fine: tuple[int, ...]
     only_fine: tuple[str, ...]
+    others: tuple[int, ...]
 
     @classmethod
     def of(cls, coarse: Mapping[str, int], fine: Mapping[str, int]) -> MatchedLabels:
@@ -36,53 +40,47 @@ class MatchedLabels(NamedTuple):
             coarse: numbers by name, as in `dataset.json`.
             fine: the same of the other model.
         """
-        classes = {name: number for name, number in fine.items() if is_class(name, number)}
         shared = {name for name, number in coarse.items() if is_class(name, number)}
+        classes = {name: number for name, number in fine.items() if is_class(name, number)}
         pairs = sorted((coarse[name], number) for name, number in classes.items() if name in shared)
-        matched = {number for _, number in pairs}
-        only_fine = tuple(name for name, number in classes.items() if number not in matched)
-        return cls(tuple(number for number, _ in pairs), tuple(number for _, number in pairs), only_fine)
+        only_fine = {name: number for name, number in classes.items() if name not in shared}
+        ours, theirs = (tuple(pair[side] for pair in pairs) for side in (0, 1))
+        return cls(ours, theirs, tuple(only_fine), tuple(only_fine.values()))
 
     @property
-    def num_channels(self) -> int:
-        """Matched channels."""
+    def num_shared(self) -> int:
+        """Shared classes, and none of them."""
         return 1 + len(self.coarse)
 
     @property
-    def encoding(self) -> LabelEncoding:
-        """Of the matched channels."""
-        return LabelEncoding(self.num_channels)
+    def num_channels(self) -> int:
+        """Channels of the fusion."""
+        return self.num_shared + len(self.others)
 
     def of_coarse(self, logits_CV: Tensor) -> Tensor:
-        """The coarse model's logits as logits of the matched channels; see `matched_logits`."""
-        return matched_logits(logits_CV, self.coarse, 0)
+        """The coarse model's logits for the shared classes, float32 of shape M, V.
+
+        The softmax gives each class its probability of before, and the first channel the sum of all others'.
+        """
+        logits_CV = logits_CV.float()
+        none = [number for number in range(len(logits_CV)) if number not in self.coarse]
+        return torch.cat([logits_CV[none].logsumexp(0, keepdim=True), logits_CV[list(self.coarse)]])
 
     def of_fine(self, logits_BCV: Tensor) -> Tensor:
-        """A batch of the fine model's logits as logits of the matched channels; see `matched_logits`."""
-        return matched_logits(logits_BCV, self.fine, 1)
+        """A batch of the fine model's logits in the order of the fusion's channels."""
+        order = torch.tensor([0, *self.fine, *self.others], device=logits_BCV.device)
+        return logits_BCV.index_select(1, order)
+
+    def for_fusion(self, of_shared_MV: Tensor) -> Tensor:
+        """What shared classes and none of them have, for all channels of the fusion: other classes are none of them."""
+        return torch.cat([of_shared_MV, *[of_shared_MV[:1]] * len(self.others)])
+
+    def of_shared(self, fused_FV: Tensor) -> Tensor:
+        """Logits of the fusion for the shared classes, shape M, V; the first channel is the largest of all others."""
+        others = [0, *range(self.num_shared, self.num_channels)]
+        return torch.cat([fused_FV[others].amax(0, keepdim=True), fused_FV[1 : self.num_shared]])
 
 
 def is_class(name: str, number: int) -> bool:
     """Whether a label stands for something that is segmented: neither background nor ignored voxels."""
     return number != 0 and name != "ignore"
-
-
-def matched_logits(logits_CV: Tensor, channels: Sequence[int], dimension: int) -> Tensor:
-    """Logits of some channels behind a logit of all others together.
-
-    The softmax gives each of these channels its probability of before, and the first one the sum of all others'.
-
-    Args:
-        logits_CV: logits; channels are along `dimension`.
-        channels: to keep, in the order to keep them in.
-        dimension: of the channels.
-
-    Returns:
-        float32.
-    """
-    device = logits_CV.device
-    others = sorted(set(range(logits_CV.shape[dimension])) - set(channels))
-    kept, rest = (
-        logits_CV.index_select(dimension, torch.tensor(some, device=device)).float() for some in (channels, others)
-    )
-    return torch.cat([rest.logsumexp(dimension, keepdim=True), kept], dimension)

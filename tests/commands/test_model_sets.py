@@ -1,6 +1,7 @@
 """`nmsw_predict` with a coarse model and several fine ones."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def test_a_set_is_calibrated(flags, tmp_path, capsys):
     main([*given, "--calibrate", str(tmp_path / "labels"), "-o", file, "-k", "25%", *flags])
     output = capsys.readouterr().out
     assert "Left-out cases gain" in output
+    assert re.search(r"  rib: \d+ of \d+ objects", output)
     assert f"Predict with --calibration {file}" in output
     assert json.loads(Path(file).read_text())["cases"] == 2
     main([*given, "-o", str(tmp_path / "out"), "--calibration", file, *flags])

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from predictors import CPU
+from model_sets import case_of, the_set, write_models
 from untrained import write_model
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation.set_calibration import THRESHOLDS, Labelled, Observed, calibrate, fitted
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.set_calibration import SetCalibration, document_of, read_calibration
-from nnunet_nmsw.inference.set_members import ModelFolder
 from nnunet_nmsw.model.fusion import FusionWeights
 
 COARSE = ("liver", "spleen", "kidney")
@@ -47,19 +46,7 @@ def test_voxels_that_stand_for_many_count_as_many():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    low = {"spacing": [2.0] * 3, "data_identifier": "low"}
-    paths = {"coarse": write_model(folder / "coarse", "nnUNetTrainer", COARSE, seed=7, **low)}
-    for seed, (name, labels) in enumerate(FINE.items()):
-        paths[name] = write_model(folder / name, "nnUNetTrainer", labels, seed)
-    return paths
-
-
-def the_set(models: dict[str, Path], order: tuple[str, ...] = tuple(FINE), **kwargs) -> ModelSetPredictor:
-    fine = [ModelFolder(models[name], (0,)) for name in order]
-    predictor = ModelSetPredictor(fine, use_mirroring=False, device=CPU, allow_tqdm=False, **kwargs)
-    predictor.initialize_from_trained_model_folder(str(models["coarse"]), (0,))
-    return predictor
+    return write_models(tmp_path_factory.mktemp("models"), COARSE, FINE)
 
 
 def labelled(predictor: ModelSetPredictor, number: int) -> list[Labelled]:
@@ -73,8 +60,7 @@ def labelled(predictor: ModelSetPredictor, number: int) -> list[Labelled]:
             box = tuple(slice(a, a + 7) for a in start)
             image[(0, *box)] += brightness
             reference[box] = label
-        (case,) = predictor.preprocess_arrays([image], [{"spacing": [1.0] * 3}], [None], [None], 0)
-        cases.append(Labelled(f"case {seed}", case, reference))
+        cases.append(Labelled(f"case {seed}", case_of(predictor, image), reference))
     return cases
 
 
@@ -85,6 +71,7 @@ def test_a_set_is_calibrated_and_the_file_gives_the_same_predictions(models, tmp
     assert len(found.before) == len(found.left_out) == 3
     assert np.mean(found.left_out) > np.mean(found.before)  # networks at random: nearly everything is better
     assert found.calibration.threshold in THRESHOLDS
+    assert sorted(found.reached) == [1, 2, 3]
     assert predictor.num_patches == "50%"
     assert len(lines) == 3 + 3 + len(THRESHOLDS)
 

@@ -8,60 +8,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from predictors import CPU, stock
+from model_sets import COARSE, FINE, SHAPE, case_of, noise, stock_logits, the_set, write_models
 from untrained import write_model
 
 from nnunet_nmsw.errors import UserError
-from nnunet_nmsw.inference.cases import Case
-from nnunet_nmsw.inference.model_set import ModelSetPredictor
-from nnunet_nmsw.inference.set_members import ModelFolder
 from nnunet_nmsw.volume.matched_labels import MatchedLabels
 
-COARSE = ("liver", "spleen", "kidney", "rib", "lung")
-FINE = {"abdomen": ("kidney", "liver"), "chest": ("lung", "nodule"), "bones": ("rib",)}
-SHAPE = (20, 18, 22)
 PATCH_WEIGHT = float(torch.sigmoid(torch.tensor(2.0)))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A coarse model at 2 mm, and three fine ones at 1 mm, each with some of its classes; none was trained."""
-    folder = tmp_path_factory.mktemp("models")
-    coarse = {"spacing": [2.0] * 3, "data_identifier": "low"}
-    paths = {"coarse": write_model(folder / "coarse", "nnUNetTrainer", COARSE, seed=7, **coarse)}
-    for seed, (name, classes) in enumerate(FINE.items()):
-        paths[name] = write_model(folder / name, "nnUNetTrainer", classes, seed)
-    return paths
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    array: np.ndarray = np.random.default_rng(0).normal(100, 30, (1, *SHAPE)).astype(np.float32)
-    return array
-
-
-def the_set(models: dict[str, Path], order: tuple[str, ...] = tuple(FINE), **kwargs) -> ModelSetPredictor:
-    fine = [ModelFolder(models[name], (0,)) for name in order]
-    predictor = ModelSetPredictor(fine, use_mirroring=False, device=CPU, allow_tqdm=False, **kwargs)
-    predictor.initialize_from_trained_model_folder(str(models["coarse"]), (0,))
-    return predictor
-
-
-def case_of(predictor: ModelSetPredictor, image: np.ndarray) -> Case:
-    (case,) = predictor.preprocess_arrays([image], [{"spacing": [1.0] * 3}], [None], [None], 0)
-    return case
-
-
-def stock_logits(folder: Path, image: np.ndarray) -> torch.Tensor:
-    """nnU-Net's own sliding window over the image, preprocessed by nnU-Net."""
-    predictor = stock(False)
-    predictor.initialize_from_trained_model_folder(str(folder), (0,))
-    configuration = predictor.configuration_manager
-    preprocessor = configuration.preprocessor_class(verbose=False)
-    of_plans = predictor.plans_manager, configuration, predictor.dataset_json
-    data, *_ = preprocessor.run_case_npy(image, None, {"spacing": [1.0] * 3}, *of_plans)
-    logits: torch.Tensor = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).float()
-    return logits
+    return noise()
 
 
 def on_image(logits_Cdhw: torch.Tensor) -> torch.Tensor:
@@ -79,10 +42,12 @@ def test_all_windows_are_the_sliding_windows_of_all_models_merged(models, image)
     for name, classes in FINE.items():
         own = {"background": 0, **{label: number for number, label in enumerate(classes, 1)}}
         labels = MatchedLabels.of(numbers, own)
-        fine = labels.of_fine(stock_logits(models[name], image)[None])[0]
+        logits = stock_logits(models[name], image)
+        rest = [number for number in range(len(own)) if number not in labels.fine]
+        fine = torch.cat([logits[rest].amax(0, keepdim=True), logits[list(labels.fine)]])
         fused = PATCH_WEIGHT * fine + (1 - PATCH_WEIGHT) * on_image(labels.of_coarse(coarse))
-        for number, logits in zip(labels.coarse, fused[1:], strict=True):
-            scores[number] = logits - fused[0]
+        for number, of_class in zip(labels.coarse, fused[1:], strict=True):
+            scores[number] = of_class - fused[0]
     claimed = torch.stack([scores.get(number, torch.full(SHAPE, -torch.inf)) for number in range(len(numbers))])
     # The spleen alone is nobody's; so is the background.
     left = on_image(coarse)[[0, 2]].argmax(0) * 2
