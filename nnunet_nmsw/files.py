@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -86,6 +87,19 @@ def write_json(file: Path, content: Any) -> None:
         OSError: it cannot be written.
     """
     write_text(file, json.dumps(content, indent=1))
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, as a hexadecimal number.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:

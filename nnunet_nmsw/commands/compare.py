@@ -17,16 +17,15 @@ from nnunet_nmsw.selection.budget import parse_num_patches
 if TYPE_CHECKING:
     from nnunet_nmsw.evaluation.store import Comparison
 
-DEFAULT_NUM_PATCHES = ("5%", "10%", "20%", "5", "10", "30", "all")
+DEFAULT_NUM_PATCHES = ("5%", "10%", "20%", 5, 10, 30, "all")
 
 NEEDED = ("monai", "jinja2", "pandas", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
-    args = parser().parse_args(arguments)
-    _check(args)
-    given = [parse_num_patches(k, "-k", auto=True) for k in args.k or DEFAULT_NUM_PATCHES]
+    args = read_flags(arguments)
+    given = list(args.k or DEFAULT_NUM_PATCHES)
     require_extra("nmsw_compare", "compare", NEEDED)
     # These import what the line above asks for.
     from nnunet_nmsw.evaluation.methods import build_methods
@@ -76,9 +75,23 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> None:
         )
         return
     run_timing(comparison, progress)
-    for sentence in write_report(comparison, args.margin, args.cases_shown):
-        print(sentence)
-    print(f"Report: {args.o / 'index.html'}")
+    answer = write_report(comparison, args.margin, args.cases_shown)
+    print(f"Report: {args.o / 'index.html'}", *answer, sep="\n")
+
+
+def read_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, checked.
+
+    Args:
+        arguments: of the command; this process's where None.
+
+    Raises:
+        UserError: one of them is wrong, or they do not go together.
+    """
+    args = parser().parse_args(arguments)
+    _check(args)
+    args.k = args.k and [parse_num_patches(k, "-k", auto=True) for k in args.k]
+    return args
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -91,8 +104,10 @@ def _check(args: argparse.Namespace) -> None:
         if not (fold.isascii() and fold.isdigit()):
             hint = ": its validation cases were trained on" if fold == "all" else ""
             raise UserError(f"-f {fold}{hint}; give folds as numbers from 0")
-    if args.tr_baseline == "none" and (args.p_baseline or args.c_baseline):
-        raise UserError("-p_baseline and -c_baseline name the baseline's model, and -tr_baseline none asks for none")
+    if args.tr_baseline == "none" and (args.p_baseline or args.c_baseline or args.chk_baseline):
+        raise UserError(
+            "-p_baseline, -c_baseline and -chk_baseline name the baseline's model, and -tr_baseline none asks for none"
+        )
     if args.o.exists() and not args.o.is_dir():
         raise UserError(f"-o {args.o} is a file: give a folder")
     args.f = sorted({int(fold) for fold in args.f})
@@ -120,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
     add("-p_baseline", help="plans identifier of the baseline. Default: that of -p")
     add("-c_baseline", help="configuration of the baseline. Default: that of -c")
     add("-chk", default="checkpoint_final.pth", help="name of the checkpoints. Default: checkpoint_final.pth")
+    add("-chk_baseline", help="name of the baseline's checkpoints. Default: that of -chk")
     add(
         "-k",
         nargs="+",

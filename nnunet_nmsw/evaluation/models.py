@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_nmsw.documents import SPLITS, SUMMARY, read_json
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.files import sha256_of
 from nnunet_nmsw.flags import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.model_folder import checked_folder, read_configuration, read_document
 from nnunet_nmsw.selection.calibration import calibration_files, threshold_of_folds
 from nnunet_nmsw.settings import PLANS_KEY
 
 DEFAULT_BASELINE = "nnUNetTrainer"
+SPLITS_FILE = "splits_final.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +71,7 @@ class Model:
 
     def fingerprint(self, fold: int) -> str:
         """SHA-256 of a fold's checkpoint: results of another training must not be mixed with these."""
-        digest = hashlib.sha256()
-        with self.checkpoint_file(fold).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(self.checkpoint_file(fold))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,20 +120,23 @@ def find_models(args: argparse.Namespace, dataset: str) -> list[Model]:
     Raises:
         UserError: a model or a fold of it is not there, or the two do not have the same labels and channels.
     """
-    nmsw = _model("nmsw", dataset, args.tr, args.p, args.c, args)
+    nmsw = Model("nmsw", checked_folder(_folder(dataset, args.tr, args.p, args.c)), args.tr, args.chk, args.trust_model)
     if "downsampling_factor" not in nmsw.configuration.get(PLANS_KEY, {}):
         raise UserError(f"{nmsw.folder} was not trained with an NMSW trainer: name one with -tr")
     _check_folds(nmsw, args.f)
     if args.tr_baseline == "none":
         return [nmsw]
     trainer = args.tr_baseline or DEFAULT_BASELINE
-    plans, configuration = args.p_baseline or args.p, args.c_baseline or args.c
-    folder = _folder(dataset, trainer, plans, configuration)
-    if args.tr_baseline is None and not all((folder / f"fold_{fold}" / args.chk).is_file() for fold in args.f):
-        if args.p_baseline or args.c_baseline:
-            raise UserError(f"-p_baseline and -c_baseline name {folder}, which has not all of the folds {args.f}")
+    folder = _folder(dataset, trainer, args.p_baseline or args.p, args.c_baseline or args.c)
+    checkpoint = args.chk_baseline or args.chk
+    if args.tr_baseline is None and not all((folder / f"fold_{fold}" / checkpoint).is_file() for fold in args.f):
+        if args.p_baseline or args.c_baseline or args.chk_baseline:
+            raise UserError(
+                "-p_baseline, -c_baseline and -chk_baseline name checkpoints "
+                f"{folder / 'fold_X' / checkpoint}, and not all of the folds {args.f} have one"
+            )
         return [nmsw]
-    baseline = _model("baseline", dataset, trainer, plans, configuration, args)
+    baseline = Model("baseline", checked_folder(folder), trainer, checkpoint, args.trust_model)
     if PLANS_KEY in baseline.configuration and "downsampling_factor" in baseline.configuration[PLANS_KEY]:
         raise UserError(f"the baseline {baseline.folder} was trained with NMSW: name a stock trainer with -tr_baseline")
     _check_folds(baseline, args.f)
@@ -156,13 +156,10 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
     """The validation cases of the folds, each with the files of the raw dataset.
 
     Raises:
-        UserError: there are no splits, a file is missing, or a model was validated on other cases than the splits say,
-            so that it may have been trained on these.
+        UserError: see `validation_cases`; or a file is missing, or a case is in two folds.
     """
-    file = Path(str(nnUNet_preprocessed)) / dataset / "splits_final.json"
-    if not file.is_file():
-        raise UserError(f"there are no cross-validation splits {file}: train with nnUNetv2_train, which makes them")
-    splits = read_json(file, SPLITS)
+    splits = Path(str(nnUNet_preprocessed)) / dataset / SPLITS_FILE
+    held_out = validation_cases(splits, folds, models)
     raw = Path(str(nnUNet_raw)) / dataset
     if not (raw / "dataset.json").is_file():
         raise UserError(f"the raw dataset is missing: no {raw / 'dataset.json'}; nmsw_compare reads the images there")
@@ -175,17 +172,12 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
         raise UserError(f"{raw / 'dataset.json'} is broken at dataset: {reason(error)}") from error
     cases: list[Case] = []
     channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
-    for fold in folds:
-        if fold >= len(splits):
-            raise UserError(f"-f {fold}: {file} has folds 0 to {len(splits) - 1}")
-        names = splits[fold]["val"]
-        for model in models:
-            _check_validated(model, fold, names, file)
+    for fold, names in held_out.items():
         for name in names:
             if name not in files:
                 raise UserError(f"images of validation case {name} of fold {fold} are missing in {raw / 'imagesTr'}")
             if name in {case.name for case in cases}:
-                raise UserError(f"{file} has case {name} in the validation set of more than one of the folds {folds}")
+                raise UserError(f"{splits} has case {name} in the validation set of more than one of the folds {folds}")
             images, reference = files[name]["images"], files[name]["label"]
             if len(images) != channels:
                 raise UserError(
@@ -199,13 +191,32 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
     return cases
 
 
+def validation_cases(splits: Path, folds: Sequence[int], models: Sequence[Model]) -> dict[int, list[str]]:
+    """Names of the cases that no model of a fold was trained on, by fold.
+
+    Args:
+        splits: nnU-Net's splits_final.json.
+        folds: to look up.
+        models: that were trained with them.
+
+    Raises:
+        UserError: there are no splits, or a model was validated on other cases than the splits say, so that it may have
+            been trained on these.
+    """
+    if not splits.is_file():
+        raise UserError(f"there are no cross-validation splits {splits}: train with nnUNetv2_train, which makes them")
+    read, held_out = read_json(splits, SPLITS), {}
+    for fold in folds:
+        if fold >= len(read):
+            raise UserError(f"-f {fold}: {splits} has folds 0 to {len(read) - 1}")
+        held_out[fold] = read[fold]["val"]
+        for model in models:
+            _check_validated(model, fold, held_out[fold], splits)
+    return held_out
+
+
 def _folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
     return Path(str(nnUNet_results)) / dataset / f"{trainer}__{plans}__{configuration}"
-
-
-def _model(role: str, dataset: str, trainer: str, plans: str, configuration: str, args: argparse.Namespace) -> Model:
-    folder = checked_folder(_folder(dataset, trainer, plans, configuration))
-    return Model(role, folder, trainer, args.chk, args.trust_model)
 
 
 def _check_folds(model: Model, folds: Sequence[int]) -> None:
