@@ -103,6 +103,13 @@ SUMMARY = {
 }
 """nnU-Net's summary.json of a validation, as far as it is used."""
 
+SOURCE = {
+    "type": "object",
+    "required": ["checkpoint", "sha256"],
+    "properties": {"checkpoint": TEXT, "sha256": TEXT},
+}
+"""What a retrofit writes about the checkpoint that its local branch is from."""
+
 CALIBRATION = {
     "type": "object",
     "required": ["cases", "thresholds"],

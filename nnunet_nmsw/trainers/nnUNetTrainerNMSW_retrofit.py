@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import sha256_of, write_json
 from nnunet_nmsw.model.safe_loading import read_checkpoint
 from nnunet_nmsw.settings import NMSWSettings, refused
 from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
-from nnunet_nmsw.trainers.pretrained import check_same_task, load_local_branch
+from nnunet_nmsw.trainers.pretrained import SOURCE_FILE, check_same_task, load_local_branch
 
 
 class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
@@ -41,7 +42,7 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
         super().initialize()
 
     def load_pretrained_weights(self, file: Path) -> None:
-        """Load the local branch, segmentation layers included.
+        """Load the local branch, segmentation layers included, and write down where it is from.
 
         Args:
             file: checkpoint of a model of the same dataset and plans.
@@ -61,6 +62,9 @@ class nnUNetTrainerNMSW_retrofit(nnUNetTrainerNMSW):
             )
         self.inference_allowed_mirroring_axes = checkpoint.get("inference_allowed_mirroring_axes")
         self.has_local_branch = True
+        if self.local_rank == 0:
+            source = {"checkpoint": str(file.resolve()), "sha256": sha256_of(file)}
+            write_json(Path(self.output_folder, SOURCE_FILE), source)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """See the parent."""

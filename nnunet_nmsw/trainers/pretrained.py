@@ -20,6 +20,9 @@ LOCAL_BRANCH = "local_branch."
 SEGMENTATION_LAYERS = ".seg_layers."
 """What names the layers that nnU-Net does not take from a pretrained model."""
 
+SOURCE_FILE = "local_branch.json"
+"""In the folder of a retrofit's fold: which checkpoint the local branch is from."""
+
 MOST_NAMED = 3
 """An error names so many layers that differ."""
 
