@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nnunet_nmsw import demo
 from nnunet_nmsw._register import VARIABLE, register
 from nnunet_nmsw.commands.compare import NEEDED
-from nnunet_nmsw.commands.shared_flags import require_extra
+from nnunet_nmsw.commands.shared_flags import installed_here, require_extra
 from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.demo.small_plans import PLANS_NAME, write_small_plans
 from nnunet_nmsw.errors import UserError
@@ -202,7 +202,7 @@ class Progress:
         sys.stdout.flush()
         self.number += 1
         log = self.folder / f"{self.number}_{name}.log"
-        words = [shutil.which(name, path=os.path.dirname(sys.executable)) or name, *arguments]
+        words = installed_here([name, *arguments])
         with log.open("w") as file, subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT) as process:
             try:
                 yield Running(command, log, process)

@@ -1,4 +1,5 @@
-"""What commands share: flags that mean the same in `nmsw_predict` and `nmsw_compare`, and libraries of extras."""
+"""What commands share: flags that mean the same in `nmsw_predict` and `nmsw_compare`, libraries of extras, and how one
+command runs another."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import argparse
 import importlib.util
 import math
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,3 +73,9 @@ def require_extra(command: str, extra: str, libraries: Sequence[str]) -> None:
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{command} needs {', '.join(missing)}: pip install 'nnunet-nmsw[{extra}]'")
+
+
+def installed_here(words: Sequence[str]) -> list[str]:
+    """The words of a command, the first one as the executable beside this Python where there is one."""
+    name, *arguments = words
+    return [shutil.which(name, path=os.path.dirname(sys.executable)) or name, *arguments]

@@ -59,7 +59,20 @@ def read_configuration(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         UserError: the plans cannot be read or are broken, or have no such configuration.
     """
-    plans, file = read_document(folder, "plans.json"), folder / "plans.json"
+    return configuration_in(read_document(folder, "plans.json"), name, folder / "plans.json")
+
+
+def configuration_in(plans: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
+    """A configuration of plans, inheritance resolved.
+
+    Args:
+        plans: as `documents.PLANS` wants them.
+        name: of the configuration.
+        file: of the plans, for the message.
+
+    Raises:
+        UserError: the plans are broken, or have no such configuration.
+    """
     if name not in plans["configurations"]:
         raise UserError(f"{file} has no configuration {name}; it has {', '.join(plans['configurations'])}")
     try:
