@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_nmsw.commands import compare, demo, export, predict_flags, quantize
+from nnunet_nmsw.commands import compare, demo, export, predict_flags, quantize, retrofit
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -15,7 +15,8 @@ READ_ONCE = [ROOT / "README.md", *sorted((ROOT / "docs" / "how-to").glob("*.md")
 """Pages for users, whose sentences are kept short."""
 
 MOST_WORDS_OF_README, MOST_WORDS_OF_A_SENTENCE = 700, 25
-PARSERS = {module.parser().prog: module.parser() for module in (predict_flags, compare, demo, export, quantize)}
+COMMANDS = (predict_flags, compare, demo, export, quantize, retrofit)
+PARSERS = {module.parser().prog: module.parser() for module in COMMANDS}
 
 
 @pytest.fixture

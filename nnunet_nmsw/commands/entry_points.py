@@ -57,5 +57,13 @@ def quantize() -> None:
     main()
 
 
+def retrofit() -> None:
+    """The command `nmsw_retrofit`."""
+    end_in_one_line(": the same command goes on from there")
+    from nnunet_nmsw.commands.retrofit import main
+
+    main()
+
+
 if __name__ == "__main__":
     predict()

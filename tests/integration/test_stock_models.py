@@ -1,13 +1,14 @@
 """Trained stock models as a start: frozen, trained on, and two of them without any training."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from commands import environment, prepare, run_all, set_configurations
+from commands import environment, prepare, run, run_all, set_configurations
 
 from nnunet_nmsw.commands.predict import main
 
@@ -17,6 +18,7 @@ DATASET = "Dataset990_Stock"
 PLANS = "-p nnUNetPlans_small -device cpu"
 PREDICT = "-device cpu -npp 0 -nps 0 --disable_tta"
 RETROFIT, WITH_CONTEXT = "nnUNetTrainerNMSW_retrofit_tiny", "nnUNetTrainerNMSW_retrofit_context_tiny"
+MORTAL = "nnUNetTrainerNMSW_retrofit_mortal"
 
 
 def labels(folder: Path) -> np.ndarray:
@@ -74,6 +76,28 @@ def test_retrofit(stock):
     before, after = weights(model_of(stock, "nnUNetTrainer_tiny")), weights(model_of(stock, RETROFIT))
     assert all(torch.equal(weight, after[f"local_branch.{name}"]) for name, weight in before.items())
     assert np.array_equal(labels(stock / "stock"), labels(stock / "retrofit"))
+
+
+@pytest.mark.compatibility(
+    "pretrained weights", "nmsw_retrofit: killed in the training, it goes on, and ends in the answer of nmsw_compare"
+)
+def test_retrofit_by_one_command(stock):
+    start = f"nmsw_retrofit -m {model_of(stock, 'nnUNetTrainer_tiny')} -device cpu -tr"
+    done = run(f"{start} {RETROFIT} --no_compare", stock)
+    assert "Fold 0: done" in done.stdout
+    assert "nnUNetv2_train" not in done.stdout
+
+    settings = "-k 10% -timed_cases 0 -cases_shown 0 -nps 1 --disable_tta --disable_progress_bar"
+    command = f"{start} {MORTAL} --compare {settings}"
+    killed = run(command, stock, check=False, NMSW_TEST_KILL="epoch 1 step 0", nnUNet_n_proc_DA="0")
+    assert killed.returncode == -signal.SIGKILL
+    result = run(command, stock, nnUNet_n_proc_DA="0")
+    assert "Fold 0: training goes on from its checkpoint_latest.pth" in result.stdout
+    retrofit = model_of(stock, MORTAL)
+    before, after = weights(model_of(stock, "nnUNetTrainer_tiny")), weights(retrofit)
+    assert all(torch.equal(weight, after[f"local_branch.{name}"]) for name, weight in before.items())
+    answer = json.loads((retrofit / "comparison" / "results.json").read_text())["answer"]
+    assert result.stdout.endswith("\n".join(answer) + "\n")
 
 
 @pytest.mark.compatibility("pretrained weights", "a stock model's network, told of the whole volume by an addition")

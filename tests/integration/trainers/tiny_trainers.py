@@ -55,8 +55,8 @@ class nnUNetTrainerNMSW_paper_tiny(Tiny, nnUNetTrainerNMSW_paper):
     """The paper's method."""
 
 
-class nnUNetTrainerNMSW_mortal(nnUNetTrainerNMSW):
-    """Three epochs of three steps, and dead where the variable `NMSW_TEST_KILL` says, with all of its workers."""
+class Mortal:
+    """Mixin: three epochs of three steps, dead where the variable `NMSW_TEST_KILL` says, with the whole command."""
 
     def initialize(self):
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 3, 3, 2
@@ -84,6 +84,14 @@ class nnUNetTrainerNMSW_mortal(nnUNetTrainerNMSW):
     def perform_actual_validation(self, save_probabilities=False):
         die_at("validation")
         super().perform_actual_validation(save_probabilities)
+
+
+class nnUNetTrainerNMSW_mortal(Mortal, nnUNetTrainerNMSW):
+    """NMSW."""
+
+
+class nnUNetTrainerNMSW_retrofit_mortal(Mortal, nnUNetTrainerNMSW_retrofit):
+    """NMSW around a trained stock model."""
 
 
 def die_at(point):
