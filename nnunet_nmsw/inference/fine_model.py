@@ -49,7 +49,7 @@ class FineModelPredictor(NMSWPredictor):
             UserError: it is no stock 3D model; and what the parent raises.
         """
         super().initialize_from_trained_model_folder(*args, **kwargs)
-        StockModel.of("--local_model", self).check()
+        ModelDocuments.of("--local_model", self).check()
         configuration = self.configuration_manager
         factor = factor_between(configuration.spacing, self.coarse_spacing())
         changed = {"downsampling_factor": factor, "context_channels": 0}
@@ -109,8 +109,8 @@ def factor_between(fine: Sequence[float], coarse: Sequence[float]) -> Shape:
     return d, h, w
 
 
-class StockModel(NamedTuple):
-    """What has to fit where stock models are used together.
+class ModelDocuments(NamedTuple):
+    """What the documents of a model say, and has to fit where stock models are used together.
 
     Attributes:
         what: it is, for messages.
@@ -127,7 +127,7 @@ class StockModel(NamedTuple):
     trainer: str
 
     @classmethod
-    def of(cls, what: str, predictor: nnUNetPredictor) -> StockModel:
+    def of(cls, what: str, predictor: nnUNetPredictor) -> ModelDocuments:
         """Of a predictor that has its model."""
         loaded = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
         return cls(what, *loaded, predictor.trainer_name)
@@ -153,7 +153,7 @@ class StockModel(NamedTuple):
                 f"{self.what} is the second stage of a cascade: give models that need no other's prediction"
             )
 
-    def check_same(self, other: StockModel, facts: Callable[[StockModel], dict[str, Any]]) -> None:
+    def check_same(self, other: ModelDocuments, facts: Callable[[ModelDocuments], dict[str, Any]]) -> None:
         """See that two models agree on what has to be the same.
 
         Args:

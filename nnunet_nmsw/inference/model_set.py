@@ -26,7 +26,7 @@ from nnunet_nmsw.inference.cases import Case, Cases, in_order
 from nnunet_nmsw.inference.claims import FinePrediction, Merged, claims_of, without_windows
 from nnunet_nmsw.inference.export import in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.files import FilesPredictor
-from nnunet_nmsw.inference.fine_model import FineModelPredictor, StockModel, coarse_prediction_of, on_low_grid
+from nnunet_nmsw.inference.fine_model import FineModelPredictor, ModelDocuments, coarse_prediction_of, on_low_grid
 from nnunet_nmsw.inference.model_folder import initialize
 from nnunet_nmsw.inference.networks import unbounded
 from nnunet_nmsw.inference.openvino_branches import backend_named
@@ -118,7 +118,7 @@ class ModelSetPredictor(FilesPredictor):
         check_folders(folder, [fine.path for fine in self.folders])
         load = super().initialize_from_trained_model_folder
         initialize(load, self, folder, list(use_folds or ()), checkpoint_name, self.trust_model)
-        coarse = StockModel.of(f"--global_model {folder}", self)
+        coarse = ModelDocuments.of(f"--global_model {folder}", self)
         coarse.check()
         give_backend(self, self._backend)
         known = checkpoint_name, self.trust_model, self.device

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.export import can_stream
-from nnunet_nmsw.inference.fine_model import StockModel, factor_between
+from nnunet_nmsw.inference.fine_model import ModelDocuments, factor_between
 from nnunet_nmsw.inference.model_folder import check_model, read_document
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.openvino_models import digest_of_weights
@@ -58,7 +58,7 @@ class FineModel:
     """
 
     folder: ModelFolder
-    model: StockModel
+    model: ModelDocuments
     labels: MatchedLabels
     factor: Shape
     weights: tuple[Mapping[str, Tensor], ...]
@@ -67,7 +67,7 @@ class FineModel:
 
     @classmethod
     def of(
-        cls, folder: ModelFolder, coarse: StockModel, checkpoint: str, trust: bool, device: torch.device
+        cls, folder: ModelFolder, coarse: ModelDocuments, checkpoint: str, trust: bool, device: torch.device
     ) -> FineModel:
         """Read what is known of a model before it is loaded.
 
@@ -86,7 +86,7 @@ class FineModel:
         plans, dataset = (read_document(folder.path, name) for name in ("plans.json", "dataset.json"))
         manager = PlansManager(plans)
         configuration = manager.get_configuration(configuration_of(first, file))
-        model = StockModel(f"--local_model {folder.path}", manager, configuration, dataset, first["trainer_name"])
+        model = ModelDocuments(f"--local_model {folder.path}", manager, configuration, dataset, first["trainer_name"])
         labels = check_member(coarse, model)
         factor = factor_between(configuration.spacing, coarse.configuration.spacing)
         weights = tuple(read["network_weights"] for read in checkpoints.values())
@@ -164,7 +164,7 @@ class MatchedPatches:
         return self.labels.of_fine(self.fold.patches(padded, coarse, starts_K3))
 
 
-def check_member(coarse: StockModel, fine: StockModel) -> MatchedLabels:
+def check_member(coarse: ModelDocuments, fine: ModelDocuments) -> MatchedLabels:
     """See that a fine model can be used with a coarse one.
 
     Returns:
@@ -174,7 +174,7 @@ def check_member(coarse: StockModel, fine: StockModel) -> MatchedLabels:
         UserError: it cannot, and why.
     """
 
-    def facts(model: StockModel) -> dict[str, Any]:
+    def facts(model: ModelDocuments) -> dict[str, Any]:
         return {
             "channels": model.channels,
             "reader of images": model.plans.plans["image_reader_writer"],
@@ -216,7 +216,7 @@ def check_folders(coarse: Path, fine: Sequence[Path]) -> None:
             raise UserError(f"{folder} is named twice: give each model once, with --global_model or --local_model")
 
 
-def unmatched(coarse: StockModel, models: Sequence[FineModel]) -> list[str]:
+def unmatched(coarse: ModelDocuments, models: Sequence[FineModel]) -> list[str]:
     """Lines for people: which classes only one side has."""
     labels = {name: number for name, number in coarse.dataset["labels"].items() if is_class(name, number)}
     found = {number for model in models for number in model.labels.coarse}

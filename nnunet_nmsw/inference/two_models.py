@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.cases import Case, Cases, loaded
-from nnunet_nmsw.inference.fine_model import FineModelPredictor, StockModel, coarse_prediction_of, uncompiled
+from nnunet_nmsw.inference.fine_model import FineModelPredictor, ModelDocuments, coarse_prediction_of, uncompiled
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.openvino_branches import StockNetwork
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
@@ -49,7 +49,7 @@ class TwoModelPredictor(FineModelPredictor):
             UserError: the two models do not belong together, or one is no stock 3D model.
         """
         super().initialize_from_trained_model_folder(*args, **kwargs)
-        check_pair(StockModel.of("--global_model", self.global_model), StockModel.of("--local_model", self))
+        check_pair(ModelDocuments.of("--global_model", self.global_model), ModelDocuments.of("--local_model", self))
         give_backend(self.global_model, self.backend)
 
     def networks_of(self, case: Case) -> Sequence[Networks]:
@@ -133,14 +133,14 @@ def give_backend(coarse: nnUNetPredictor, backend: Any) -> None:
         coarse.network = StockNetwork(network, backend)
 
 
-def check_pair(coarse: StockModel, fine: StockModel) -> None:
+def check_pair(coarse: ModelDocuments, fine: ModelDocuments) -> None:
     """See that two models of one dataset can be used together.
 
     Raises:
         UserError: they cannot, and why.
     """
 
-    def facts(model: StockModel) -> dict[str, Any]:
+    def facts(model: ModelDocuments) -> dict[str, Any]:
         labels = model.plans.get_label_manager(model.dataset)
         return {
             "labels": model.dataset["labels"],
