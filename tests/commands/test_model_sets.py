@@ -33,6 +33,7 @@ def labels(file: Path) -> np.ndarray:
     return array
 
 
+@pytest.mark.compatibility("pretrained weights", "a set of stock models, matched by the names of their classes")
 def test_a_folder_and_one_image(flags, tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()
@@ -54,6 +55,7 @@ def test_a_folder_and_one_image(flags, tmp_path, capsys):
     assert len(set(found.flat)) > 2
 
 
+@pytest.mark.compatibility("input", "--orientation: images turned before a model sees them, labels turned back")
 def test_images_in_another_orientation(flags, tmp_path):
     write_image(tmp_path / "scan.nii.gz")
     turned = sitk.DICOMOrient(sitk.ReadImage(str(tmp_path / "scan.nii.gz")), "PIR")

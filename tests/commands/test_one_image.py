@@ -33,6 +33,7 @@ def labels(file: Path) -> np.ndarray:
     return array
 
 
+@pytest.mark.compatibility("input", "the file of one image, of any name and type")
 @pytest.mark.parametrize(
     ("image", "output"),
     [("scan.nii.gz", "labels.nii.gz"), ("a b.c.nrrd", "new/labels.mha"), ("ct_0007.nii.gz", "ct_0007.nrrd")],

@@ -141,6 +141,7 @@ def in_old_plans(folder: Path) -> None:
     (folder / "plans.json").write_text(json.dumps(plans))
 
 
+@pytest.mark.compatibility("plans", "stock models with plans of nnU-Net before 2.4, in a set")
 def test_models_with_plans_of_old_nnunet(models, image, tmp_path):
     old = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in models.items()}
     for folder in old.values():

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.integration
 FOLDER = Path(stand_ins.__file__).parent
 OF_A_STEP = 5
 OF_A_VOLUME = 5 + 3
+OF_A_SET = 1000  # models meet on the host; how often it waits for each of their slabs is not bounded
 OF_A_CASCADE = OF_A_STEP + 2 * 4  # components of its windows' previous labels are removed on the host
 
 
@@ -36,12 +37,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return content
 
 
+def bound_of(name: str) -> int:
+    """How often the host may wait in a scenario."""
+    if "set" in name:
+        return OF_A_SET
+    if "cascade" in name:
+        return OF_A_CASCADE
+    return OF_A_STEP if name.startswith("training") else OF_A_VOLUME
+
+
 @pytest.mark.compatibility("devices", "a pretended CUDA device: every operation on one device, few waits of the host")
 def test_the_host_rarely_waits(found):
-    bounds = {
-        name: OF_A_CASCADE if "cascade" in name else OF_A_STEP if name.startswith("training") else OF_A_VOLUME
-        for name in found
-    }
+    bounds = {name: bound_of(name) for name in found}
     errors = {name: result["error"] for name, result in found.items() if "error" in result}
     assert not errors
     too_many = {name: result for name, result in found.items() if sum(result["waits"].values()) > bounds[name]}

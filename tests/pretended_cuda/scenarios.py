@@ -24,11 +24,29 @@ from tiny import build_network, build_paper_network, build_retrofit_network
 from torch import nn
 from training import NONE, PATCH, Cases, nnunet_augmentation
 
+from nnunet_nmsw.inference.claims import FinePrediction, Merged, claims_of, without_windows
+from nnunet_nmsw.inference.fine_model import coarse_prediction_of, on_low_grid
 from nnunet_nmsw.inference.networks import Ensemble, unbounded
 from nnunet_nmsw.inference.planes import FusedPrediction
-from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels, predict_logits, where_it_fits
+from nnunet_nmsw.inference.set_members import MatchedPatches
+from nnunet_nmsw.inference.volume import (
+    FoldOfCase,
+    Padded,
+    Spending,
+    Work,
+    choose,
+    fused_prediction,
+    patches_bar,
+    predict_labels,
+    predict_logits,
+    where_it_fits,
+)
+from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.selection.by_score import GreedyBenefit
+from nnunet_nmsw.selection.explore import explored
 from nnunet_nmsw.selection.interface import SCORE_SCALE
+from nnunet_nmsw.selection.of_present import OfPresentClasses
 from nnunet_nmsw.trainers.augmentation import Augmentation
 from nnunet_nmsw.trainers.batches import training_volume
 from nnunet_nmsw.trainers.loader import WholeVolumeLoader
@@ -37,6 +55,7 @@ from nnunet_nmsw.trainers.step import TrainingStep, update
 from nnunet_nmsw.trainers.validation import predicted_in_training
 from nnunet_nmsw.volume.interpolation import linear_axis
 from nnunet_nmsw.volume.labels import LabelEncoding
+from nnunet_nmsw.volume.matched_labels import MatchedLabels
 
 LABELS, IGNORED = LabelEncoding(3), LabelEncoding(3, 2)
 REGIONS, REGIONS_IGNORED = (LabelEncoding(n, ignore, ((1, 2), (2,)), (1, 2)) for n, ignore in ((3, None), (4, 3)))
@@ -184,6 +203,50 @@ def prediction_short_of_memory() -> None:
     assert failed == ["coarse", "dense"]
 
 
+def prediction_of_a_set() -> None:
+    """What two fine models claim of an image, and the coarse model's labels elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    networks = [build_network((8, 8, 8), num_classes=n, downsampling_factor=FACTOR) for n in (3, 4)]
+    labels = [MatchedLabels((1, 3), (2, 1), (), ()), MatchedLabels((2, 4), (1, 3), ("other",), (2,))]
+    volume_CDHW, body_1dhw = torch.randn(1, 24, 28, 32, generator=generator), torch.ones(1, 12, 14, 16)
+    logits_Cdhw = 3 * torch.randn(5, 12, 14, 16, generator=generator)
+
+    def predicted(on: torch.device) -> torch.Tensor:
+        coarse_Cdhw = logits_Cdhw.to(on)
+        merged = Merged((30, 30, 40), [of_model.coarse for of_model in labels])
+        work = Work(unbounded((8, 8, 8), on), on)
+        for number, (network, of_model) in enumerate(zip(networks, labels, strict=True)):
+            ensemble = Ensemble(network, [network.state_dict()], LabelEncoding(of_model.num_channels), on)
+            padded, shared = Padded.of(volume_CDHW, (8, 8, 8)).on(on), LabelEncoding(of_model.num_shared)
+            grid = network.grid((24, 28, 32))
+            coarse = coarse_prediction_of(of_model.of_coarse(coarse_Cdhw), padded, (2, 2, 2), shared)
+            windows = Spending(OfPresentClasses(GreedyBenefit()), 6).choose(coarse, grid)
+            windows = explored(windows, on_low_grid(body_1dhw.to(on), padded, (2, 2, 2))[0], grid, 2)
+            weights = FusionWeights.convex(torch.full((of_model.num_channels,), 0.88)).to(on)
+            coarse = coarse._replace(
+                logits_Cdhw=of_model.for_fusion(coarse.logits_Cdhw), encoding=LabelEncoding(of_model.num_channels)
+            )
+            (fold,) = ensemble.folds()
+            chosen = FoldOfCase(MatchedPatches(fold, of_model), coarse, grid, windows, weights)
+            axes = [linear_axis(n, m) for n, m in zip(padded.inside, (30, 30, 40), strict=True)]
+            with patches_bar([chosen], work) as bar:
+                fused = fused_prediction(padded, [chosen], work, bar)
+                for claims in claims_of(FinePrediction(fused, of_model, windows.starts_K3, axes, padded, 8)):
+                    merged.add(number, claims)
+        to_image = [linear_axis(n, m) for n, m in zip((12, 14, 16), (30, 30, 40), strict=True)]
+        return merged.labels(without_windows(coarse_Cdhw, LabelEncoding(5)), to_image, 8)
+
+    with torch.no_grad():
+        expected = predicted(device.CPU)
+        for network in networks:
+            device.to_device(network)
+        with device.device():
+            device.forget()
+            found = predicted(device.CUDA)
+    same = float((found == expected).float().mean())
+    assert same > SAME_LABELS, f"{same:.3f} of the labels are the same as on the host"
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "training": training,
     "training with regions": partial(training, REGIONS),
@@ -197,6 +260,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "validation of an epoch": validation,
     "prediction": prediction,
     "prediction, mirrored": partial(prediction, mirror_axes=(0, 1, 2)),
+    "set of models": prediction_of_a_set,
     "prediction of 30 classes": partial(prediction, classes=30),
     "prediction of an ensemble": partial(prediction, folds=2),
     "prediction with results on the host": partial(prediction, results_on=device.CPU),
