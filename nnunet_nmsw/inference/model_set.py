@@ -6,6 +6,7 @@ Z Y X axes of the cropped image.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -37,6 +38,7 @@ from nnunet_nmsw.inference.set_members import (
     FineModel,
     MatchedPatches,
     ModelFolder,
+    NotLoaded,
     check_folders,
     digest_of_folds,
     unmatched,
@@ -233,11 +235,12 @@ class ModelSetPredictor(FilesPredictor):
         weights = FusionWeights(*map(labels.for_fusion, self.calibration.weights_of(model))).to(self.device)
         logits_Fdhw, encoding = labels.for_fusion(coarse.logits_Cdhw), LabelEncoding(labels.num_channels)
         coarse = coarse._replace(logits_Cdhw=logits_Fdhw, encoding=encoding)
-        return FoldOfCase(_Nothing(), coarse, grid, windows, weights)
+        return FoldOfCase(NotLoaded(), coarse, grid, windows, weights)
 
     def _predicted(self, number: int, chosen: FoldOfCase, seen: Case) -> Iterator[tuple[int, FinePrediction]]:
         model = self.fine_models[number]
-        predictor = FineModelPredictor(lambda: self.configuration_manager.spacing, **self._of_fine)
+        with contextlib.redirect_stdout(None):  # nnU-Net says of each predictor on a CPU that it is none on a GPU
+            predictor = FineModelPredictor(lambda: self.configuration_manager.spacing, **self._of_fine)
         predictor.initialize_from_trained_model_folder(str(model.folder.path), model.folder.folds, self.checkpoint)
         padded = Padded.of(seen["data"], model.patch_size).on(self.device)
         folds = [chosen._replace(networks=MatchedPatches(fold, model.labels)) for fold in predictor.folds()]
@@ -290,10 +293,3 @@ class ModelSetPredictor(FilesPredictor):
         """A case as the coarse model sees it, and as it was read."""
         case = preprocessed_array(self, image, properties, None, output, what)
         return case if "error" in case else {**case, AS_READ: (image, properties)}
-
-
-class _Nothing:
-    """The patches of a model that is not loaded yet."""
-
-    def patches(self, *_: Any) -> Tensor:
-        raise AssertionError("a model is loaded before its patches are asked for")

@@ -164,6 +164,14 @@ class MatchedPatches:
         return self.labels.of_fine(self.fold.patches(padded, coarse, starts_K3))
 
 
+class NotLoaded:
+    """The patches of a model that is not loaded yet."""
+
+    def patches(self, padded: Padded, coarse: CoarsePrediction, starts_K3: Tensor) -> Tensor:
+        """A model is loaded before it is asked."""
+        raise AssertionError("the model is not loaded")
+
+
 def check_member(coarse: ModelDocuments, fine: ModelDocuments) -> MatchedLabels:
     """See that a fine model can be used with a coarse one.
 
