@@ -31,7 +31,7 @@ FIRST_ID, NUM_CLASSES, NUM_FINE = 940, 30, 4
 TRAINING_SHAPE, TEST_SHAPE, NUM_TRAINING, FIRST_TEST = (96, 112, 112), (256, 288, 288), 10, 2000
 NAMES = [f"organ_{number:02d}" for number in range(1, NUM_CLASSES)]
 SHARES = [list(share) for share in np.array_split(np.array(NAMES), NUM_FINE)]
-PLANS, TRAINER = "nnUNetPlans_small", "nnUNetTrainer_120steps"
+PLANS, TRAINER = "nnUNetPlans_small", "nnUNetTrainer_short"
 COARSE_SPACING = 3.0
 
 
@@ -81,7 +81,7 @@ def train(number: int, names: list[str], device: str, coarse: bool) -> None:
     }
     (dataset / "dataset.json").write_text(json.dumps(content))
     spacing = COARSE_SPACING if coarse else SPACING
-    patch, features = ("32 32 32", "16 32 64") if coarse else ("64 64 64", "8 16 32 64")
+    patch, features = ("32 32 32", "16 32 64") if coarse else ("48 48 48", "8 16 32 64")
     plans = f"-overwrite_target_spacing {spacing} {spacing} {spacing}"
     for command in (
         f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -npfp 1 -np 1 {plans} -overwrite_plans_name parts",

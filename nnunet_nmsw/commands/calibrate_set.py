@@ -18,6 +18,7 @@ from nnunet_nmsw.inference.model_folder import read_document
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.preprocessing import read_labels
 from nnunet_nmsw.inference.set_calibration import document_of
+from nnunet_nmsw.volume.labels import LabelEncoding
 
 
 def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[], FilesPredictor]) -> None:
@@ -56,10 +57,13 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
         shape = case["data_properties"]["shape_before_cropping"]
         of_reader = [shape[axis] for axis in predictor.plans_manager.transpose_backward]
         (labels,) = read_labels(predictor, str(reference), of_reader)
-        largest = max(predictor.label_manager.all_labels)
+        largest = LabelEncoding.of(predictor.label_manager).num_labels - 1
         if labels.min() < 0 or labels.max() > largest:
             raise UserError(f"{reference} has a label that is none of --global_model's, which are 0 to {largest}")
         cases.append(Labelled(name, case, labels.astype(np.int16)))
+    shared = {number for model in predictor.fine_models for number in model.labels.coarse}
+    if not any(np.isin(labelled.reference, list(shared)).any() for labelled in cases):
+        raise UserError(f"--calibrate {args.calibrate}: no label is of a class that a model of --local_model has")
     found = calibrate(predictor, cases, args.max_drop, lambda line: print(line, flush=True))
     gained = None
     if found.left_out:
@@ -73,7 +77,7 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
         for name, number in predictor.dataset_json["labels"].items()
         if number in found.reached
     }
-    print("Windows reach, of the objects that each fine model finds by its own sliding window:")
+    print("These windows reach, of the objects that each fine model finds by its own sliding window:")
     for name, of_class in objects.items():
         share = 100 * of_class["voxels_reached"] / max(1, of_class["voxels"])
         print(f"  {name}: {of_class['reached']} of {of_class['objects']} objects, {share:.1f}% of their voxels")

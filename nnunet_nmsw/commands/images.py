@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import written_whole
+from nnunet_nmsw.inference.export import ending_in, endings_of_one_image
 from nnunet_nmsw.inference.model_folder import read_document
 
 DICOM_MARK = 128, b"DICM"
@@ -24,12 +25,22 @@ class Images(NamedTuple):
     Attributes:
         cases: files by case and channel.
         output: folder, or the file of the labels.
-        is_file: `output` is a file.
+        ending: of the file; None of a folder.
     """
 
     cases: list[list[str]]
     output: str
-    is_file: bool
+    ending: str | None
+
+    @property
+    def is_file(self) -> bool:
+        """`output` is a file."""
+        return self.ending is not None
+
+    @property
+    def probabilities(self) -> str:
+        """Where nnU-Net puts the probabilities of one image."""
+        return self.output.removesuffix(self.ending or "") + ".npz"
 
 
 def find_images(inputs: Sequence[str], output: str, model_folder: Path) -> Images:
@@ -43,11 +54,12 @@ def find_images(inputs: Sequence[str], output: str, model_folder: Path) -> Image
     Raises:
         UserError: something is missing, cannot be read or written, or does not fit the model.
     """
-    endings = endings_of(model_folder)
-    ending = ending_in(output, endings)
+    plans = _plans(model_folder)
+    ending = ending_in(output, _endings(plans, model_folder))
     if len(inputs) > 1 or os.path.isfile(inputs[0]):
-        images = Images([_channels(inputs, model_folder, endings)], output, True)
-        if ending is None or os.path.isdir(output):
+        endings = endings_of_one_image(plans)
+        images = Images([_channels(inputs, model_folder, endings)], output, ending_in(output, endings))
+        if not images.is_file or os.path.isdir(output):
             raise UserError(
                 f"-o {output}: -i names the files of one image, so give the file to write, with an ending such as "
                 f"{endings[0]}"
@@ -55,7 +67,7 @@ def find_images(inputs: Sequence[str], output: str, model_folder: Path) -> Image
         if any(os.path.realpath(file) == os.path.realpath(output) for file in inputs):
             raise UserError(f"-o {output} is the image itself: give another file")
     else:
-        images = Images(find_cases(inputs[0], model_folder), output, False)
+        images = Images(find_cases(inputs[0], model_folder), output, None)
         if ending is not None and not os.path.isdir(output):
             raise UserError(f"-o {output} is a file, and -i {inputs[0]} a folder: give a folder for the predictions")
     check_output(os.path.dirname(output) or "." if images.is_file else output)
@@ -101,26 +113,6 @@ def find_cases(input_folder: str, model_folder: Path) -> list[list[str]]:
     return [[os.path.join(input_folder, name) for name in files] for files in cases.values()]
 
 
-def endings_of(model_folder: Path) -> list[str]:
-    """Endings of files that a model's reader knows, the dataset's first.
-
-    Raises:
-        UserError: nnU-Net has no such reader.
-    """
-    plans = read_document(model_folder, "plans.json")
-    try:
-        reader = PlansManager(plans).image_reader_writer_class()
-    except RuntimeError as error:
-        raise UserError(f"{model_folder / 'plans.json'}, image_reader_writer: {reason(error)}") from error
-    own = read_document(model_folder, "dataset.json")["file_ending"]
-    return [own, *(ending for ending in reader.supported_file_endings if ending != own)]
-
-
-def ending_in(name: str, endings: Sequence[str]) -> str | None:
-    """The longest of the endings that a name has; None where it has none of them."""
-    return max((ending for ending in endings if name.lower().endswith(ending)), key=len, default=None)
-
-
 def check_output(folder: str) -> None:
     """See that files can be written into a folder, or into the one that it will be made in.
 
@@ -137,6 +129,26 @@ def check_output(folder: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"-o {folder} cannot be written into: {error.strerror or reason(error)}") from error
+
+
+def _plans(model_folder: Path) -> PlansManager:
+    """A model's plans, whose reader exists.
+
+    Raises:
+        UserError: nnU-Net has no such reader.
+    """
+    plans = PlansManager(read_document(model_folder, "plans.json"))
+    try:
+        _ = plans.image_reader_writer_class
+    except RuntimeError as error:
+        raise UserError(f"{model_folder / 'plans.json'}, image_reader_writer: {reason(error)}") from error
+    return plans
+
+
+def _endings(plans: PlansManager, model_folder: Path) -> list[str]:
+    """Endings by which a name is a file's and not a folder's."""
+    known = plans.image_reader_writer_class().supported_file_endings
+    return [*known, ".nii", read_document(model_folder, "dataset.json")["file_ending"]]
 
 
 def _channels(inputs: Sequence[str], model_folder: Path, endings: Sequence[str]) -> list[str]:

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         predictor.bound_memory(images.cases, args.npp)
     try:
         if images.is_file:
-            if not (args.continue_prediction and os.path.isfile(args.o)):
+            remove_leftovers(Path(args.o).absolute().parent)
+            if not (args.continue_prediction and _is_there(images, args.save_probabilities)):
                 engine.predict_file(args.i, args.o, args.save_probabilities, args.prev_stage_predictions)
             return
         remove_leftovers(Path(args.o))
@@ -141,6 +142,11 @@ def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str
         for of_image in (predictor, *([] if coarse is None else [coarse])):
             orient(of_image, args.orientation)
     return predictor
+
+
+def _is_there(images: Images, with_probabilities: bool) -> bool:
+    """Whether the labels of one image are there, with what is asked for beside them."""
+    return all(map(os.path.isfile, [images.output, *([images.probabilities] if with_probabilities else [])]))
 
 
 def _check_one_image(args: argparse.Namespace) -> None:

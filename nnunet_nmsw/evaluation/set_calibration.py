@@ -23,6 +23,7 @@ from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.claims import FinePrediction, covered
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.set_calibration import SetCalibration
+from nnunet_nmsw.inference.set_cases import COARSE_LOGITS
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.selection.calibration import Measured, calibration_of, mean_dice, threshold_of
 from nnunet_nmsw.volume.interpolation import nearest_axis, upsample_window
@@ -35,7 +36,7 @@ THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1)
 VOXELS_OF_CLASS = 2000
 """Of each class that are looked at, in some planes of a case."""
 
-PLANES_AT_ONCE = 16
+PLANES_AT_ONCE, IGNORED = 16, -1
 
 CAUTION = 1e-3
 """How much a squared change of the weights costs, in the unit of the loss."""
@@ -84,7 +85,8 @@ class Calibrated(NamedTuple):
         before: mean Dice of each case without it, of 1, over the classes that fine models have.
         left_out: the same with weights that the other cases set; empty of a single case.
         patches: mean number of patches a case with "auto".
-        reached: what windows reach of each class, by the coarse model's number, over all cases; see `set_recall`.
+        reached: what windows reach of each class with "auto", by the coarse model's number, over all cases; see
+            `set_recall`.
     """
 
     calibration: SetCalibration
@@ -101,19 +103,20 @@ def calibrate(
 
     Args:
         predictor: of the set, without a calibration. It has the calibration afterwards.
-        cases: with references. They are predicted with as many patches as the predictor is told.
+        cases: with references, in which a fine model has a class. They are predicted with as many patches as the
+            predictor is told, and keep the coarse model's logits.
         max_drop: Dice, of 1, that "auto" may lose for fewer patches.
         tell: is given lines on the progress.
     """
-    nothing, num_patches = SetCalibration({}, None), predictor.num_patches
-    predictor.calibration = nothing
+    num_patches, predictor.calibration = predictor.num_patches, SetCalibration({}, None)
+    for labelled in cases:
+        labelled.case[COARSE_LOGITS] = predictor.coarse_logits(labelled.case).half()  # as nnU-Net gives them
     observed: list[dict[int, Observed]] = []
-    before, objects = [], []
+    before = []
     for labelled in cases:
         observed.append(_observed(predictor, labelled))
         before.append(_mean(_dice(predictor, labelled)[1]))
         tell(f"{labelled.name}: Dice {100 * before[-1]:.1f} without a calibration")
-        objects.append(reached(predictor, labelled.case))
     left_out = []
     for number, labelled in enumerate(cases if len(cases) > 1 else ()):
         others = [of_case for other, of_case in enumerate(observed) if other != number]
@@ -129,7 +132,9 @@ def calibrate(
         dice = mean_dice([of_case for _, of_case in measured[threshold]]) or 0.0
         tell(f"auto, threshold {threshold}: {_patches(measured[threshold]):.1f} patches, Dice {100 * dice:.1f}")
     best = threshold_of([calibration_of([measured])], max_drop)
-    predictor.calibration, predictor.num_patches = SetCalibration(weights, best), num_patches
+    predictor.calibration = SetCalibration(weights, best)
+    objects = [reached(predictor, labelled.case) for labelled in cases]
+    predictor.num_patches = num_patches
     by_class = {label: Reached.together([of_case[label] for of_case in objects]) for label in objects[0]}
     return Calibrated(predictor.calibration, before, left_out, _patches(measured[best]), by_class)
 
@@ -198,9 +203,12 @@ def _observed(predictor: ModelSetPredictor, labelled: Labelled) -> dict[int, Obs
             fold._replace(weights=FusionWeights.convex(torch.ones_like(fold.weights.patch_C))) for fold in chosen
         ]
         found = {}
-        for number, fine in predictor.fine_predictions(case, patch_alone):
+        for number, fine in predictor.fine_predictions(case, patch_alone, predictor.work):
             labels = predictor.fine_models[number].labels
-            channels = torch.zeros(predictor.label_manager.num_segmentation_heads, dtype=torch.int64)
+            encoding = LabelEncoding.of(predictor.label_manager)
+            channels = torch.zeros(encoding.num_labels, dtype=torch.int64)
+            if encoding.ignore_label is not None:
+                channels[encoding.ignore_label] = IGNORED
             channels[list(labels.coarse)] = torch.arange(1, labels.num_shared)
             transposed = labelled.reference.transpose(predictor.plans_manager.transpose_forward)
             cropped = transposed[bounding_box_to_slice(case["data_properties"]["bbox_used_for_cropping"])]
@@ -232,6 +240,7 @@ def _voxels(fine: FinePrediction, coarse_Mdhw: Tensor, factor: Shape, reference_
         patch_MDHW = fine.labels.of_shared(prediction.dense(before + first, before + end, box).cpu())
         coarse_MDHW = upsample_window(coarse_Mdhw, start, size, factor)
         labels_DHW = reference_DHW[first:end]
+        covered_DHW &= labels_DHW != IGNORED
         for label in labels_DHW[covered_DHW].unique().tolist():
             voxels_V3 = (covered_DHW & (labels_DHW == label)).nonzero()
             taken = torch.randperm(len(voxels_V3), generator=generator)[:VOXELS_OF_CLASS]

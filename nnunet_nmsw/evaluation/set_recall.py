@@ -69,7 +69,7 @@ def reached(predictor: ModelSetPredictor, case: Case) -> dict[int, Reached]:
     chosen = predictor.chosen(case, predictor.coarse_logits(case))
     shape = case["data_properties"]["shape_after_cropping_and_before_resampling"]
     found: dict[int, list[Reached]] = {}
-    for number, fine in predictor.fine_predictions(case, [_whole(fold) for fold in chosen]):
+    for number, fine in predictor.fine_predictions(case, [_whole(fold) for fold in chosen], predictor.work):
         own_ZYX = np.zeros(shape, np.int16)
         for claims in claims_of(fine):
             own_ZYX[claims.box] = claims.labels_ZYX.numpy()

@@ -191,7 +191,7 @@ def without_windows(logits_Cdhw: Tensor, encoding: LabelEncoding) -> FusedPredic
     d, h, w = logits_Cdhw.shape[1:]
     weights = FusionWeights.convex(torch.zeros(len(logits_Cdhw), device=logits_Cdhw.device))
     model = FusedModel(logits_Cdhw, torch.zeros((0, 3), dtype=torch.int64), weights, _no_windows)
-    return FusedPrediction([model], WindowGrid((d, h, w), (d, h, w), (1, 1, 1)), encoding)
+    return FusedPrediction([model], WindowGrid((d, h, w), (1, 1, 1), (1, 1, 1)), encoding)
 
 
 def _no_windows(starts_K3: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
     export_prediction_from_logits,
@@ -22,6 +23,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
 
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import check_whole
 from nnunet_nmsw.inference.resampling import is_known
 from nnunet_nmsw.volume.interpolation import Axis, linear_axis, nearest_axis
@@ -193,6 +195,28 @@ def plain_names(folder: Path, name: str) -> Iterator[Path]:
     for file in within.iterdir():
         file.rename(folder / (name + file.name.removeprefix(PLAIN)))
     within.rmdir()
+
+
+def endings_of_one_image(plans: PlansManager) -> list[str]:
+    """Endings of files that a model's reader takes where the files of one image are named.
+
+    Raises:
+        UserError: it takes none.
+    """
+    reader = plans.image_reader_writer_class
+    if "tif" in reader.__name__.lower():
+        raise UserError(
+            f"the model reads images with {reader.__name__}, which looks for their spacing in a JSON file beside them: "
+            "give folders with -i and -o"
+        )
+    known = list(reader().supported_file_endings)
+    # SimpleITK reads and writes this, too, though nnU-Net's reader does not list it.
+    return known if ".nii" in known or not issubclass(reader, SimpleITKIO) else [*known, ".nii"]
+
+
+def ending_in(name: str, endings: Sequence[str]) -> str | None:
+    """The longest of the endings that a name has; None where it has none of them."""
+    return max((ending for ending in endings if name.endswith(ending)), key=len, default=None)
 
 
 def ending_of(name: str, plans: PlansManager) -> str:

@@ -14,7 +14,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
 from nnunet_nmsw.inference.cases import Cases
-from nnunet_nmsw.inference.export import ending_of
+from nnunet_nmsw.inference.export import ending_in, endings_of_one_image
 from nnunet_nmsw.nnunet.predictor import PredictorHooks
 
 
@@ -95,9 +95,10 @@ class FilesPredictor(PredictorHooks):
             OSError: nothing can be written there.
             UserError: the image cannot be read or predicted, or the output has no ending that can be written.
         """
-        files, ending = [images] if isinstance(images, str) else list(images), ending_of(output, self.plans_manager)
-        if ending not in self.plans_manager.image_reader_writer_class().supported_file_endings:
-            raise UserError(f"cannot write {output}: give a file with an ending that the model's writer knows")
+        files, known = [images] if isinstance(images, str) else list(images), endings_of_one_image(self.plans_manager)
+        ending = ending_in(output, known)
+        if ending is None:
+            raise UserError(f"cannot write {output}: give a file that ends in {' or '.join(known)}")
         dataset, name = self.dataset_json, output.removesuffix(ending)
         os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
         self.dataset_json = {**dataset, "file_ending": ending}

@@ -7,19 +7,18 @@ Z Y X axes of the cropped image.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.helpers import empty_cache
-from torch import Tensor
+from torch import Tensor, nn
 
-from nnunet_nmsw.console import printable
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import FLOAT32, PYTORCH
 from nnunet_nmsw.inference.case_model import Segmented
@@ -28,12 +27,13 @@ from nnunet_nmsw.inference.claims import FinePrediction, Merged, claims_of, with
 from nnunet_nmsw.inference.export import in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.fine_model import FineModelPredictor, ModelDocuments, coarse_prediction_of, on_low_grid
-from nnunet_nmsw.inference.model_folder import initialize
+from nnunet_nmsw.inference.model_folder import initialize, trained_folds
 from nnunet_nmsw.inference.networks import unbounded
 from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.planes import planes_for
-from nnunet_nmsw.inference.preprocessing import check_names, preprocessed_array, read_images
+from nnunet_nmsw.inference.preprocessing import preprocessed_array
 from nnunet_nmsw.inference.set_calibration import SetCalibration, read_calibration
+from nnunet_nmsw.inference.set_cases import AS_READ, COARSE_LOGITS, case_from_array, case_from_files
 from nnunet_nmsw.inference.set_members import (
     FineModel,
     MatchedPatches,
@@ -44,7 +44,15 @@ from nnunet_nmsw.inference.set_members import (
     unmatched,
 )
 from nnunet_nmsw.inference.two_models import give_backend
-from nnunet_nmsw.inference.volume import FoldOfCase, Padded, Spending, Work, fused_prediction, patches_bar
+from nnunet_nmsw.inference.volume import (
+    FoldOfCase,
+    Padded,
+    Spending,
+    Work,
+    fused_prediction,
+    patches_bar,
+    where_it_fits,
+)
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
 from nnunet_nmsw.model.fusion import FusionWeights
@@ -54,9 +62,6 @@ from nnunet_nmsw.selection.explore import body_of, explored
 from nnunet_nmsw.selection.of_present import OfPresentClasses
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import WindowGrid
-
-AS_READ = "image_as_read"
-"""Key of a preprocessed case: the image as nnU-Net's reader gives it, and its properties."""
 
 
 class ModelSetPredictor(FilesPredictor):
@@ -75,7 +80,7 @@ class ModelSetPredictor(FilesPredictor):
             against objects that the coarse model misses.
         calibration: file of a calibration of these very models, see `set_calibration`.
         save_patches: write for every predicted file which windows were taken, into `patches/` beside it.
-        precision: see `NMSWPredictor`; of all models.
+        precision: see `NMSWPredictor`; of the fine models, and with OpenVINO of all.
         backend: see `NMSWPredictor`; of all models.
         trust_model: see `NMSWPredictor`; of all models.
         **kwargs: those of `nnUNetPredictor`, of all models.
@@ -100,7 +105,11 @@ class ModelSetPredictor(FilesPredictor):
         if num_patches == "auto" and calibration is None:
             raise UserError('num_patches "auto" needs a calibration of the set: make one with --calibrate')
         self.calibration = SetCalibration({}, None)
-        self._of_fine = {**kwargs, "precision": precision, "backend": backend, "trust_model": trust_model}
+        of_fine = {**kwargs, "precision": precision, "backend": backend, "trust_model": trust_model}
+        with contextlib.redirect_stdout(None):  # nnU-Net says of each predictor on a CPU that it is none on a GPU
+            self._fine_predictors = [
+                FineModelPredictor(lambda: self.configuration_manager.spacing, **of_fine) for _ in fine_models
+            ]
         self._backend = backend_named(backend, precision, self.device)
         self.fine_models: list[FineModel] = []
         self.checkpoint = ""
@@ -117,9 +126,10 @@ class ModelSetPredictor(FilesPredictor):
             UserError: a model cannot be loaded, is not to be trusted, is no stock 3D model, or does not fit.
         """
         folder, self.checkpoint = Path(model_training_output_dir), checkpoint_name
+        folds = [use_folds] if isinstance(use_folds, str) else use_folds or trained_folds(folder, checkpoint_name)
         check_folders(folder, [fine.path for fine in self.folders])
         load = super().initialize_from_trained_model_folder
-        initialize(load, self, folder, list(use_folds or ()), checkpoint_name, self.trust_model)
+        initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         coarse = ModelDocuments.of(f"--global_model {folder}", self)
         coarse.check()
         give_backend(self, self._backend)
@@ -138,7 +148,9 @@ class ModelSetPredictor(FilesPredictor):
     def preprocess(self, images: Any, previous_stage: Any, outputs: Any, num_threads: int) -> Cases:
         """See the parent."""
         files: list[Any] = outputs if outputs is not None else [None] * len(images)
-        jobs = [partial(self._read, channels, output) for channels, output in zip(images, files, strict=True)]
+        jobs = [
+            partial(case_from_files, self, channels, output) for channels, output in zip(images, files, strict=True)
+        ]
         return in_order(jobs, num_threads)
 
     def preprocess_arrays(
@@ -146,7 +158,7 @@ class ModelSetPredictor(FilesPredictor):
     ) -> Cases:
         """See the parent."""
         of_cases = zip(images, properties, outputs, strict=True)
-        return in_order([partial(self._preprocessed, *of_case) for of_case in of_cases], num_threads)
+        return in_order([partial(case_from_array, self, *of_case) for of_case in of_cases], num_threads)
 
     def predict_from_data_iterator(
         self,
@@ -172,24 +184,36 @@ class ModelSetPredictor(FilesPredictor):
         Args:
             case: of `preprocess` or `preprocess_arrays`.
         """
+        return where_it_fits(partial(self._segmented, case), self.work)
+
+    def _segmented(self, case: Case, work: Work) -> Segmented:
         properties = case["data_properties"]
-        logits_Cdhw = self.coarse_logits(case)
+        logits_Cdhw = self.coarse_logits(case).to(work.device)
         chosen = self.chosen(case, logits_Cdhw)
         shape = properties["shape_after_cropping_and_before_resampling"]
         merged = Merged(shape, [model.labels.coarse for model in self.fine_models])
-        for number, fine in self.fine_predictions(case, chosen):
+        for number, fine in self.fine_predictions(case, chosen, work):
             for claims in claims_of(fine):
                 merged.add(number, claims)
-        labels_ZYX = self._labels(logits_Cdhw, merged, properties)
-        segmentation = in_image(labels_ZYX, self.plans_manager, self.label_manager, properties)
         windows = [
             fold.in_volume(model.empty_volume(properties)) for model, fold in zip(self.fine_models, chosen, strict=True)
         ]
-        return Segmented(segmentation, windows)
+        del chosen  # which holds as much as the coarse logits
+        labels_ZYX = self._labels(logits_Cdhw, merged, properties)
+        return Segmented(in_image(labels_ZYX, self.plans_manager, self.label_manager, properties), windows)
+
+    @property
+    def work(self) -> Work:
+        """How volumes are worked through."""
+        device = self.device if self.perform_everything_on_device else torch.device("cpu")
+        patch_size = [model.patch_size for model in self.fine_models]
+        return Work(unbounded(max(patch_size, key=math.prod), self.device), device, self.allow_tqdm)
 
     def coarse_logits(self, case: Case) -> Tensor:
-        """The coarse model's logits, float32 in voxels of its own."""
-        return self.predict_logits_from_preprocessed_data(case["data"]).to(self.device).float()
+        """The coarse model's logits, float32 in voxels of its own, on the host."""
+        if COARSE_LOGITS in case:
+            return case[COARSE_LOGITS].float()
+        return self.predict_logits_from_preprocessed_data(case["data"]).float()
 
     def chosen(self, case: Case, logits_Cdhw: Tensor) -> list[FoldOfCase]:
         """The windows of each fine model, whose networks are not loaded yet.
@@ -201,12 +225,15 @@ class ModelSetPredictor(FilesPredictor):
         body_1dhw = body_of(case["data"][0])[None] if self.explore else torch.ones(1, *logits_Cdhw.shape[1:])
         return [self._choose(model, logits_Cdhw, body_1dhw, case["data_properties"]) for model in self.fine_models]
 
-    def fine_predictions(self, case: Case, chosen: Sequence[FoldOfCase]) -> Iterator[tuple[int, FinePrediction]]:
+    def fine_predictions(
+        self, case: Case, chosen: Sequence[FoldOfCase], work: Work
+    ) -> Iterator[tuple[int, FinePrediction]]:
         """The predictions of the models that have windows, with the models' numbers; one is loaded at a time.
 
         Args:
             case: preprocessed.
             chosen: of `chosen`.
+            work: how volumes are worked through.
         """
         needed = [number for number, fold in enumerate(chosen) if len(fold.windows.starts_K3)]
         # Models that see the image in the same way one after the other: it is resampled once for them.
@@ -218,7 +245,7 @@ class ModelSetPredictor(FilesPredictor):
             if "error" in seen:
                 raise seen["error"]
             for number in group:
-                yield from self._predicted(number, chosen[number], seen)
+                yield from self._predicted(number, chosen[number], seen, work)
 
     def _choose(
         self, model: FineModel, logits_Cdhw: Tensor, body_1dhw: Tensor, properties: dict[str, Any]
@@ -230,37 +257,36 @@ class ModelSetPredictor(FilesPredictor):
         d, h, w = padded.volume_CDHW.shape[1:]
         grid = WindowGrid((d, h, w), model.patch_size, model.factor)
         spending = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches, self.calibration.threshold)
-        body_dhw = on_low_grid(body_1dhw.to(self.device), padded, model.factor)[0]
+        body_dhw = on_low_grid(body_1dhw.to(logits_Cdhw.device), padded, model.factor)[0]
         windows = explored(spending.choose(coarse, grid), body_dhw, grid, self.explore)
-        weights = FusionWeights(*map(labels.for_fusion, self.calibration.weights_of(model))).to(self.device)
+        weights = FusionWeights(*map(labels.for_fusion, self.calibration.weights_of(model)))
         logits_Fdhw, encoding = labels.for_fusion(coarse.logits_Cdhw), LabelEncoding(labels.num_channels)
         coarse = coarse._replace(logits_Cdhw=logits_Fdhw, encoding=encoding)
         return FoldOfCase(NotLoaded(), coarse, grid, windows, weights)
 
-    def _predicted(self, number: int, chosen: FoldOfCase, seen: Case) -> Iterator[tuple[int, FinePrediction]]:
-        model = self.fine_models[number]
-        with contextlib.redirect_stdout(None):  # nnU-Net says of each predictor on a CPU that it is none on a GPU
-            predictor = FineModelPredictor(lambda: self.configuration_manager.spacing, **self._of_fine)
-        predictor.initialize_from_trained_model_folder(str(model.folder.path), model.folder.folds, self.checkpoint)
-        padded = Padded.of(seen["data"], model.patch_size).on(self.device)
-        folds = [chosen._replace(networks=MatchedPatches(fold, model.labels)) for fold in predictor.folds()]
-        axes = resampling_axes(model.plans_manager, model.configuration_manager, seen["data_properties"], padded.inside)
-        work = self._work(model.patch_size)
-        planes = planes_for(work.share.planes, model.labels.num_channels, *padded.inside[1:])
-        with patches_bar(folds, work) as bar:
-            prediction = fused_prediction(padded, folds, work, bar)
-            yield number, FinePrediction(prediction, model.labels, chosen.windows.starts_K3, axes, padded, planes)
+    def _predicted(
+        self, number: int, chosen: FoldOfCase, seen: Case, work: Work
+    ) -> Iterator[tuple[int, FinePrediction]]:
+        model, predictor = self.fine_models[number], self._fine_predictors[number]
+        padded = Padded.of(seen["data"], model.patch_size).on(work.device)
+        try:
+            predictor.initialize_from_trained_model_folder(str(model.folder.path), model.folder.folds, self.checkpoint)
+            folds = [chosen._replace(networks=MatchedPatches(fold, model.labels)) for fold in predictor.folds()]
+            of_plans = model.plans_manager, model.configuration_manager, seen["data_properties"]
+            axes = resampling_axes(*of_plans, padded.inside)
+            planes = planes_for(work.share.planes, model.labels.num_channels, *padded.inside[1:])
+            with patches_bar(folds, work) as bar:
+                prediction = fused_prediction(padded, folds, work, bar)
+                yield number, FinePrediction(prediction, model.labels, chosen.windows.starts_K3, axes, padded, planes)
+        finally:  # before the next one is loaded
+            predictor.network, predictor.list_of_parameters = nn.Identity(), []
 
     def _labels(self, logits_Cdhw: Tensor, merged: Merged, properties: dict[str, Any]) -> Tensor:
         """Labels of the cropped image."""
         num_channels, d, h, w = logits_Cdhw.shape
         coarse = without_windows(logits_Cdhw, LabelEncoding.of(self.label_manager))
         axes = resampling_axes(self.plans_manager, self.configuration_manager, properties, (d, h, w))
-        return merged.labels(coarse, axes, planes_for(self._work((d, h, w)).share.planes, num_channels, h, w))
-
-    def _work(self, patch_size: Sequence[int]) -> Work:
-        device = self.device if self.perform_everything_on_device else torch.device("cpu")
-        return Work(unbounded(patch_size, self.device), device, self.allow_tqdm)
+        return merged.labels(coarse, axes, planes_for(self.work.share.planes, num_channels, h, w))
 
     def _done(self, case: Case) -> Done:
         segmentation, windows = self.predict_case(case)
@@ -272,24 +298,3 @@ class ModelSetPredictor(FilesPredictor):
                 write_windows(folder / "patches", name, windows, properties, self.plans_manager, ending)
 
         return Done(lambda: segmentation, write)
-
-    def _read(self, images: list[str], output: str | None) -> Case:
-        """A case from files, preprocessed for the coarse model."""
-        what = printable(f"cannot preprocess {', '.join(images)}")
-        try:
-            check_names(images, output)
-            image, properties = read_images(self, images)
-        except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
-            return {"error": error, "what": what}
-        return self._preprocessed(image, properties, output, what)
-
-    def _preprocessed(
-        self,
-        image: np.ndarray,
-        properties: dict[str, Any],
-        output: str | None,
-        what: str = "cannot preprocess an array",
-    ) -> Case:
-        """A case as the coarse model sees it, and as it was read."""
-        case = preprocessed_array(self, image, properties, None, output, what)
-        return case if "error" in case else {**case, AS_READ: (image, properties)}

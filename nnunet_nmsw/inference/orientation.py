@@ -27,12 +27,19 @@ class OrientedIO(SimpleITKIO):
         """See the parent. The properties say what the image was like in the file.
 
         Raises:
-            ValueError: an image has not three axes.
+            ValueError: an image has not three axes, or its channels have different directions.
         """
-        array_CZYX, properties = super().read_images(image_fnames)
+        array_CZYX, properties = super().read_images(image_fnames)  # checks that channels fit each other
         geometry = properties["sitk_stuff"]
         if len(geometry["spacing"]) != 3:
             raise ValueError(f"only images of three axes have an orientation such as {self.orientation}")
+        own = geometry["direction"]
+        for file in image_fnames[1:]:
+            header = sitk.ImageFileReader()
+            header.SetFileName(file)
+            header.ReadImageInformation()
+            if not np.allclose(header.GetDirection(), own, atol=1e-3):
+                raise ValueError("its channels have different directions in space: bring them onto one grid")
         turned = [self._turned(channel_ZYX, geometry, self.orientation) for channel_ZYX in array_CZYX]
         first = turned[0]
         return np.stack([sitk.GetArrayFromImage(image) for image in turned]), {

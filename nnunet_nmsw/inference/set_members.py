@@ -24,6 +24,7 @@ from nnunet_nmsw.inference.fine_model import ModelDocuments, factor_between
 from nnunet_nmsw.inference.model_folder import check_model, read_document
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.openvino_models import digest_of_weights
+from nnunet_nmsw.inference.preprocessing import is_stock
 from nnunet_nmsw.inference.volume import Padded
 from nnunet_nmsw.model.safe_loading import configuration_of
 from nnunet_nmsw.selection.interface import CoarsePrediction
@@ -144,8 +145,8 @@ class FineModel:
 
 
 def digest_of_folds(weights: Sequence[Mapping[str, Tensor]]) -> str:
-    """Says which model it is that has these weights, fold by fold."""
-    return hashlib.sha256(" ".join(map(digest_of_weights, weights)).encode()).hexdigest()
+    """Says which model it is that has these weights, by fold, in any order."""
+    return hashlib.sha256(" ".join(sorted(map(digest_of_weights, weights))).encode()).hexdigest()
 
 
 class MatchedPatches:
@@ -193,6 +194,8 @@ def check_member(coarse: ModelDocuments, fine: ModelDocuments) -> MatchedLabels:
     for model in (coarse, fine):
         if model.plans.get_label_manager(model.dataset).has_regions:
             raise UserError(f"{model.what} has regions, which can overlap: a set takes models of plain labels")
+        if not is_stock(model.configuration.preprocessor_class(verbose=False)):
+            raise UserError(f"{model.what}: its plans name a preprocessor of their own, which a set does not know")
         if not can_stream(model.configuration):
             raise UserError(
                 f"{model.what}: its plans resample probabilities with a function or settings of their own, which a set "

@@ -24,15 +24,21 @@ WORTH_A_WINDOW = 0.05
 def body_of(image_DHW: Tensor) -> Tensor:
     """Where the body is: what is brighter than air, and what that encloses, float32 of the same shape, 0 or 1.
 
-    Otsu's threshold tells the two apart, in CT and in MR alike.
+    Otsu's threshold tells the two apart, in CT and in MR alike. Holes are filled plane by plane along each axis: lungs
+    that a scan cuts are enclosed by the body in the planes across it.
 
     Args:
-        image_DHW: an image, whatever its normalisation.
+        image_DHW: an image in which air is darker than the rest.
     """
-    array = image_DHW.numpy()
+    array = np.nan_to_num(image_DHW.numpy())
     if array.min() == array.max():
         return torch.ones(array.shape)
-    filled: np.ndarray = binary_fill_holes(array > threshold_otsu(array))
+    bright = array > threshold_otsu(array)
+    filled = bright.copy()
+    for axis in range(3):
+        planes, found = np.moveaxis(bright, axis, 0), np.moveaxis(filled, axis, 0)
+        for plane, into in zip(planes, found, strict=True):
+            into |= binary_fill_holes(plane)
     return torch.from_numpy(filled).float()
 
 

@@ -63,8 +63,11 @@ class MatchedLabels(NamedTuple):
         The softmax gives each class its probability of before, and the first channel the sum of all others'.
         """
         logits_CV = logits_CV.float()
-        none = [number for number in range(len(logits_CV)) if number not in self.coarse]
-        return torch.cat([logits_CV[none].logsumexp(0, keepdim=True), logits_CV[list(self.coarse)]])
+        none_V = logits_CV[0]
+        for number in range(1, len(logits_CV)):  # one after the other: a hundred at a time are a lot of memory
+            if number not in self.coarse:
+                none_V = torch.logaddexp(none_V, logits_CV[number])
+        return torch.cat([none_V[None], logits_CV[list(self.coarse)]])
 
     def of_fine(self, logits_BCV: Tensor) -> Tensor:
         """A batch of the fine model's logits in the order of the fusion's channels."""

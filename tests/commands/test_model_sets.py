@@ -99,18 +99,20 @@ def test_a_set_is_calibrated(flags, tmp_path, capsys):
         ({"-i": "images/a_0000.nii.gz"}, "takes a folder of images"),
         ({"--calibrate": "images"}, "has no a.nii.gz, the labels of an image"),
         ({"--calibrate": "large"}, "has 14 × 15 × 17 voxels"),
+        ({"--calibrate": "empty"}, "no label is of a class"),
         ({"--calibrate": "strange"}, "has a label that is none of --global_model's"),
         ({"--calibration": "x.json"}, "give one of them"),
     ],
 )
 def test_calibrations_that_cannot_be_made(flags, tmp_path, monkeypatch, capfd, change, says):
     monkeypatch.chdir(tmp_path)
-    for folder in ("images", "labels", "large", "strange"):
+    for folder in ("images", "labels", "large", "strange", "empty"):
         Path(folder).mkdir()
     write_image(Path("images/a_0000.nii.gz"))
     write_labels(Path("labels/a.nii.gz"))
     write_labels(Path("large/a.nii.gz"), (14, 15, 17))
     write_labels(Path("strange/a.nii.gz"), largest=9)
+    write_labels(Path("empty/a.nii.gz"), largest=0)
     given = {"-i": "images", "--calibrate": "labels", "-o": "calibration.json", **change}
     command = [word for pair in given.items() for word in pair]
     assert says in partial(refused_by, main)([*command, *flags], capfd)

@@ -9,6 +9,7 @@ from predictors import nmsw
 from untrained import write_image, write_model
 
 from nnunet_nmsw.commands.predict import main
+from nnunet_nmsw.errors import UserError
 
 FLAGS = ["-device", "cpu", "--disable_tta", "-k", "3"]
 
@@ -36,7 +37,12 @@ def labels(file: Path) -> np.ndarray:
 @pytest.mark.compatibility("input", "the file of one image, of any name and type")
 @pytest.mark.parametrize(
     ("image", "output"),
-    [("scan.nii.gz", "labels.nii.gz"), ("a b.c.nrrd", "new/labels.mha"), ("ct_0007.nii.gz", "ct_0007.nrrd")],
+    [
+        ("scan.nii.gz", "labels.nii.gz"),
+        ("a b.c.nrrd", "new/labels.mha"),
+        ("ct_0007.nii", "ct_0007.nrrd"),
+        ("x.mha", "x.nii"),
+    ],
 )
 def test_one_image_is_predicted_as_in_a_folder_and_nothing_else_is_written(model, expected, tmp_path, image, output):
     write_image(tmp_path / image)
@@ -56,6 +62,9 @@ def test_what_is_there_is_left_or_written_anew(model, tmp_path, monkeypatch):
     main([*command, "--save_probabilities", "--save_patches"])
     assert labels(Path("labels.nii.gz")).shape == (14, 15, 16)
     assert Path("labels.npz").is_file()
+    Path("labels.npz").unlink()
+    main([*command, "--continue_prediction", "--save_probabilities"])
+    assert Path("labels.npz").is_file()
     assert Path("patches/labels.json").is_file()
 
 
@@ -71,6 +80,14 @@ def test_several_files_are_the_channels_of_one_image(tmp_path, monkeypatch):
         main(["-i", *files, "-o", f"{order[0]}_labels.nii.gz", "-m", str(model), *FLAGS])
         found.append(labels(Path(f"{order[0]}_labels.nii.gz")))
     assert not np.array_equal(*found)
+
+
+def test_tiff_files_are_taken_by_folders_alone(model, tmp_path):
+    predictor = nmsw()
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    predictor.plans_manager.plans["image_reader_writer"] = "Tiff3DIO"
+    with pytest.raises(UserError, match="give folders"):
+        predictor.predict_file(str(tmp_path / "scan.tif"), str(tmp_path / "labels.tif"))
 
 
 def test_from_python(model, expected, tmp_path):

@@ -56,6 +56,15 @@ def test_all_orientations_are_read_alike_and_written_as_they_were(orientation, t
         assert getattr(image, of)() == getattr(written, of)()
 
 
+def test_channels_of_different_directions_are_refused(tmp_path):
+    write_turned(tmp_path / "a.nii.gz", "RAS")
+    turned = sitk.ReadImage(str(tmp_path / "a.nii.gz"))
+    turned.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(turned, str(tmp_path / "b.nii.gz"))
+    with pytest.raises(ValueError, match="different directions"):
+        RightAnteriorSuperior().read_images([str(tmp_path / "a.nii.gz"), str(tmp_path / "b.nii.gz")])
+
+
 @pytest.mark.parametrize("orientation", ["LPS", "SRA", "IPL"])
 def test_a_model_predicts_every_orientation_as_its_own(orientation, tmp_path):
     predictor = initialized(nmsw(num_patches=3), build_network())

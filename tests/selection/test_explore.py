@@ -1,5 +1,6 @@
 """Windows over what no window covers: never where one is, and the body is seen in images of any kind."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,13 +48,20 @@ def test_nothing_is_added_outside_the_body():
     assert found.starts_K3.tolist() == [[0, 0, 0]]
 
 
-def test_the_body_with_its_lungs():
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_the_body_with_its_lungs(is_cut):
     image_DHW = torch.full((20, 20, 20), -1000.0)
-    image_DHW[4:16, 4:16, 4:16] = 40
-    image_DHW[6:9, 6:9, 6:9] = -800  # a lung
+    ends = slice(0, 20) if is_cut else slice(4, 16)  # by a scan of the chest alone, through body and lungs
+    lungs = slice(0, 20) if is_cut else slice(6, 9)
+    image_DHW[ends, 4:16, 4:16] = 40
+    image_DHW[lungs, 6:9, 6:9] = -800
     image_DHW += torch.randn(image_DHW.shape, generator=torch.Generator().manual_seed(0))
     expected_DHW = torch.zeros(20, 20, 20)
-    expected_DHW[4:16, 4:16, 4:16] = 1
+    expected_DHW[ends, 4:16, 4:16] = 1
     for scale in (1.0, 0.01):
         assert torch.equal(body_of(scale * image_DHW), expected_DHW)
+
+
+def test_a_body_is_everywhere_in_an_image_of_one_value():
     assert body_of(torch.zeros(3, 3, 3)).all()
+    assert body_of(torch.full((3, 3, 3), torch.nan)).all()
