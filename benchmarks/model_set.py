@@ -28,7 +28,7 @@ from prediction import OF_NNUNET, timed
 from synthetic import SPACING, organs, write
 
 FIRST_ID, NUM_CLASSES, NUM_FINE = 940, 30, 4
-TRAINING_SHAPE, TEST_SHAPE, NUM_TRAINING, FIRST_TEST = (96, 112, 112), (256, 288, 288), 10, 2000
+TRAINING_SHAPE, TEST_SHAPE, NUM_TRAINING, FIRST_TEST = (96, 112, 112), (160, 176, 176), 10, 2000
 NAMES = [f"organ_{number:02d}" for number in range(1, NUM_CLASSES)]
 SHARES = [list(share) for share in np.array_split(np.array(NAMES), NUM_FINE)]
 PLANS, TRAINER = "nnUNetPlans_small", "nnUNetTrainer_short"
