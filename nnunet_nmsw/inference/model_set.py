@@ -184,11 +184,10 @@ class ModelSetPredictor(FilesPredictor):
         Args:
             case: of `preprocess` or `preprocess_arrays`.
         """
-        return where_it_fits(partial(self._segmented, case), self.work)
+        return where_it_fits(partial(self._segmented, case, self.coarse_logits(case)), self.work)
 
-    def _segmented(self, case: Case, work: Work) -> Segmented:
-        properties = case["data_properties"]
-        logits_Cdhw = self.coarse_logits(case).to(work.device)
+    def _segmented(self, case: Case, logits_Cdhw: Tensor, work: Work) -> Segmented:
+        logits_Cdhw, properties = logits_Cdhw.to(work.device), case["data_properties"]
         chosen = self.chosen(case, logits_Cdhw)
         shape = properties["shape_after_cropping_and_before_resampling"]
         merged = Merged(shape, [model.labels.coarse for model in self.fine_models])
