@@ -1,22 +1,23 @@
 """A set of stock models from file to file: `nmsw_predict` against nnU-Net's sliding window of each of its models.
 
-    python benchmarks/model_set.py --train              # the stand-in models: one of 30 classes, four of 7 or 8
-    python benchmarks/model_set.py -k 10% all -o model_set.json
+    python benchmarks/model_set.py --make models        # the stand-in models: one of 29 classes, four of 7 or 8
+    python benchmarks/model_set.py --models models -k 10% all -o model_set.json
 
-The models are trained on generated images of many organs (`synthetic.py`): the coarse one on all classes at 3 mm, each
-of the fine ones at 1.5 mm on its share, with a label for each. The yardstick is what a user does without a set: five
-commands, whose labels are merged by name, the fine models' over the coarse one's. Dice is that of the classes that the
-fine models have, against this merge and against the reference. Commands take turns.
+The images are those of `synthetic.py`, many organs whose brightness says which. The stand-ins are nnU-Net's U-Nets with
+weights that are written and not trained: a channel carries the brightness to the last layer, whose logits are largest
+for the class of that brightness. The coarse model, at 3 mm, knows all classes, each of the fine ones, at 1.5 mm, its
+share. Where brightness is in between, at the borders of organs, they are wrong, the coarse model more so.
+
+The yardstick is what a user does without a set: five commands, whose labels are merged by name. Dice is against this
+merge, and against the reference. Commands take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -24,32 +25,38 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from measuring import write_results
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from prediction import OF_NNUNET, timed
-from synthetic import SPACING, organs, write
+from synthetic import SPACING, dataset_of, organs, plans_of, write
+from torch import nn
 
-FIRST_ID, NUM_CLASSES, NUM_FINE = 940, 30, 4
-TRAINING_SHAPE, TEST_SHAPE, NUM_TRAINING, FIRST_TEST = (96, 112, 112), (160, 176, 176), 10, 2000
+NUM_CLASSES, NUM_FINE = 30, 4
+TEST_SHAPE, FIRST_TEST = (160, 176, 176), 2000
 NAMES = [f"organ_{number:02d}" for number in range(1, NUM_CLASSES)]
 SHARES = [list(share) for share in np.array_split(np.array(NAMES), NUM_FINE)]
-PLANS, TRAINER = "nnUNetPlans_small", "nnUNetTrainer_short"
-COARSE_SPACING = 3.0
+COARSE_SPACING, COARSE_PATCH, PATCH, FEATURES = 3.0, 48, 64, 16
+DARKEST, STEP = 50.0, 950 / NUM_CLASSES
+"""Brightness of `synthetic.organs`: that of class L is about DARKEST + STEP * L."""
+CERTAINTY_OF_COARSE, CERTAINTY = 3.0, 6.0
+POSITIVE = 20.0
+"""What is added to a normalised image, so that rectifiers let it through."""
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="write the datasets and train the models instead")
+    parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the models into a folder instead")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="that --make wrote")
     parser.add_argument("-k", nargs="+", default=["10%"])
     parser.add_argument("-cases", type=int, default=1, help="images to predict")
     parser.add_argument("-rounds", type=int, default=2)
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, help="JSON file")
     args = parser.parse_args()
-    if args.train:
-        trainers = [os.environ.get("nnUNet_extTrainer", ""), str(Path(__file__).with_name("trainers"))]
-        os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, trainers))
-        for number, names in enumerate([NAMES, *SHARES]):
-            train(FIRST_ID + number, names, args.device, coarse=number == 0)
+    if args.make:
+        write_model(args.make / "coarse", list(range(1, NUM_CLASSES)), COARSE_SPACING, COARSE_PATCH)
+        for number, names in enumerate(SHARES):
+            write_model(args.make / f"fine_{number}", [NAMES.index(name) + 1 for name in names], SPACING, PATCH)
         return
     with tempfile.TemporaryDirectory() as folder:
         results = measured(args, Path(folder))
@@ -57,46 +64,75 @@ def main() -> None:
         write_results(args.o, results, torch.device(args.device))
 
 
-def dataset_name(number: int) -> str:
-    """Of a dataset's id."""
-    return f"Dataset{number}_Part{number - FIRST_ID}"
-
-
-def train(number: int, names: list[str], device: str, coarse: bool) -> None:
-    """Write the dataset of some classes, and train a stock model of it."""
-    dataset = Path(os.environ["nnUNet_raw"]) / dataset_name(number)
-    for folder in ("imagesTr", "labelsTr"):
-        (dataset / folder).mkdir(parents=True, exist_ok=True)
-    own = np.zeros(NUM_CLASSES, np.uint8)
-    own[[NAMES.index(name) + 1 for name in names]] = range(1, len(names) + 1)
-    for case in range(NUM_TRAINING):
-        image, labels = organs(list(TRAINING_SHAPE), NUM_CLASSES, case)
-        write(image, dataset / "imagesTr" / f"case_{case:03d}_0000.nii.gz", SPACING)
-        write(own[labels], dataset / "labelsTr" / f"case_{case:03d}.nii.gz", SPACING)
-    content = {
-        "channel_names": {"0": "CT"},
-        "labels": {"background": 0, **{name: label for label, name in enumerate(names, 1)}},
-        "numTraining": NUM_TRAINING,
-        "file_ending": ".nii.gz",
+def write_model(folder: Path, classes: list[int], spacing: float, patch: int) -> None:
+    """Write the folder of a stock model that tells neighbouring classes apart by their brightness."""
+    shape = [round(n * SPACING / spacing) for n in TEST_SHAPE]
+    plans = plans_of(shape, spacing, patch, FEATURES)
+    of_network = plans["configurations"]["3d_fullres"]
+    of_network.pop("nmsw")
+    # A norm of each patch would take away its brightness.
+    of_network["architecture"]["arch_kwargs"] |= {"norm_op": None, "norm_op_kwargs": None}
+    architecture = of_network["architecture"]
+    network = get_network_from_plans(
+        *(architecture[key] for key in ("network_class_name", "arch_kwargs", "_kw_requires_import")),
+        1,
+        len(classes) + 1,
+        allow_init=False,
+        deep_supervision=False,
+    )
+    intensities = plans["foreground_intensity_properties_per_channel"]["0"]
+    certainty = CERTAINTY_OF_COARSE if spacing == COARSE_SPACING else CERTAINTY
+    set_weights(network, classes, intensities["mean"], intensities["std"], certainty)
+    dataset = {
+        **dataset_of(1),
+        "labels": {"background": 0, **{NAMES[number - 1]: own for own, number in enumerate(classes, 1)}},
     }
-    (dataset / "dataset.json").write_text(json.dumps(content))
-    spacing = COARSE_SPACING if coarse else SPACING
-    patch, features = ("32 32 32", "16 32 64") if coarse else ("48 48 48", "8 16 32 64")
-    plans = f"-overwrite_target_spacing {spacing} {spacing} {spacing}"
-    for command in (
-        f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -npfp 1 -np 1 {plans} -overwrite_plans_name parts",
-        f"python -m nnunet_nmsw.demo.small_plans -d {number} --patch_size {patch} --features {features} "
-        f"--batch_size 2 -p parts --name {PLANS}",
-        f"nnUNetv2_train {number} 3d_fullres 0 -p {PLANS} -tr {TRAINER} -device {device}",
-    ):
-        print(command, flush=True)
-        subprocess.run(command.split(), check=True)
+    (folder / "fold_0").mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans, indent=1))
+    (folder / "dataset.json").write_text(json.dumps(dataset, indent=1))
+    checkpoint = {
+        "network_weights": network.state_dict(),
+        "init_args": {"configuration": "3d_fullres", "fold": 0},
+        "trainer_name": "nnUNetTrainerNoMirroring",
+        "inference_allowed_mirroring_axes": None,
+    }
+    torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
 
 
-def model_of(number: int) -> Path:
-    """Folder of a model."""
-    results = Path(os.environ["nnUNet_results"])
-    return results / dataset_name(number) / f"{TRAINER}__{PLANS}__3d_fullres"
+@torch.no_grad()
+def set_weights(network: nn.Module, classes: list[int], mean: float, std: float, certainty: float) -> None:
+    """Write the weights of a U-Net that classifies by brightness.
+
+    With u the brightness in steps of classes, the logit of class L is the tangent of u² / 2 at L: the class whose
+    number is nearest wins. Background has the larger of the tangents next to the classes on both sides. All are less
+    the tangent in the middle, as nnU-Net adds logits up in half precision.
+
+    Args:
+        network: nnU-Net's PlainConvUNet, without norms.
+        classes: numbers of the classes, one after the other.
+        mean: of the normalisation.
+        std: of the normalisation.
+        certainty: factor of the logits.
+    """
+    for parameter in network.parameters():
+        parameter.zero_()
+    first, last = network.encoder.stages[0][0].convs, network.decoder.stages[-1].convs
+    for convolution in (*first, *last):
+        convolution.conv.weight[0, 0, 1, 1, 1] = 1
+    first[0].conv.bias[0] = POSITIVE
+    features = len(first[0].conv.bias)
+    last[0].conv.weight[0, 0, 1, 1, 1] = 0
+    last[0].conv.weight[0, features, 1, 1, 1] = 1  # what skips comes behind what is decoded
+    slope, offset = std / STEP, (mean - DARKEST - POSITIVE * std) / STEP  # u = slope * carried + offset
+    below, above = classes[0] - 1, classes[-1] + 1
+    # A second channel is what u is above the middle of the classes, from where on the upper tangent is larger.
+    last[1].conv.weight[1, 0, 1, 1, 1], last[1].conv.bias[1] = slope, offset - (below + above) / 2
+    to_logits, middle = network.decoder.seg_layers[-1], (classes[0] + classes[-1]) / 2
+    for channel, number in enumerate([below, *classes]):
+        to_logits.weight[channel, 0] = certainty * (number - middle) * slope
+        to_logits.bias[channel] = certainty * ((number - middle) * offset - (number**2 - middle**2) / 2)
+    if above < NUM_CLASSES:
+        to_logits.weight[0, 1] = certainty * (above - below)
 
 
 def measured(args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -107,7 +143,7 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         image, labels = organs(list(TEST_SHAPE), NUM_CLASSES, FIRST_TEST + case)
         write(image, images / f"case_{case:03d}_0000.nii.gz", SPACING)
         references.append(labels)
-    models = [model_of(FIRST_ID + number) for number in range(1 + NUM_FINE)]
+    models = [args.models / name for name in ("coarse", *(f"fine_{number}" for number in range(NUM_FINE)))]
     common = f"-i {images} -f 0 -device {args.device} --disable_progress_bar --disable_tta"
     fine = " ".join(map(str, models[1:]))
     ways = {"nnUNetv2_predict, five models": [f"{OF_NNUNET} {common} -m {model}" for model in models]}

@@ -56,7 +56,7 @@ def documents() -> dict[str, dict[str, str]]:
     """Tables by document and marker."""
     return {
         "README.md": {"results": accuracy(), "speed": speed()},
-        "docs/performance.md": {"file_to_file": file_to_file()},
+        "docs/performance.md": {"file_to_file": file_to_file(), "model_set": model_set()},
     }
 
 
@@ -105,6 +105,23 @@ def file_to_file() -> str:
             found = [rows.get(f"nmsw_predict -k {k} {way}") for way in WAYS]
             lines.append([what if k == SHARES[0] else "", stock, k, *map(cell, found)])
     return table(["model and images", "nnU-Net", "K", *WAYS.values()], lines)
+
+
+def model_set() -> str:
+    """A set of models, as `benchmarks/model_set.py` measures it."""
+    rows = json.loads((ROOT / "docs" / "performance" / "model_set.json").read_text())["rows"]
+    lines = [
+        [
+            f"`{way}`" if way.startswith("nmsw") else way,
+            f"{of['seconds']:.0f} s",
+            f"{of['times_faster']:.1f}",
+            f"{of['gib']:.1f} GiB",
+            f"{100 * of['dice']:.1f}",
+            f"{100 * of['dice_to_the_merge']:.1f}",
+        ]
+        for way, of in rows.items()
+    ]
+    return table(["", "seconds", "times faster", "memory", "Dice", "Dice to the five models' merge"], lines)
 
 
 def measured(name: str) -> dict[str, Any]:
