@@ -1,7 +1,9 @@
 """A set of stock models from file to file: `nmsw_predict` against nnU-Net's sliding window of each of its models.
 
     python benchmarks/model_set.py --make models        # the stand-in models: one of 29 classes, four of 7 or 8
-    python benchmarks/model_set.py --models models -k 10% all -o model_set.json
+    python benchmarks/model_set.py --models models -k 10% 30% -o model_set.json
+
+Beside the models lie labelled images to calibrate them with, see `nmsw_predict --calibrate`.
 
 The images are those of `synthetic.py`, many organs whose brightness says which. The stand-ins are nnU-Net's U-Nets with
 weights that are written and not trained: a channel carries the brightness to the last layer, whose logits are largest
@@ -32,6 +34,7 @@ from torch import nn
 
 NUM_CLASSES, NUM_FINE = 30, 4
 TEST_SHAPE, FIRST_TEST = (160, 176, 176), 2000
+LABELLED, LABELLED_SHAPE, FIRST_LABELLED = 3, (96, 112, 112), 3000
 NAMES = [f"organ_{number:02d}" for number in range(1, NUM_CLASSES)]
 SHARES = [list(share) for share in np.array_split(np.array(NAMES), NUM_FINE)]
 COARSE_SPACING, COARSE_PATCH, PATCH, FEATURES = 3.0, 48, 64, 16
@@ -57,6 +60,12 @@ def main() -> None:
         write_model(args.make / "coarse", list(range(1, NUM_CLASSES)), COARSE_SPACING, COARSE_PATCH)
         for number, names in enumerate(SHARES):
             write_model(args.make / f"fine_{number}", [NAMES.index(name) + 1 for name in names], SPACING, PATCH)
+        for folder in ("images", "labels"):
+            (args.make / folder).mkdir()
+        for case in range(LABELLED):
+            image, labels = organs(list(LABELLED_SHAPE), NUM_CLASSES, FIRST_LABELLED + case)
+            write(image, args.make / "images" / f"case_{case}_0000.nii.gz", SPACING)
+            write(labels, args.make / "labels" / f"case_{case}.nii.gz", SPACING)
         return
     with tempfile.TemporaryDirectory() as folder:
         results = measured(args, Path(folder))
