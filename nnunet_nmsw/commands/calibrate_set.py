@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_nmsw.commands.find import is_set
-from nnunet_nmsw.commands.images import check_output, find_cases
+from nnunet_nmsw.commands.images import case_name, check_output, find_cases
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.evaluation.set_calibration import Labelled, calibrate
 from nnunet_nmsw.files import write_json
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.model_folder import read_document
@@ -32,8 +33,6 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
     Raises:
         UserError: a flag, a file or a model does not fit; or an image or its labels cannot be read.
     """
-    from nnunet_nmsw.evaluation.set_calibration import Labelled, calibrate  # of what predictions do not import
-
     if not is_set(args):
         raise UserError("--calibrate is for a set of models: several with --local_model, or one with labels of its own")
     if not args.o.endswith(".json") or os.path.isdir(args.o):
@@ -43,7 +42,7 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
     check_output(os.path.dirname(args.o) or ".")
     ending = read_document(model_folder, "dataset.json")["file_ending"]
     images = find_cases(args.i[0], model_folder)
-    names = [os.path.basename(files[0])[: -len(f"_0000{ending}")] for files in images]
+    names = [case_name(files, ending) for files in images]
     references = [args.calibrate / (name + ending) for name in names]
     missing = next((file for file in references if not file.is_file()), None)
     if missing is not None:

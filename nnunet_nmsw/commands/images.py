@@ -43,6 +43,16 @@ class Images(NamedTuple):
         return self.output.removesuffix(self.ending or "") + ".npz"
 
 
+def case_name(files: Sequence[str], ending: str) -> str:
+    """Name of a case of a folder.
+
+    Args:
+        files: of the case, by channel.
+        ending: of the dataset's files.
+    """
+    return os.path.basename(files[0])[: -len(f"_0000{ending}")]
+
+
 def find_images(inputs: Sequence[str], output: str, model_folder: Path) -> Images:
     """The images that -i and -o name.
 

@@ -14,9 +14,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_nmsw.commands.calibrate_set import calibrate_set
 from nnunet_nmsw.commands.find import find_folds, find_model, is_set
-from nnunet_nmsw.commands.images import Images, find_images
+from nnunet_nmsw.commands.images import Images, case_name, find_images
 from nnunet_nmsw.commands.predict_flags import read_flags
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import remove_leftovers
@@ -30,12 +29,10 @@ from nnunet_nmsw.inference.model_folder import (
     read_configuration,
     read_document,
 )
-from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.orientation import orient
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.ray_engine import RayPredictor, Workers
 from nnunet_nmsw.inference.reading import forget_others
-from nnunet_nmsw.inference.set_members import ModelFolder
 from nnunet_nmsw.inference.two_models import TwoModelPredictor
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import configuration_of, read_checkpoint
@@ -49,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = find_model(args).resolve()
     folds = find_folds(folder, args.f, args.chk)
     if args.calibrate is not None:
+        from nnunet_nmsw.commands.calibrate_set import calibrate_set  # of what predictions do not import
+
         calibrate_set(args, folder, lambda: make_predictor(args, folder, folds, args.device))
         return
     images = find_images(args.i, args.o, folder)
@@ -125,6 +124,10 @@ def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str
     if is_set(args):
         if args.save_probabilities:
             raise UserError("a set of models gives labels alone: leave out --save_probabilities")
+        # Of what other predictions do not import.
+        from nnunet_nmsw.inference.model_set import ModelSetPredictor
+        from nnunet_nmsw.inference.set_members import ModelFolder
+
         fine = [ModelFolder(path, tuple(find_folds(path, args.f, args.chk))) for path in args.local_model]
         predictor = ModelSetPredictor(fine, explore=args.explore, calibration=args.calibration, **of_both)
     elif args.explore or args.calibration is not None:
@@ -190,7 +193,7 @@ def _check_previous_stage(images: Images, predictor: FilesPredictor, given: str 
         return
     ending = predictor.dataset_json["file_ending"]
     for files in images.cases:
-        name = os.path.basename(files[0])[: -len(f"_0000{ending}")] + ending
+        name = case_name(files, ending) + ending
         if not os.path.isfile(os.path.join(given, name)):
             raise UserError(f"-prev_stage_predictions {given} has no {name}, the {previous_stage} of an input image")
 

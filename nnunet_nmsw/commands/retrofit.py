@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_nmsw.commands import compare
-from nnunet_nmsw.commands.shared_flags import installed_here, require_extra
+from nnunet_nmsw.commands.shared_flags import add_device_flag, installed_here, require_extra
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import TRUST_FLAG
 from nnunet_nmsw.imports import importing
@@ -137,12 +137,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("-chk", default="checkpoint_final.pth", help="checkpoint of the stock model. Default: checkpoint_final.pth")
     add("-num_gpus", type=int, default=1, help="GPUs to train a fold on. Default: 1")
-    add(
-        "-device",
-        choices=("cuda", "cpu", "mps"),
-        default="cuda",
-        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
-    )
+    add_device_flag(flags)
     add("-o", type=Path, help="folder of the report. Default: comparison, in the folder of the new model")
     add("--no_compare", action="store_true", help="train, validate and calibrate only")
     add(TRUST_FLAG, action="store_true", help="see nmsw_predict; for nmsw_compare, as nnUNetv2_train has no such flag")

@@ -22,12 +22,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("-nps", type=int, default=int(os.environ.get("nnUNet_nps") or 3), help="cases written at a time. Default: 3")
     add("-num_parts", type=int, default=1, help="number of calls that share the cases. Default: 1")
     add("-part_id", type=int, default=0, help="which of them this is, from 0. Default: 0")
-    add(
-        "-device",
-        choices=("cuda", "cpu", "mps"),
-        default="cuda",
-        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
-    )
+    add_device_flag(parser)
     add(
         TRUST_FLAG,
         action="store_true",
@@ -35,6 +30,16 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         "whose networks are your own, too",
     )
     add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Add what nnU-Net's commands call it."""
+    parser.add_argument(
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        default="cuda",
+        help="Default: cuda. Choose the GPU with CUDA_VISIBLE_DEVICES",
+    )
 
 
 def check_least(args: argparse.Namespace, **least: int) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 from torch import Tensor
 
-from nnunet_nmsw.evaluation.set_recall import Reached, reached
+from nnunet_nmsw.evaluation.set_recall import Reached, patches_alone, reached
 from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.claims import FinePrediction, covered
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
@@ -199,11 +199,8 @@ def _observed(predictor: ModelSetPredictor, labelled: Labelled) -> dict[int, Obs
     case = labelled.case
     with torch.inference_mode():
         chosen = predictor.chosen(case, predictor.coarse_logits(case))
-        patch_alone = [
-            fold._replace(weights=FusionWeights.convex(torch.ones_like(fold.weights.patch_C))) for fold in chosen
-        ]
         found = {}
-        for number, fine in predictor.fine_predictions(case, patch_alone, predictor.work):
+        for number, fine in predictor.fine_predictions(case, list(map(patches_alone, chosen)), predictor.work):
             labels = predictor.fine_models[number].labels
             encoding = LabelEncoding.of(predictor.label_manager)
             channels = torch.zeros(encoding.num_labels, dtype=torch.int64)

@@ -79,10 +79,15 @@ def reached(predictor: ModelSetPredictor, case: Case) -> dict[int, Reached]:
     return {label: Reached.together(of_models) for label, of_models in sorted(found.items())}
 
 
+def patches_alone(fold: FoldOfCase) -> FoldOfCase:
+    """The same with a fusion in which the coarse prediction does not count."""
+    return fold._replace(weights=FusionWeights.convex(torch.ones_like(fold.weights.patch_C)))
+
+
 def _whole(fold: FoldOfCase) -> FoldOfCase:
     """The same with all windows of the sliding window, whose patches alone count."""
     everywhere = WindowChoice(fold.grid.starts_N3, torch.zeros(len(fold.grid)))
-    return fold._replace(windows=everywhere, weights=FusionWeights.convex(torch.ones_like(fold.weights.patch_C)))
+    return patches_alone(fold._replace(windows=everywhere))
 
 
 def _windows(fine: FinePrediction, fold: FoldOfCase) -> Tensor:

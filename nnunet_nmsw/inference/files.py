@@ -22,6 +22,8 @@ class FilesPredictor(PredictorHooks):
     """nnU-Net's predictor, whose own files beside the predictions are written whole or not at all."""
 
     dataset_json: dict[str, Any]
+    trust_model: bool = False
+    """Let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.model.safe_loading`."""
 
     def predict_from_files(
         self,

@@ -8,8 +8,8 @@ from pathlib import Path
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_nmsw.imports import importing
+from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.model_folder import initialize
-from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 
@@ -29,7 +29,7 @@ def load_model(
         UserError: see `initialize`; or the predictor is NMSW's and the model is not.
     """
     with importing():  # nnU-Net imports trainers and networks when it needs them
-        if isinstance(predictor, NMSWPredictor | ModelSetPredictor):
+        if isinstance(predictor, FilesPredictor):
             predictor.trust_model = trust
             predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
             if isinstance(predictor, NMSWPredictor):

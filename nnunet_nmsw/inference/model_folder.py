@@ -93,6 +93,18 @@ def trained_folds(folder: Path, checkpoint: str) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def folds_to_load(folder: Path, folds: Sequence[int | str] | str | None, checkpoint: str) -> Sequence[int | str]:
+    """Folds as nnU-Net's predictors take them: some, one by its name, or None for all that are trained.
+
+    Raises:
+        UserError: no fold is trained.
+    """
+    found = [folds] if isinstance(folds, str) else folds or trained_folds(folder, checkpoint)
+    if not found:
+        raise UserError(f"no fold in {folder} has a {checkpoint}: finish a training, or name another one")
+    return found
+
+
 def threshold_for(
     num_patches: int | str | None,
     own: int | str | None,

@@ -27,7 +27,7 @@ from nnunet_nmsw.inference.claims import FinePrediction, Merged, claims_of, with
 from nnunet_nmsw.inference.export import in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.fine_model import FineModelPredictor, ModelDocuments, coarse_prediction_of, on_low_grid
-from nnunet_nmsw.inference.model_folder import initialize, trained_folds
+from nnunet_nmsw.inference.model_folder import folds_to_load, initialize
 from nnunet_nmsw.inference.networks import unbounded
 from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.planes import planes_for
@@ -126,7 +126,7 @@ class ModelSetPredictor(FilesPredictor):
             UserError: a model cannot be loaded, is not to be trusted, is no stock 3D model, or does not fit.
         """
         folder, self.checkpoint = Path(model_training_output_dir), checkpoint_name
-        folds = [use_folds] if isinstance(use_folds, str) else use_folds or trained_folds(folder, checkpoint_name)
+        folds = folds_to_load(folder, use_folds, checkpoint_name)
         check_folders(folder, [fine.path for fine in self.folders])
         load = super().initialize_from_trained_model_folder
         initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
@@ -221,7 +221,7 @@ class ModelSetPredictor(FilesPredictor):
             case: preprocessed.
             logits_Cdhw: of `coarse_logits`.
         """
-        body_1dhw = body_of(case["data"][0])[None] if self.explore else torch.ones(1, *logits_Cdhw.shape[1:])
+        body_1dhw = body_of(case["data"][0])[None].to(logits_Cdhw.device) if self.explore else None
         return [self._choose(model, logits_Cdhw, body_1dhw, case["data_properties"]) for model in self.fine_models]
 
     def fine_predictions(
@@ -247,7 +247,7 @@ class ModelSetPredictor(FilesPredictor):
                 yield from self._predicted(number, chosen[number], seen, work)
 
     def _choose(
-        self, model: FineModel, logits_Cdhw: Tensor, body_1dhw: Tensor, properties: dict[str, Any]
+        self, model: FineModel, logits_Cdhw: Tensor, body_1dhw: Tensor | None, properties: dict[str, Any]
     ) -> FoldOfCase:
         """The windows of a fine model, by the coarse prediction of its classes."""
         padded, labels = model.empty_volume(properties), model.labels
@@ -256,8 +256,9 @@ class ModelSetPredictor(FilesPredictor):
         d, h, w = padded.volume_CDHW.shape[1:]
         grid = WindowGrid((d, h, w), model.patch_size, model.factor)
         spending = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches, self.calibration.threshold)
-        body_dhw = on_low_grid(body_1dhw.to(logits_Cdhw.device), padded, model.factor)[0]
-        windows = explored(spending.choose(coarse, grid), body_dhw, grid, self.explore)
+        windows = spending.choose(coarse, grid)
+        if body_1dhw is not None:
+            windows = explored(windows, on_low_grid(body_1dhw, padded, model.factor)[0], grid, self.explore)
         weights = FusionWeights(*map(labels.for_fusion, self.calibration.weights_of(model)))
         logits_Fdhw, encoding = labels.for_fusion(coarse.logits_Cdhw), LabelEncoding(labels.num_channels)
         coarse = coarse._replace(logits_Cdhw=logits_Fdhw, encoding=encoding)

@@ -25,7 +25,7 @@ from nnunet_nmsw.inference.cases import Case, Cases
 from nnunet_nmsw.inference.export import labels_from_logits, reason_for_logits, write_labels, write_logits
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.memory import share_within
-from nnunet_nmsw.inference.model_folder import initialize, threshold_for, trained_folds
+from nnunet_nmsw.inference.model_folder import folds_to_load, initialize, threshold_for
 from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
 from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
@@ -110,9 +110,7 @@ class NMSWPredictor(FilesPredictor):
             UserError: the model cannot be loaded, is not to be trusted, or lacks what "auto" or "int8" need.
         """
         folder = Path(model_training_output_dir)
-        folds = [use_folds] if isinstance(use_folds, str) else use_folds or trained_folds(folder, checkpoint_name)
-        if not folds:
-            raise UserError(f"no fold in {folder} has a {checkpoint_name}: finish a training, or name another one")
+        folds = folds_to_load(folder, use_folds, checkpoint_name)
         load = super().initialize_from_trained_model_folder
         calibrations = initialize(load, self, folder, folds, checkpoint_name, self.trust_model)
         self._compile_branches()
