@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_nmsw.commands.find import is_set
-from nnunet_nmsw.commands.images import case_name, check_output, find_cases
+from nnunet_nmsw.commands.images import case_name, check_output, find_cases, find_references
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation.set_calibration import Labelled, calibrate
 from nnunet_nmsw.files import write_json
@@ -43,10 +43,7 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
     ending = read_document(model_folder, "dataset.json")["file_ending"]
     images = find_cases(args.i[0], model_folder)
     names = [case_name(files, ending) for files in images]
-    references = [args.calibrate / (name + ending) for name in names]
-    missing = next((file for file in references if not file.is_file()), None)
-    if missing is not None:
-        raise UserError(f"--calibrate {args.calibrate} has no {missing.name}, the labels of an image in {args.i[0]}")
+    references = find_references("--calibrate", args.calibrate, images, model_folder)
     predictor = make()
     assert isinstance(predictor, ModelSetPredictor)
     cases = []

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least, require_extra
+from nnunet_nmsw.commands.shared_flags import (
+    absolute,
+    add_shared_flags,
+    add_stock_flags,
+    check_least,
+    mirrorings,
+    require_extra,
+)
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.flags import FLOAT32, OPENVINO, PYTORCH
+from nnunet_nmsw.flags import (
+    DEFAULT_CONFIGURATION,
+    DEFAULT_PLANS,
+    DEFAULT_TRAINER,
+    FLOAT32,
+    OPENVINO,
+    PYTORCH,
+)
 from nnunet_nmsw.selection.budget import parse_num_patches
 
 if TYPE_CHECKING:
@@ -19,15 +33,50 @@ if TYPE_CHECKING:
 
 DEFAULT_NUM_PATCHES = ("5%", "10%", "20%", 5, 10, 30, "all")
 
+STOCK_FLAGS = {
+    name: f"{flag} is for stock models: name them with --global_model and --local_model"
+    for name, flag in (
+        ("i", "-i"),
+        ("labels", "--labels"),
+        ("explore", "--explore"),
+        ("calibration", "--calibration"),
+        ("orientation", "--orientation"),
+    )
+}
+TRAINED_FLAGS = {
+    name: f"-{name} names trained models of a dataset: leave it out beside --global_model and --local_model"
+    for name in ("d", "c", "p", "tr", "tr_baseline", "p_baseline", "c_baseline", "chk_baseline")
+}
+"""What is said of a flag that is for the other kind of comparison, by the name of its argument."""
+
 NEEDED = ("monai", "jinja2", "pandas", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
     args = read_flags(arguments)
-    given = list(args.k or DEFAULT_NUM_PATCHES)
     require_extra("nmsw_compare", "compare", NEEDED)
     # These import what the line above asks for.
+    if args.global_model is not None:
+        from nnunet_nmsw.commands.compare_stock import stock_comparison
+
+        comparison = stock_comparison(args)
+    else:
+        comparison = _comparison(args)
+    comparison.open()
+    try:
+        _run(comparison, args)
+    except OSError as error:
+        raise UserError(f"cannot write into {args.o}: {reason(error)}; the same command goes on from there") from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process died, perhaps for lack of memory: lower -nps; the same command goes on from what is done"
+        ) from error
+
+
+def _comparison(args: argparse.Namespace) -> Comparison:
+    """Of trained folds."""
+    from nnunet_nmsw.evaluation.about import about, remarks
     from nnunet_nmsw.evaluation.methods import build_methods
     from nnunet_nmsw.evaluation.models import dataset_name, find_cases, find_models
     from nnunet_nmsw.evaluation.store import Comparison
@@ -35,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_nmsw.inference.openvino_branches import backend_named
     from nnunet_nmsw.selection.calibration import calibration_files
 
+    given = list(args.k or DEFAULT_NUM_PATCHES)
     backend_named(args.backend, FLOAT32, prepare_device(args.device))  # raises where one is not there
     dataset = dataset_name(args.d)
     models = find_models(args, dataset)
@@ -45,20 +95,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for fold in args.f:
             models[-1].threshold(fold)  # raises where nothing is calibrated
     cases = find_cases(dataset, args.f, models)
-    mirrored = {"on": [True], "off": [False], "both": [True, False]}["off" if args.disable_tta else args.tta]
-    methods = build_methods(len(models) > 1, num_patches, mirrored, args.backend)
-    comparison = Comparison(
-        args.o, dataset, models, methods, cases, args.tolerance, args.device, args.timed_cases, args.rounds
+    methods = build_methods(len(models) > 1, num_patches, mirrorings(args), args.backend)
+    return Comparison(
+        args.o,
+        dataset,
+        models,
+        methods,
+        cases,
+        args.tolerance,
+        args.device,
+        args.timed_cases,
+        args.rounds,
+        about(models, cases),
+        tuple(remarks(models, args.f, "auto" in num_patches)),
     )
-    comparison.open()
-    try:
-        _run(comparison, args)
-    except OSError as error:
-        raise UserError(f"cannot write into {args.o}: {reason(error)}; the same command goes on from there") from error
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process died, perhaps for lack of memory: lower -nps; the same command goes on from what is done"
-        ) from error
 
 
 def _run(comparison: Comparison, args: argparse.Namespace) -> None:
@@ -100,6 +150,36 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"-tolerance is {args.tolerance}: give a distance in mm above 0")
     if not (args.margin >= 0 and math.isfinite(args.margin)):
         raise UserError(f"-margin is {args.margin}: give Dice points of at least 0")
+    if (args.global_model is None) != (args.local_model is None):
+        raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
+    check_unused(args, STOCK_FLAGS if args.global_model is None else TRAINED_FLAGS)
+    if args.global_model is None:
+        _check_trained(args)
+    elif args.i is None:
+        raise UserError("-i is missing: name the folder of images that the stock models are compared on")
+    if args.o.exists() and not args.o.is_dir():
+        raise UserError(f"-o {args.o} is a file: give a folder")
+
+
+def check_unused(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
+    """See that flags that are for something else are not given.
+
+    Args:
+        args: the flags.
+        flags: by the name of the argument, the flag and what it is for.
+
+    Raises:
+        UserError: one is given.
+    """
+    given = next((name for name in flags if getattr(args, name)), None)
+    if given is not None:
+        raise UserError(flags[given])
+
+
+def _check_trained(args: argparse.Namespace) -> None:
+    if args.d is None:
+        raise UserError("-d is missing: name the dataset; or stock models with --global_model and --local_model")
+    args.f = args.f or ["0", "1", "2", "3", "4"]
     for fold in args.f:
         if not (fold.isascii() and fold.isdigit()):
             hint = ": its validation cases were trained on" if fold == "all" else ""
@@ -108,9 +188,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             "-p_baseline, -c_baseline and -chk_baseline name the baseline's model, and -tr_baseline none asks for none"
         )
-    if args.o.exists() and not args.o.is_dir():
-        raise UserError(f"-o {args.o} is a file: give a folder")
     args.f = sorted({int(fold) for fold in args.f})
+    args.c, args.p, args.tr = args.c or DEFAULT_CONFIGURATION, args.p or DEFAULT_PLANS, args.tr or DEFAULT_TRAINER
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,22 +197,32 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         prog="nmsw_compare",
         description="Compare NMSW with the sliding window on the validation cases of trained folds: accuracy, time "
-        "and memory by number of patches, as a report (index.html) for people. Interrupted, it goes on where it "
-        "stopped when called again.",
+        "and memory by number of patches, as a report (index.html) for people. Or, with --global_model and "
+        "--local_model, what nmsw_predict makes of stock models with their sliding windows. Interrupted, it goes on "
+        "where it stopped when called again.",
     )
     add: Any = flags.add_argument
-    add("-d", required=True, help="dataset name or id")
+    add("-d", help="dataset name or id")
     add("-o", type=Path, required=True, help="folder of the report, new or of the same comparison")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds. Default: 0 1 2 3 4")
-    add("-c", default="3d_fullres", help="configuration. Default: 3d_fullres")
-    add("-p", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
-    add("-tr", default="nnUNetTrainerNMSW", help="NMSW trainer. Default: nnUNetTrainerNMSW")
+    add("-f", nargs="+", help="folds. Default: 0 1 2 3 4; of stock models all that are trained")
+    add("-c", help=f"configuration. Default: {DEFAULT_CONFIGURATION}")
+    add("-p", help=f"plans identifier. Default: {DEFAULT_PLANS}")
+    add("-tr", help=f"NMSW trainer. Default: {DEFAULT_TRAINER}")
     add(
         "-tr_baseline",
         help='stock trainer to compare with; "none" for no baseline. Default: nnUNetTrainer if it has the folds',
     )
     add("-p_baseline", help="plans identifier of the baseline. Default: that of -p")
     add("-c_baseline", help="configuration of the baseline. Default: that of -c")
+    add_stock_flags(flags)
+    add("-i", metavar="FOLDER", help="of stock models: images to compare on, named as for nmsw_predict")
+    add(
+        "--labels",
+        type=absolute,
+        metavar="FOLDER",
+        help="of stock models: reference labels of these images, files CASE. Without, predictions are compared with "
+        "the stock sliding windows",
+    )
     add("-chk", default="checkpoint_final.pth", help="name of the checkpoints. Default: checkpoint_final.pth")
     add("-chk_baseline", help="name of the baseline's checkpoints. Default: that of -chk")
     add(

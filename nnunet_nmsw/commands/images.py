@@ -123,6 +123,26 @@ def find_cases(input_folder: str, model_folder: Path) -> list[list[str]]:
     return [[os.path.join(input_folder, name) for name in files] for files in cases.values()]
 
 
+def find_references(flag: str, folder: Path, images: Sequence[Sequence[str]], model_folder: Path) -> list[Path]:
+    """The files of reference labels of the images of a folder.
+
+    Args:
+        flag: that names the folder of labels.
+        folder: of labels.
+        images: files by case and channel.
+        model_folder: of the model.
+
+    Raises:
+        UserError: one is missing.
+    """
+    ending = read_document(model_folder, "dataset.json")["file_ending"]
+    references = [folder / (case_name(files, ending) + ending) for files in images]
+    for files, reference in zip(images, references, strict=True):
+        if not reference.is_file():
+            raise UserError(f"{flag} {folder} has no {reference.name}, the labels of the image {files[0]}")
+    return references
+
+
 def check_output(folder: str) -> None:
     """See that files can be written into a folder, or into the one that it will be made in.
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from nnunet_nmsw.commands.shared_flags import add_shared_flags, check_least, check_max_drop
+from nnunet_nmsw.commands.shared_flags import absolute, add_shared_flags, add_stock_flags, check_least, check_max_drop
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import (
     AUTO,
@@ -89,10 +88,6 @@ def check_flags(args: argparse.Namespace) -> None:
     check_max_drop(args.max_drop, DEFAULT_MAX_DROP)
 
 
-def _absolute(path: str) -> Path:
-    return Path(path).resolve()
-
-
 def parser() -> argparse.ArgumentParser:
     """What reads the flags."""
     flags = argparse.ArgumentParser(
@@ -115,37 +110,15 @@ def parser() -> argparse.ArgumentParser:
     add("-c", help=f"configuration. Default: {DEFAULT_CONFIGURATION}")
     add("-f", nargs="+", help="folds to ensemble. Default: all that are trained")
     add("-m", help="model folder (with plans.json and fold_X in it) instead of -d, -p, -tr and -c")
-    add(
-        "--global_model",
-        type=_absolute,
-        metavar="FOLDER",
-        help="without an NMSW model: folder of a stock model for the coarse prediction, such as 3d_lowres",
-    )
-    add(
-        "--local_model",
-        type=_absolute,
-        nargs="+",
-        metavar="FOLDER",
-        help="and folder of a stock model for the patches, such as 3d_fullres; or folders of several, each with some "
-        "of the coarse model's classes. Classes are matched by name",
-    )
-    add(
-        "--explore",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of a set of models: N further patches of each fine model for a case, over the part of the body where it "
-        "has none, for objects that the coarse model misses. Default: 0",
-    )
+    add_stock_flags(flags)
     add(
         "--calibrate",
-        type=_absolute,
+        type=absolute,
         metavar="FOLDER",
         help="of a set of models: do not predict. Fit the fusion of its models, and find the threshold of -k auto, to "
         "the reference labels in this folder, files CASE with the coarse model's numbers. -i is the folder of their "
         "images, a handful suffices, and -o the JSON file to write",
     )
-    add("--calibration", type=_absolute, metavar="FILE", help="take what --calibrate wrote for these models")
     add("-chk", default="checkpoint_final.pth", help="name of the checkpoint. Default: checkpoint_final.pth")
     add(
         "-k",
@@ -215,12 +188,6 @@ def parser() -> argparse.ArgumentParser:
         help="of a running Ray cluster. Default: RAY_ADDRESS, else the one that runs here, else one is started here",
     )
     add("--cores_per_worker", type=int, help="with Ray on a CPU: cores of a worker. Default: those of a machine")
-    add(
-        "--orientation",
-        metavar="RAS",
-        help="for models that were trained on images in one orientation: turn each image into it, and the labels "
-        "back. The letters say where the axes x, y and z point to; RAS is nibabel's canonical one",
-    )
     add("--verbose", action="store_true", help="tell what is being done")
     add("--not_on_device", action="store_true", help="keep results on the host: for volumes too large for the device")
     add_shared_flags(flags)

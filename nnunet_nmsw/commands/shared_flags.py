@@ -10,10 +10,16 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import TRUST_FLAG
+
+
+def absolute(path: str) -> Path:
+    """A path of the command line, without links."""
+    return Path(path).resolve()
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +36,40 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         "whose networks are your own, too",
     )
     add("--disable_progress_bar", action="store_true", help="no progress bars, for logs of batch systems")
+
+
+def add_stock_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what names stock models that predict without training, and says how."""
+    add: Any = parser.add_argument
+    add(
+        "--global_model",
+        type=absolute,
+        metavar="FOLDER",
+        help="without an NMSW model: folder of a stock model for the coarse prediction, such as 3d_lowres",
+    )
+    add(
+        "--local_model",
+        type=absolute,
+        nargs="+",
+        metavar="FOLDER",
+        help="and folder of a stock model for the patches, such as 3d_fullres; or folders of several, each with some "
+        "of the coarse model's classes. Classes are matched by name",
+    )
+    add(
+        "--explore",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a set of models: N further patches of each fine model for a case, over the part of the body where it "
+        "has none, for objects that the coarse model misses. Default: 0",
+    )
+    add("--calibration", type=absolute, metavar="FILE", help="take what --calibrate wrote for these models")
+    add(
+        "--orientation",
+        metavar="RAS",
+        help="for models that were trained on images in one orientation: turn each image into it, and the labels "
+        "back. The letters say where the axes x, y and z point to; RAS is nibabel's canonical one",
+    )
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +97,11 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
             raise UserError(f"-{name} is {getattr(args, name)}: give a number of at least {minimum}")
     if not 0 <= args.part_id < args.num_parts:
         raise UserError(f"-part_id is {args.part_id}: give one from 0 to {args.num_parts - 1} (-num_parts - 1)")
+
+
+def mirrorings(args: argparse.Namespace) -> list[bool]:
+    """What `-tta` of `nmsw_compare` asks for: with mirroring, without, or both."""
+    return {"on": [True], "off": [False], "both": [True, False]}["off" if args.disable_tta else args.tta]
 
 
 def check_max_drop(value: float, example: float) -> None:

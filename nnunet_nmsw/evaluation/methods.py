@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
-from nnunet_nmsw.evaluation.yardsticks import WAYS
+from nnunet_nmsw.evaluation.yardsticks import WAYS, Nothing
 from nnunet_nmsw.flags import OPENVINO, PYTORCH
 from nnunet_nmsw.selection.by_score import GreedyBenefit
 
@@ -27,6 +27,7 @@ class Method:
         mirrored: whether predictions are averaged over mirrorings.
         show_mirroring: whether the name tells so, because both are compared.
         backend: what computes the networks.
+        of_stock: stock models predict, and there is no global branch.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Method:
     mirrored: bool = False
     show_mirroring: bool = False
     backend: str = PYTORCH
+    of_stock: bool = False
 
     @property
     def key(self) -> str:
@@ -44,7 +46,8 @@ class Method:
         if self.selection is None:
             what = f"{self.model}_sliding_window_step_{self.tile_step_size}" + "_skipping" * self.skips_background
         else:
-            selection = "global_branch" if self.selection == "none" else self.selection
+            alone = "coarse_model" if self.of_stock else "global_branch"
+            selection = alone if self.selection == Nothing.name else self.selection
             k = "" if self.num_patches is None else f"_{str(self.num_patches).replace('%', 'percent')}"
             what = f"{self.model}_{selection}{k}"
         return what + (f"_{OPENVINO}" if self.backend == OPENVINO else "") + ("_mirrored" if self.mirrored else "")
@@ -53,10 +56,13 @@ class Method:
     def series(self) -> str:
         """Its name without K or step: what a line in a plot stands for."""
         if self.selection is None:
-            name = "sliding window" + (" of the local branch" if self.model == "nmsw" else "")
+            name = "stock sliding windows" if self.of_stock else "sliding window"
+            name += " of the local branch" if self.model == "nmsw" else ""
             name += ", empty windows skipped" * self.skips_background
         else:
-            name = WAYS[self.selection].title + (", K = auto" if self.num_patches == "auto" else "")
+            alone = self.of_stock and self.selection == Nothing.name
+            name = "coarse model alone" if alone else WAYS[self.selection].title
+            name += ", K = auto" if self.num_patches == "auto" else ""
         if self.backend == OPENVINO:
             name += ", by OpenVINO"
         if self.show_mirroring:
@@ -103,6 +109,25 @@ def build_methods(
                 methods.append(method("nmsw", selection, k))
         if backend != PYTORCH:
             methods += [method("nmsw", GreedyBenefit.name, k, backend=backend) for k in num_patches]
+    return sorted(methods, key=lambda method: method.model)
+
+
+def build_stock_methods(
+    num_patches: Sequence[int | str], mirrored: Sequence[bool], backend: str = PYTORCH
+) -> list[Method]:
+    """Every method of a comparison of stock models: their sliding windows, the coarse model, and what uses both.
+
+    Args:
+        num_patches: K of each fine model.
+        mirrored: see `build_methods`.
+        backend: see `build_methods`.
+    """
+    methods = []
+    for mirror in mirrored:
+        method = partial(Method, mirrored=mirror, show_mirroring=len(mirrored) > 1, of_stock=True)
+        methods += [method("baseline", tile_step_size=SLIDING_WINDOW_STEPS[0]), method("nmsw", Nothing.name)]
+        for of_backend in dict.fromkeys((PYTORCH, backend)):
+            methods += [method("nmsw", GreedyBenefit.name, k, backend=of_backend) for k in num_patches]
     return sorted(methods, key=lambda method: method.model)
 
 

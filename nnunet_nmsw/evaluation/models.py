@@ -47,6 +47,17 @@ class Model:
         return read_document(self.folder, name)
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return self.folder.name
+
+    @property
+    def num_patches(self) -> int | str:
+        """K that the model is set to."""
+        num_patches: int | str = self.configuration[PLANS_KEY]["num_patches"]
+        return num_patches
+
+    @property
     def configuration(self) -> dict[str, Any]:
         """The configuration of the model's plans that it was trained with, inheritance resolved."""
         return read_configuration(self.folder, self.folder.name.split("__")[-1])
@@ -54,6 +65,10 @@ class Model:
     def checkpoint_file(self, fold: int) -> Path:
         """The checkpoint of a fold."""
         return self.folder / f"fold_{fold}" / self.checkpoint
+
+    def validation_summary(self, fold: int) -> Path:
+        """What nnU-Net's validation of a fold leaves."""
+        return self.folder / f"fold_{fold}" / "validation" / "summary.json"
 
     def calibrating_folds(self, fold: int) -> list[int]:
         """The folds that set the threshold of the number of patches "auto" for a fold's cases: the others, if any is
@@ -228,23 +243,9 @@ def _check_folds(model: Model, folds: Sequence[int]) -> None:
             )
 
 
-def unchecked_folds(models: Sequence[Model], folds: Sequence[int]) -> list[str]:
-    """Trained folds without a validation, so that nothing tells whether the splits are those they were trained with."""
-    return [
-        f"{model.folder.name}, fold {fold}"
-        for model in models
-        for fold in folds
-        if not _validation_summary(model, fold).is_file()
-    ]
-
-
-def _validation_summary(model: Model, fold: int) -> Path:
-    return model.folder / f"fold_{fold}" / "validation" / "summary.json"
-
-
 def _check_validated(model: Model, fold: int, names: Sequence[str], splits: Path) -> None:
     """Compare the splits with the cases that training validated on, where it did."""
-    summary = _validation_summary(model, fold)
+    summary = model.validation_summary(fold)
     if not summary.is_file():
         return
     ending = model.json("dataset.json")["file_ending"]

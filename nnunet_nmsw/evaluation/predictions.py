@@ -23,6 +23,7 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.oracle import Oracle
+from nnunet_nmsw.evaluation.predicted import Prediction, Shown
 from nnunet_nmsw.evaluation.shared import Costs, PatchStore, Position, SharedFold, SharedSlidingWindow
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts
 from nnunet_nmsw.flags import FLOAT32, PYTORCH
@@ -33,45 +34,16 @@ from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 from nnunet_nmsw.inference.preprocessing import is_stock, read_images, read_labels
 from nnunet_nmsw.inference.volume import (
-    ChosenWindows,
     FoldOfCase,
     Padded,
     Spending,
     choose,
     spatial_shape,
 )
+from nnunet_nmsw.inference.windows import edges_in_image
 from nnunet_nmsw.selection.by_score import placement_grid
 from nnunet_nmsw.volume.labels import LabelEncoding
-from nnunet_nmsw.volume.windows import Shape, window_slices
-
-
-@dataclasses.dataclass
-class Prediction:
-    """A case as a method predicts it.
-
-    Attributes:
-        method: the method.
-        logits_CDHW: float16, on the grid of the preprocessed volume, on the host; None where there are labels.
-        segmentation: labels in the axis order and shape of nnU-Net's reader; None where there are logits.
-        properties: nnU-Net's of the preprocessed case.
-        patches: how many it took.
-        macs: multiply-accumulates of all networks it ran.
-        covered_foreground: share of the reference's foreground voxels that lie in a window; NaN without foreground.
-        chosen: what NMSW made of the case; None of a sliding window.
-        windows: that it took.
-        offset: voxels of padding before the axes of the preprocessed volume.
-    """
-
-    method: Method
-    logits_CDHW: Tensor | None
-    segmentation: np.ndarray | None
-    properties: dict[str, Any]
-    patches: int
-    macs: int
-    covered_foreground: float = 1.0
-    chosen: FoldOfCase | None = None
-    windows: ChosenWindows | None = None
-    offset: Shape = (0, 0, 0)
+from nnunet_nmsw.volume.windows import window_slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +74,7 @@ class FoldPredictor:
     """
 
     def __init__(self, model: Model, fold: int, device: torch.device, threshold: float | None = None) -> None:
-        self.role, self.device, self.threshold = model.role, device, threshold
+        self.roles, self.device, self.threshold = (model.role,), device, threshold
         common: dict[str, Any] = {
             "perform_everything_on_device": device.type == "cuda",
             "device": device,
@@ -131,9 +103,10 @@ class FoldPredictor:
         self.dataset_json = self.sliding_window.dataset_json
 
     @property
-    def own_selection(self) -> str:
-        """The way in which the model itself chooses windows, a key of `WAYS`."""
-        assert self.nmsw is not None
+    def own_selection(self) -> str | None:
+        """The way in which the model itself chooses windows, a key of `WAYS`; None of the baseline."""
+        if self.nmsw is None:
+            return None
         name = self.nmsw.nmsw_network.sampler.at_inference.name
         if name not in WAYS:
             raise UserError(
@@ -270,7 +243,22 @@ class FoldPredictor:
             len(starts),
             len(starts) * self.costs.per_patch.get(method.mirrored, 0) + counted.coarse_macs,
             float((foreground_DHW & covered_DHW).sum()) / foreground if foreground else float("nan"),
-            chosen,
-            chosen.in_volume(case.padded),
-            case.padded.offset,
+            partial(self._shown, chosen, case),
+        )
+
+    def _shown(self, fold: FoldOfCase, case: ComparedCase) -> Shown:
+        windows, properties, backward = (
+            fold.in_volume(case.padded),
+            case.properties,
+            self.plans_manager.transpose_backward,
+        )
+        factor, offset = np.array(fold.grid.downsampling_factor), case.padded.offset
+        cropped = np.array(properties["shape_after_cropping_and_before_resampling"], float)
+        scale = np.array(windows.volume_shape) / cropped
+        shift = np.array(offset) - np.array(properties["bbox_used_for_cropping"], float)[:, 0] * scale
+        return Shown(
+            edges_in_image(windows, properties, backward).tolist(),
+            fold.coarse.score_map_dhw.float().cpu().numpy().transpose(backward).astype(np.float16),
+            (scale / factor)[backward].tolist(),
+            (shift / factor)[backward].tolist(),
         )

@@ -24,13 +24,15 @@ from nnunet_nmsw.console import follow_parent
 from nnunet_nmsw.errors import Failures, UserError
 from nnunet_nmsw.evaluation.methods import timed_methods
 from nnunet_nmsw.evaluation.metrics import case_metrics
-from nnunet_nmsw.evaluation.models import Case
-from nnunet_nmsw.evaluation.predictions import FoldPredictor, Prediction
+from nnunet_nmsw.evaluation.models import Case, Model
+from nnunet_nmsw.evaluation.predicted import Prediction, Shown
+from nnunet_nmsw.evaluation.predictions import FoldPredictor
+from nnunet_nmsw.evaluation.stock_models import StockModels
+from nnunet_nmsw.evaluation.stock_predictions import StockModelsPredictor
 from nnunet_nmsw.evaluation.store import Comparison
 from nnunet_nmsw.evaluation.timing import TimingTask, measure_in_new_process, measurement_order, timed_cases
 from nnunet_nmsw.files import write_json, written_whole
 from nnunet_nmsw.inference.export import write_labels, write_logits
-from nnunet_nmsw.inference.windows import edges_in_image
 
 
 class Exporting(NamedTuple):
@@ -70,9 +72,7 @@ def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: i
     ):
         for fold in sorted({case.fold for case in todo}):
             with contextlib.redirect_stdout(None):  # nnU-Net tells how it searches for a trainer
-                threshold = comparison.nmsw.threshold(fold) if comparison.has_auto else None
-                device = torch.device(comparison.device)
-                predictors = [FoldPredictor(model, fold, device, threshold) for model in comparison.models]
+                predictors = _predictors(comparison, fold)
             for case in todo:
                 if case.fold != fold:
                     continue
@@ -106,10 +106,18 @@ def run_timing(comparison: Comparison, progress: bool) -> None:
         write_json(file, {"method": method.key, "cases": measure_in_new_process(task)})
 
 
+def _predictors(comparison: Comparison, fold: int) -> Sequence[FoldPredictor] | Sequence[StockModelsPredictor]:
+    device, nmsw = torch.device(comparison.device), comparison.nmsw
+    if isinstance(nmsw, StockModels):
+        return [StockModelsPredictor(nmsw, comparison.labels, device)]
+    threshold = nmsw.threshold(fold) if comparison.has_auto else None
+    return [FoldPredictor(model, fold, device, threshold) for model in comparison.models if isinstance(model, Model)]
+
+
 def _run_case(
     comparison: Comparison,
     case: Case,
-    predictors: Sequence[FoldPredictor],
+    predictors: Sequence[FoldPredictor] | Sequence[StockModelsPredictor],
     exporting: Exporting,
     bar: tqdm,
 ) -> None:
@@ -136,21 +144,27 @@ def _run_case(
                 bar.update()
 
     for predictor in predictors:
-        primary = comparison.primary_of(predictor.own_selection) if predictor.nmsw is not None else None
-        methods = [method for method in comparison.methods if method.model == predictor.role]
+        own = predictor.own_selection
+        primary = None if own is None else comparison.primary_of(own)
+        methods = [method for method in comparison.methods if method.model in predictor.roles]
         for prediction in predictor.predict(case, methods):
-            if prediction.method == primary:
-                record |= _for_the_viewer(predictor, prediction, comparison.record_file(case).with_suffix(".npz"))
-                record["own_selection"] = predictor.own_selection
+            if prediction.method == primary and prediction.show is not None:
+                record |= _for_the_viewer(prediction.show(), comparison.record_file(case).with_suffix(".npz"))
+                record["own_selection"] = own
             task = _export_task(comparison, case, predictor, prediction, exporting.waiting)
             pending.add(exporting.pool.submit(export_and_measure, task))
-            collect(exporting.processes)
+            # Without reference labels, the sliding windows' are the reference of the others.
+            collect(0 if prediction.method == comparison.reference else exporting.processes)
     collect(0)
     write_json(comparison.record_file(case), record)
 
 
 def _export_task(
-    comparison: Comparison, case: Case, predictor: FoldPredictor, prediction: Prediction, waiting: Path
+    comparison: Comparison,
+    case: Case,
+    predictor: FoldPredictor | StockModelsPredictor,
+    prediction: Prediction,
+    waiting: Path,
 ) -> ExportTask:
     # Not through the pool's pipe: a process that dies beside a full pipe makes older Pythons wait for ever.
     opened, file = tempfile.mkstemp(suffix=".npy", dir=waiting)
@@ -172,6 +186,7 @@ def _export_task(
             "patches": prediction.patches,
             "macs": prediction.macs,
             "covered_foreground": prediction.covered_foreground,
+            "reached": prediction.reached and {label: of._asdict() for label, of in prediction.reached.items()},
         },
     )
 
@@ -217,28 +232,13 @@ def export_and_measure(task: ExportTask) -> dict[str, Any]:
     return {"method": task.method, **task.about, "metrics": metrics}
 
 
-def _for_the_viewer(predictor: FoldPredictor, prediction: Prediction, file: Path) -> dict[str, Any]:
-    """Write the score map; return the windows in voxels of the image, and how the map lies in it.
-
-    Axes are the image's. Voxel i of an axis is in voxel floor((i + 0.5) · scale + shift) of the map.
-    """
-    fold, chosen = prediction.chosen, prediction.windows
-    assert fold is not None
-    assert chosen is not None
-    backward = predictor.plans_manager.transpose_backward
-    properties = prediction.properties
-    score_map = fold.coarse.score_map_dhw.float().cpu().numpy().transpose(backward)
+def _for_the_viewer(shown: Shown, file: Path) -> dict[str, Any]:
+    """Write the score map, if there is one; return the rest of what is shown, for the record."""
+    if shown.score_map is None:
+        return {"windows": shown.windows}
     with written_whole(file.parent) as folder:
-        np.savez_compressed(folder / file.name, score_map=score_map.astype(np.float16))
-    factor, offset = np.array(fold.grid.downsampling_factor), prediction.offset
-    cropped = np.array(properties["shape_after_cropping_and_before_resampling"], float)
-    scale = np.array(chosen.volume_shape) / cropped
-    shift = np.array(offset) - np.array(properties["bbox_used_for_cropping"], float)[:, 0] * scale
-    return {
-        "windows": edges_in_image(chosen, properties, backward).tolist(),
-        "score_map_scale": (scale / factor)[backward].tolist(),
-        "score_map_shift": (shift / factor)[backward].tolist(),
-    }
+        np.savez_compressed(folder / file.name, score_map=shown.score_map)
+    return {"windows": shown.windows, "score_map_scale": shown.scale, "score_map_shift": shown.shift}
 
 
 def _start_export_process() -> None:

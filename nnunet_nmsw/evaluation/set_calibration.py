@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
 from torch import Tensor
 
-from nnunet_nmsw.evaluation.set_recall import Reached, patches_alone, reached
+from nnunet_nmsw.evaluation.reached import Reached
+from nnunet_nmsw.evaluation.set_recall import patches_alone, reached
 from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.claims import FinePrediction, covered
 from nnunet_nmsw.inference.model_set import ModelSetPredictor

@@ -7,53 +7,17 @@ Tensor suffixes: D H W axes of a padded volume, Z Y X axes of the cropped image,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
+from nnunet_nmsw.evaluation.reached import Reached
 from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.claims import FinePrediction, claims_of, covered, nearest
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.volume import FoldOfCase
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.selection.interface import WindowChoice
-
-
-class Reached(NamedTuple):
-    """Objects of a class: connected voxels, diagonal neighbours included.
-
-    Attributes:
-        objects: that the model's own sliding window finds.
-        reached: how many of them a window touches.
-        voxels: of all objects, in the image.
-        voxels_reached: how many of them lie in a window.
-    """
-
-    objects: int
-    reached: int
-    voxels: int
-    voxels_reached: int
-
-    @classmethod
-    def of(cls, own: np.ndarray, windows: np.ndarray) -> Reached:
-        """Count.
-
-        Args:
-            own: bool, what the model finds of a class.
-            windows: bool, same shape, where the model has a window.
-        """
-        objects, number = ndimage.label(own, ndimage.generate_binary_structure(own.ndim, own.ndim))
-        touched = np.unique(objects[windows & own])
-        return cls(number, len(touched), int(own.sum()), int((windows & own).sum()))
-
-    @classmethod
-    def together(cls, of_cases: Sequence[Reached]) -> Reached:
-        """The sums over cases."""
-        return cls(*map(sum, zip(*of_cases, strict=True)))
 
 
 @torch.inference_mode()
@@ -69,7 +33,7 @@ def reached(predictor: ModelSetPredictor, case: Case) -> dict[int, Reached]:
     chosen = predictor.chosen(case, predictor.coarse_logits(case))
     shape = case["data_properties"]["shape_after_cropping_and_before_resampling"]
     found: dict[int, list[Reached]] = {}
-    for number, fine in predictor.fine_predictions(case, [_whole(fold) for fold in chosen], predictor.work):
+    for number, fine in predictor.fine_predictions(case, [whole(fold) for fold in chosen], predictor.work):
         own_ZYX = np.zeros(shape, np.int16)
         for claims in claims_of(fine):
             own_ZYX[claims.box] = claims.labels_ZYX.numpy()
@@ -84,7 +48,7 @@ def patches_alone(fold: FoldOfCase) -> FoldOfCase:
     return fold._replace(weights=FusionWeights.convex(torch.ones_like(fold.weights.patch_C)))
 
 
-def _whole(fold: FoldOfCase) -> FoldOfCase:
+def whole(fold: FoldOfCase) -> FoldOfCase:
     """The same with all windows of the sliding window, whose patches alone count."""
     everywhere = WindowChoice(fold.grid.starts_N3, torch.zeros(len(fold.grid)))
     return patches_alone(fold._replace(windows=everywhere))

@@ -24,11 +24,11 @@ from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.evaluation.methods import Method, primary_method, reference_method
 from nnunet_nmsw.evaluation.metrics import METRICS, Label, evaluated_labels
 from nnunet_nmsw.evaluation.models import Case, Model
+from nnunet_nmsw.evaluation.stock_models import StockModels
 from nnunet_nmsw.evaluation.timing import measurement_order
 from nnunet_nmsw.files import PREFIX, remove_leftovers, write_json
 from nnunet_nmsw.selection.budget import UNCALIBRATED
 from nnunet_nmsw.selection.by_score import GreedyBenefit
-from nnunet_nmsw.settings import PLANS_KEY
 
 SETTINGS_FILE = "comparison.json"
 
@@ -50,20 +50,24 @@ class Comparison:
         device: name of the device.
         timed_cases: how many cases are timed.
         rounds: how often each of them is.
+        about: what is compared, in words.
+        remarks: what a reader of the report has to know, as sentences.
     """
 
     folder: Path
     dataset: str
-    models: Sequence[Model]
+    models: Sequence[Model] | Sequence[StockModels]
     methods: Sequence[Method]
     cases: Sequence[Case]
     tolerance_mm: float
     device: str
     timed_cases: int = 0
     rounds: int = 0
+    about: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
-    def nmsw(self) -> Model:
+    def nmsw(self) -> Model | StockModels:
         """The NMSW model."""
         return self.models[-1]
 
@@ -84,7 +88,7 @@ class Comparison:
 
     def primary_of(self, own_selection: str) -> Method:
         """The method that the report is about, of a model that chooses windows in this way itself."""
-        num_patches = self.nmsw.configuration[PLANS_KEY]["num_patches"]
+        num_patches = self.nmsw.num_patches
         if num_patches == "auto" and not self.has_auto:
             num_patches = UNCALIBRATED
         return primary_method(self.methods, num_patches, own_selection)
@@ -96,6 +100,11 @@ class Comparison:
     def has_auto(self) -> bool:
         """Whether a method takes the number of patches "auto"."""
         return any(method.num_patches == "auto" for method in self.methods)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there are reference labels; else the labels of the reference method are taken for them."""
+        return all(case.reference != str(self.prediction_file(case, self.reference)) for case in self.cases)
 
     @cached_property
     def label_names(self) -> dict[str, str]:
@@ -124,7 +133,7 @@ class Comparison:
         """
         settings: dict[str, Any] = {
             "dataset": self.dataset,
-            "models": {model.role: model.folder.name for model in self.models},
+            "models": {model.role: model.name for model in self.models},
             "checkpoints": {
                 f"{model.role}, fold {fold}": model.fingerprint(fold)
                 for model in self.models

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -29,12 +29,14 @@ from nnunet_nmsw.console import follow_parent
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case as ValidationCase
 from nnunet_nmsw.evaluation.models import Model
+from nnunet_nmsw.evaluation.stock_models import StockModels
+from nnunet_nmsw.evaluation.stock_predictions import spend
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts
-from nnunet_nmsw.inference.case_model import Segmented, WithLogits
-from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.device import prepare_device
+from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.loading import load_model
 from nnunet_nmsw.inference.memory import most_memory_of_process
+from nnunet_nmsw.inference.orientation import orient
 from nnunet_nmsw.inference.predictor import NMSWPredictor
 
 
@@ -51,24 +53,7 @@ class TimedSlidingWindow(nnUNetPredictor):
         return logits
 
 
-class TimedNMSW(NMSWPredictor):
-    """NMSW with a clock. Its labels are worked out while the network runs, so both are timed together."""
-
-    network_seconds: float = 0.0
-
-    def predict_case(self, case: Case) -> Segmented:
-        """The parent's, timed."""
-        start = time.perf_counter()
-        segmented = super().predict_case(case)
-        self.network_seconds = time.perf_counter() - start
-        return segmented
-
-    def predict_case_logits(self, case: Case) -> WithLogits:
-        """The parent's, timed."""
-        start = time.perf_counter()
-        with_logits = super().predict_case_logits(case)
-        self.network_seconds = time.perf_counter() - start
-        return with_logits
+Timed: TypeAlias = TimedSlidingWindow | FilesPredictor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +62,13 @@ class TimingTask:
 
     Attributes:
         method: the method.
-        model: its model.
+        model: its model, or models.
         cases: cases to predict, all of one fold.
         device: name of the device.
     """
 
     method: Method
-    model: Model
+    model: Model | StockModels
     cases: tuple[ValidationCase, ...]
     device: str
 
@@ -121,47 +106,68 @@ def measure(task: TimingTask) -> list[dict[str, Any]]:
     # nnU-Net tells of every trainer it looks at and of every case; the progress bar is the parent's.
     with contextlib.redirect_stdout(None), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", FutureWarning)
-        predictor = _predictor(task, device)
         output = os.path.join(folder, "prediction")
-        results = []
-        for case in task.cases:
-            # Every case has a shape of its own, for which libraries look for their fastest algorithm once.
-            predictor.predict_from_files_sequential([list(case.images)], [output])
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            start = time.perf_counter()
-            predictor.predict_from_files_sequential([list(case.images)], [output])
-            results.append(
-                {
+        entries: dict[str, dict[str, Any]] = {}
+        for predictor in _predictors(task, device):
+            for case in task.cases:
+                seconds, network_seconds = _seconds(predictor, case, output, device)
+                device_peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+                before = entries.get(case.name, {"network_seconds": 0.0, "total_seconds": 0.0, "device_peak_bytes": 0})
+                entries[case.name] = {
                     "case": case.name,
-                    "network_seconds": predictor.network_seconds,
-                    "total_seconds": time.perf_counter() - start,
+                    "network_seconds": before["network_seconds"] + network_seconds,
+                    "total_seconds": before["total_seconds"] + seconds,
                     "host_peak_bytes": most_memory_of_process(),
-                    "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+                    "device_peak_bytes": device_peak and max(device_peak, before["device_peak_bytes"]),
                 }
-            )
-    return results
+    return list(entries.values())
 
 
-def _predictor(task: TimingTask, device: torch.device) -> TimedSlidingWindow | TimedNMSW:
-    method, fold = task.method, task.cases[0].fold
+def _seconds(predictor: Timed, case: ValidationCase, output: str, device: torch.device) -> tuple[float, float]:
+    """Predict a case twice, and say what the second took: from file to file, and for the network."""
+    # Every case has a shape of its own, for which libraries look for their fastest algorithm once.
+    predictor.predict_from_files_sequential([list(case.images)], [output])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    predictor.predict_from_files_sequential([list(case.images)], [output])
+    return time.perf_counter() - start, predictor.network_seconds
+
+
+def _predictors(task: TimingTask, device: torch.device) -> Iterator[Timed]:
+    """What predicts a method's cases, one after the other: every one of several stock models, or a single one."""
+    method, model, fold = task.method, task.model, task.cases[0].fold
     common: dict[str, Any] = {
         "use_mirroring": method.mirrored,
         "perform_everything_on_device": device.type == "cuda",
         "device": device,
         "allow_tqdm": False,
     }
-    of_model = (task.model.folder, [fold], task.model.checkpoint, task.model.trusted)
+    if isinstance(model, StockModels):
+        if method.selection is not None:
+            predictor = model.make(task.device, method.mirrored, method.backend)
+            spend(predictor, method, model.explore)
+            yield predictor
+            return
+        for stock in model.sliding:
+            of_stock = TimedSlidingWindow(tile_step_size=method.tile_step_size, **common)
+            load_model(of_stock, stock.path, list(stock.folds), model.checkpoint, model.trusted)
+            if model.orientation is not None:
+                orient(of_stock, model.orientation)
+            yield of_stock
+        return
+    of_model = (model.folder, [fold], model.checkpoint, model.trusted)
     if method.selection is None:
         sliding_window = TimedSlidingWindow(tile_step_size=method.tile_step_size, **common)
         load_model(sliding_window, *of_model)
-        return sliding_window
-    threshold = task.model.threshold(fold) if method.num_patches == "auto" else None
+        yield sliding_window
+        return
+    threshold = model.threshold(fold) if method.num_patches == "auto" else None
     # A way that decides itself may take as many as there are.
-    nmsw = TimedNMSW(method.num_patches or "all", threshold=threshold, backend=method.backend, **common)
+    nmsw = NMSWPredictor(method.num_patches or "all", threshold=threshold, backend=method.backend, **common)
     load_model(nmsw, *of_model)
     nmsw.selector = WAYS[method.selection].selector(CaseFacts())
-    return nmsw
+    yield nmsw
 
 
 def timed_cases(cases: Sequence[ValidationCase], number: int) -> tuple[ValidationCase, ...]:

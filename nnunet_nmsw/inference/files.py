@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
-from nnunet_nmsw.inference.cases import Cases
+from nnunet_nmsw.inference.cases import Case, Cases
 from nnunet_nmsw.inference.export import ending_in, endings_of_one_image
+from nnunet_nmsw.inference.writing import Done
 from nnunet_nmsw.nnunet.predictor import PredictorHooks
 
 
@@ -24,6 +26,8 @@ class FilesPredictor(PredictorHooks):
     dataset_json: dict[str, Any]
     trust_model: bool = False
     """Let checkpoints and plans run code, as nnU-Net does: see `nnunet_nmsw.model.safe_loading`."""
+    network_seconds: float = 0.0
+    """What the last case took from its preprocessed volume to labels of the image, or to logits."""
 
     def predict_from_files(
         self,
@@ -109,6 +113,17 @@ class FilesPredictor(PredictorHooks):
             self.predict_from_data_iterator(cases, save_probabilities, 1)
         finally:
             self.dataset_json = dataset
+
+    def timed(self, predict: Callable[[Case], Done]) -> Callable[[Case], Done]:
+        """The same with `network_seconds`. What it returns is on the host, so that the device is done."""
+
+        def predict_timed(case: Case) -> Done:
+            start = time.perf_counter()
+            done = predict(case)
+            self.network_seconds = time.perf_counter() - start
+            return done
+
+        return predict_timed
 
     def bound_memory(self, cases: list[list[str]], num_preprocessing: int) -> int:
         """How many cases may be preprocessed beside the prediction, of those that are wanted; here all.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +26,7 @@ from nnunet_nmsw.inference.cases import Case, Cases, in_order
 from nnunet_nmsw.inference.claims import FinePrediction, Merged, claims_of, without_windows
 from nnunet_nmsw.inference.export import in_image, resampling_axes, write_labels
 from nnunet_nmsw.inference.files import FilesPredictor
-from nnunet_nmsw.inference.fine_model import FineModelPredictor, ModelDocuments, coarse_prediction_of, on_low_grid
+from nnunet_nmsw.inference.fine_model import FineModelPredictor, ModelDocuments, on_low_grid
 from nnunet_nmsw.inference.model_folder import folds_to_load, initialize
 from nnunet_nmsw.inference.networks import unbounded
 from nnunet_nmsw.inference.openvino_branches import backend_named
@@ -38,7 +38,6 @@ from nnunet_nmsw.inference.set_members import (
     FineModel,
     MatchedPatches,
     ModelFolder,
-    NotLoaded,
     check_folders,
     digest_of_folds,
     unmatched,
@@ -55,13 +54,11 @@ from nnunet_nmsw.inference.volume import (
 )
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
-from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.selection.budget import parse_num_patches
 from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.selection.explore import body_of, explored
 from nnunet_nmsw.selection.of_present import OfPresentClasses
 from nnunet_nmsw.volume.labels import LabelEncoding
-from nnunet_nmsw.volume.windows import WindowGrid
 
 
 class ModelSetPredictor(FilesPredictor):
@@ -175,20 +172,33 @@ class ModelSetPredictor(FilesPredictor):
             raise UserError("a set of models gives labels alone: leave out --save_probabilities")
         writers = max(1, num_processes_segmentation_export)
         writing = Writing(self.dataset_json["file_ending"], writers, self.allow_tqdm)
-        return done_one_after_the_other(data_iterator, self._done, partial(empty_cache, self.device), writing)
+        return done_one_after_the_other(
+            data_iterator, self.timed(self._done), partial(empty_cache, self.device), writing
+        )
 
-    @torch.inference_mode()
     def predict_case(self, case: Case) -> Segmented:
         """Labels of a case's image with the coarse model's numbers, and the windows of each fine model.
 
         Args:
             case: of `preprocess` or `preprocess_arrays`.
         """
-        return where_it_fits(partial(self._segmented, case, self.coarse_logits(case)), self.work)
+        return self.predict_in_windows(case, self.chosen)
 
-    def _segmented(self, case: Case, logits_Cdhw: Tensor, work: Work) -> Segmented:
+    @torch.inference_mode()
+    def predict_in_windows(self, case: Case, choose: Callable[[Case, Tensor], list[FoldOfCase]]) -> Segmented:
+        """The same with windows that are chosen otherwise.
+
+        Args:
+            case: of `preprocess` or `preprocess_arrays`.
+            choose: as `chosen` does.
+        """
+        return where_it_fits(partial(self._segmented, case, self.coarse_logits(case), choose), self.work)
+
+    def _segmented(
+        self, case: Case, logits_Cdhw: Tensor, choose: Callable[[Case, Tensor], list[FoldOfCase]], work: Work
+    ) -> Segmented:
         logits_Cdhw, properties = logits_Cdhw.to(work.device), case["data_properties"]
-        chosen = self.chosen(case, logits_Cdhw)
+        chosen = choose(case, logits_Cdhw)
         shape = properties["shape_after_cropping_and_before_resampling"]
         merged = Merged(shape, [model.labels.coarse for model in self.fine_models])
         for number, fine in self.fine_predictions(case, chosen, work):
@@ -222,7 +232,15 @@ class ModelSetPredictor(FilesPredictor):
             logits_Cdhw: of `coarse_logits`.
         """
         body_1dhw = body_of(case["data"][0])[None].to(logits_Cdhw.device) if self.explore else None
-        return [self._choose(model, logits_Cdhw, body_1dhw, case["data_properties"]) for model in self.fine_models]
+        properties, chosen = case["data_properties"], []
+        spending = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches, self.calibration.threshold)
+        for model in self.fine_models:
+            fold = model.choose(logits_Cdhw, properties, spending, self.calibration.weights_of(model))
+            if body_1dhw is not None:
+                body_dhw = on_low_grid(body_1dhw, model.empty_volume(properties), model.factor)[0]
+                fold = fold._replace(windows=explored(fold.windows, body_dhw, fold.grid, self.explore))
+            chosen.append(fold)
+        return chosen
 
     def fine_predictions(
         self, case: Case, chosen: Sequence[FoldOfCase], work: Work
@@ -245,24 +263,6 @@ class ModelSetPredictor(FilesPredictor):
                 raise seen["error"]
             for number in group:
                 yield from self._predicted(number, chosen[number], seen, work)
-
-    def _choose(
-        self, model: FineModel, logits_Cdhw: Tensor, body_1dhw: Tensor | None, properties: dict[str, Any]
-    ) -> FoldOfCase:
-        """The windows of a fine model, by the coarse prediction of its classes."""
-        padded, labels = model.empty_volume(properties), model.labels
-        encoding = LabelEncoding(labels.num_shared)
-        coarse = coarse_prediction_of(labels.of_coarse(logits_Cdhw), padded, model.factor, encoding)
-        d, h, w = padded.volume_CDHW.shape[1:]
-        grid = WindowGrid((d, h, w), model.patch_size, model.factor)
-        spending = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches, self.calibration.threshold)
-        windows = spending.choose(coarse, grid)
-        if body_1dhw is not None:
-            windows = explored(windows, on_low_grid(body_1dhw, padded, model.factor)[0], grid, self.explore)
-        weights = FusionWeights(*map(labels.for_fusion, self.calibration.weights_of(model)))
-        logits_Fdhw, encoding = labels.for_fusion(coarse.logits_Cdhw), LabelEncoding(labels.num_channels)
-        coarse = coarse._replace(logits_Cdhw=logits_Fdhw, encoding=encoding)
-        return FoldOfCase(NotLoaded(), coarse, grid, windows, weights)
 
     def _predicted(
         self, number: int, chosen: FoldOfCase, seen: Case, work: Work

@@ -250,7 +250,7 @@ class NMSWPredictor(FilesPredictor):
         writing = Writing(self.dataset_json["file_ending"], num_writers, self.allow_tqdm)
         self._folds_of_run = []
         try:
-            return done_one_after_the_other(data_iterator, predict, free, writing)
+            return done_one_after_the_other(data_iterator, self.timed(predict), free, writing)
         finally:
             self._folds_of_run = None
             compute_gaussian.cache_clear()

@@ -1,6 +1,7 @@
 """The fine models of a set, each with some of the coarse model's classes: found and checked before they are loaded.
 
-Tensor suffixes: K windows, 3 one coordinate per axis.
+Tensor suffixes: C channels of the coarse model, F channels of a fusion, K windows, d h w axes of the coarse model's
+volume, 3 one coordinate per axis.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from torch import Tensor
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.export import can_stream
-from nnunet_nmsw.inference.fine_model import ModelDocuments, factor_between
+from nnunet_nmsw.inference.fine_model import ModelDocuments, coarse_prediction_of, factor_between
 from nnunet_nmsw.inference.model_folder import check_model, read_document
 from nnunet_nmsw.inference.networks import Fold
 from nnunet_nmsw.inference.openvino_models import digest_of_weights
 from nnunet_nmsw.inference.preprocessing import is_stock
-from nnunet_nmsw.inference.volume import Padded
+from nnunet_nmsw.inference.volume import FoldOfCase, Padded, Spending
+from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.safe_loading import configuration_of
 from nnunet_nmsw.selection.interface import CoarsePrediction
+from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.matched_labels import MatchedLabels, is_class
-from nnunet_nmsw.volume.windows import Shape
+from nnunet_nmsw.volume.windows import Shape, WindowGrid
 
 
 class ModelFolder(NamedTuple):
@@ -118,6 +121,26 @@ class FineModel:
         """Voxels by axis."""
         d, h, w = self.configuration_manager.patch_size
         return d, h, w
+
+    def choose(
+        self, logits_Cdhw: Tensor, properties: dict[str, Any], spending: Spending, weights: FusionWeights
+    ) -> FoldOfCase:
+        """Its windows on a case by the coarse prediction of its classes. Its networks are not loaded.
+
+        Args:
+            logits_Cdhw: of the coarse model, in voxels of that model.
+            properties: nnU-Net's of the case as the coarse model has it.
+            spending: what may be spent.
+            weights: of the fusion, for the classes that both models have.
+        """
+        padded, encoding = self.empty_volume(properties), LabelEncoding(self.labels.num_shared)
+        coarse = coarse_prediction_of(self.labels.of_coarse(logits_Cdhw), padded, self.factor, encoding)
+        d, h, w = padded.volume_CDHW.shape[1:]
+        grid = WindowGrid((d, h, w), self.patch_size, self.factor)
+        windows = spending.choose(coarse, grid)
+        logits_Fdhw, encoding = self.labels.for_fusion(coarse.logits_Cdhw), LabelEncoding(self.labels.num_channels)
+        coarse = coarse._replace(logits_Cdhw=logits_Fdhw, encoding=encoding)
+        return FoldOfCase(NotLoaded(), coarse, grid, windows, FusionWeights(*map(self.labels.for_fusion, weights)))
 
     @property
     def preprocessing(self) -> str:

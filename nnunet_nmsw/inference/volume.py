@@ -86,7 +86,7 @@ class Spending(NamedTuple):
 
     Attributes:
         selector: chooses windows.
-        num_patches: a number, a percentage, "all" or "auto".
+        num_patches: a number, a percentage, "all" or "auto"; 0 for the coarse prediction alone.
         threshold: with "auto", see `Budget`.
     """
 
@@ -96,7 +96,8 @@ class Spending(NamedTuple):
 
     def choose(self, coarse: CoarsePrediction, grid: WindowGrid) -> WindowChoice:
         """The windows of a volume."""
-        return self.selector.choose(coarse, grid, budget_of(self.num_patches, len(grid), self.threshold))
+        budget = budget_of(self.num_patches, len(grid), self.threshold)
+        return self.selector.choose(coarse, grid, budget) if budget.num_windows else WindowChoice.nothing()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,8 @@ class MadeUp(SimpleNamespace):
             cases=[Case(f"case_{i}", i % 2, ("image",), f"/references/case_{i}.nii.gz") for i in range(3)],
             tolerance_mm=2.0,
             has_auto=False,
+            has_reference=True,
+            remarks=(),
             models=[SimpleNamespace(role=role, folder=folder / "model") for role in ("baseline", "nmsw")],
         )
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_sets import COARSE, FINE, case_of, noise, stock_logits, the_set, write_models
 
-from nnunet_nmsw.evaluation.set_recall import Reached, reached
+from nnunet_nmsw.evaluation.reached import Reached
+from nnunet_nmsw.evaluation.set_recall import reached
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region, sav
 
 from nnunet_nmsw.evaluation.methods import SLIDING_WINDOW_STEPS, Method, planned_methods
 from nnunet_nmsw.evaluation.metrics import METRICS
+from nnunet_nmsw.evaluation.reached import Reached
 from nnunet_nmsw.evaluation.statistics import PairedDifference, correct, paired_difference
 from nnunet_nmsw.evaluation.store import Comparison
 from nnunet_nmsw.files import written_whole
@@ -72,6 +73,7 @@ class MethodResult:
         share: patches as a share of those of the same model's sliding window at step 0.5, mean over cases.
         macs: multiply-accumulates, mean over cases.
         cost: time and memory; None where they were not measured.
+        reached: by class name, of stock models: what the windows reach of the sliding windows' objects, over all cases.
     """
 
     method: Method
@@ -85,6 +87,7 @@ class MethodResult:
     share: float
     macs: float
     cost: Cost | None
+    reached: dict[str, Reached] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +145,10 @@ def gather(comparison: Comparison) -> Results:
         comparison,
         table,
         [
-            _method_result(table, method, differences.get(method.key, same), costs.get(method.key))
+            dataclasses.replace(
+                _method_result(table, method, differences.get(method.key, same), costs.get(method.key)),
+                reached=_reached(records, comparison, method),
+            )
             for method in comparison.methods
         ],
     )
@@ -156,6 +162,7 @@ def metrics_table(records: list[dict[str, Any]], comparison: Comparison) -> pd.D
     covered_foreground, and objects_found (list of volume in mm³ and whether it was found).
     """
     rows = []
+    reference = comparison.reference.key  # whose models a set's are
     whole = {m.model: m.key for m in comparison.methods if m.tile_step_size == SLIDING_WINDOW_STEPS[0]}
     for record in records:
         for method in comparison.methods:
@@ -174,7 +181,7 @@ def metrics_table(records: list[dict[str, Any]], comparison: Comparison) -> pd.D
                         "missed_objects": metrics["missed_objects"],
                         "false_positive_objects": metrics["false_positive_objects"],
                         "patches": entry["patches"],
-                        "share": entry["patches"] / record["methods"][whole[method.model]]["patches"],
+                        "share": entry["patches"] / record["methods"][whole.get(method.model, reference)]["patches"],
                         "macs": entry["macs"],
                         "covered_foreground": entry["covered_foreground"],
                         "objects_found": metrics["objects"],
@@ -223,6 +230,15 @@ def _method_result(
         float(per_case["macs"].mean()),
         cost,
     )
+
+
+def _reached(records: list[dict[str, Any]], comparison: Comparison, method: Method) -> dict[str, Reached]:
+    of_cases = [record["methods"][method.key].get("reached") or {} for record in records]
+    return {
+        name: Reached.together([Reached(**of_case[label]) for of_case in of_cases])
+        for label, name in comparison.label_names.items()
+        if all(label in of_case for of_case in of_cases)
+    }
 
 
 def _costs(timings: pd.DataFrame, reference: Method) -> dict[str, Cost]:

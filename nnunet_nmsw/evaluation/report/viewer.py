@@ -54,7 +54,7 @@ class ShownCase:
         aspect: height of a pixel over its width, in mm.
         start: slice to begin with.
         image: first channel.
-        score_map: score map, coloured.
+        score_map: score map, coloured; None where there is none.
         outlines: outlines of the reference, then of predictions.
         windows: by window x, y, width and height in pixels, first and last z index it covers, and its rank.
     """
@@ -68,7 +68,7 @@ class ShownCase:
     aspect: float
     start: int
     image: Layer
-    score_map: Layer
+    score_map: Layer | None
     outlines: list[Layer]
     windows: list[list[float]]
 
@@ -102,8 +102,11 @@ def show_case(
     for method in methods:
         labels = _labels(str(comparison.prediction_file(case, method)), reader)
         outlines.append(Layer(method.name, _uri(_mosaic(_outline(labels[pick], comparison), columns))))
-    score_map = _score_map(comparison, case, record, image.shape)[pick]
-    colours = (colormaps["cividis"](score_map)[..., :3] * 255).astype(np.uint8)
+    map_layer = None
+    if "score_map_scale" in record:
+        score_map = _score_map(comparison, case, record, image.shape)[pick]
+        colours = (colormaps["cividis"](score_map)[..., :3] * 255).astype(np.uint8)
+        map_layer = Layer("score map", _uri(_mosaic(colours, columns), quality=85))
     foreground = (reference > 0).sum((1, 2))[::every]
     return ShownCase(
         case.name,
@@ -115,7 +118,7 @@ def show_case(
         float(y_spacing / x_spacing),
         int(foreground.argmax()),
         Layer("image", _uri(_mosaic(grey, columns), quality=85)),
-        Layer("score map", _uri(_mosaic(colours, columns), quality=85)),
+        map_layer,
         outlines,
         [
             [x0 / pixel, y0 / pixel, (x1 - x0) / pixel, (y1 - y0) / pixel, z0, z1, rank]

@@ -18,8 +18,8 @@ import jinja2
 import torch
 from markupsafe import Markup
 
-from nnunet_nmsw.evaluation.models import unchecked_folds
 from nnunet_nmsw.evaluation.report.plots import Plot, shown_methods, write_plots
+from nnunet_nmsw.evaluation.report.reached_table import reached_in_words, reached_table
 from nnunet_nmsw.evaluation.report.results import Results, gather
 from nnunet_nmsw.evaluation.report.tables import (
     GIB,
@@ -53,6 +53,8 @@ def write_report(comparison: Comparison, margin: float, cases_shown: int) -> lis
     if any(result.cost for result in results.methods):
         tables.append(cost_table(results))
     tables.append(class_table(results))
+    if any(result.reached for result in results.methods):
+        tables.append(reached_table(results))
     answer = sentences(results, margin)
     shown = _shown_cases(results, cases_shown)
     context = {
@@ -114,26 +116,10 @@ def sentences(results: Results, margin: float) -> list[str]:
         for share in [1 - result.missed_objects / result.objects if result.objects else math.nan]
         if not math.isnan(share)
     ]
-    if found:
+    if found and comparison.has_reference:
         answer.append(f"Objects of the reference that are found: {', '.join(found)}.")
-    folds = sorted({case.fold for case in comparison.cases})
-    if comparison.has_auto:
-        own = [str(fold) for fold in folds if comparison.nmsw.calibrating_folds(fold) == [fold]]
-        answer.append(
-            "The threshold of K = auto was set on "
-            + (
-                f"the very cases that are measured, in fold {', '.join(own)}, where no other fold is validated."
-                if own
-                else "the validation cases of the other folds."
-            )
-        )
-    unchecked = unchecked_folds(comparison.models, folds)
-    if unchecked:
-        answer.append(
-            "Training left no validation, so that nothing shows whether the splits are still those that were trained "
-            f"with: {'; '.join(unchecked)}."
-        )
-    return answer
+    answer += reached_in_words(primary)
+    return [*answer, *comparison.remarks]
 
 
 def further(results: Results, margin: float) -> list[str]:
@@ -155,7 +141,7 @@ def _what_patches_bring(results: Results) -> list[str]:
     same = [r for r in results.methods if r.method.mirrored == primary.method.mirrored]
     alone = next(r for r in same if r.method.selection == "none")
     gain = results.difference(primary.method, alone.method)
-    text = f"Its patches bring {with_interval(gain)} Dice points over the global branch alone"
+    text = f"Its patches bring {with_interval(gain)} Dice points over the {alone.method.name}"
     others = [
         f"{100 * results.difference(r.method, alone.method).mean:+.1f} chosen by {who}"
         for selection, who in (("random", "chance"), ("entropy", "entropy"), ("oracle", "the oracle"))
