@@ -12,14 +12,13 @@ import numpy as np
 from nnunet_nmsw.commands.find import is_set
 from nnunet_nmsw.commands.images import case_name, check_output, find_cases, find_references
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.evaluation.reference import reference_labels
 from nnunet_nmsw.evaluation.set_calibration import Labelled, calibrate
 from nnunet_nmsw.files import write_json
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.model_folder import read_document
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
-from nnunet_nmsw.inference.preprocessing import read_labels
 from nnunet_nmsw.inference.set_calibration import document_of
-from nnunet_nmsw.volume.labels import LabelEncoding
 
 
 def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[], FilesPredictor]) -> None:
@@ -50,13 +49,7 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
     for name, reference, case in zip(names, references, predictor.preprocess(images, None, None, 0), strict=True):
         if "error" in case:
             raise UserError(f"{case['what']}: {case['error']}") from case["error"]
-        shape = case["data_properties"]["shape_before_cropping"]
-        of_reader = [shape[axis] for axis in predictor.plans_manager.transpose_backward]
-        (labels,) = read_labels(predictor, str(reference), of_reader)
-        largest = LabelEncoding.of(predictor.label_manager).num_labels - 1
-        if labels.min() < 0 or labels.max() > largest:
-            raise UserError(f"{reference} has a label that is none of --global_model's, which are 0 to {largest}")
-        cases.append(Labelled(name, case, labels.astype(np.int16)))
+        cases.append(Labelled(name, case, reference_labels(predictor, reference, case["data_properties"])))
     shared = {number for model in predictor.fine_models for number in model.labels.coarse}
     if not any(np.isin(labelled.reference, list(shared)).any() for labelled in cases):
         raise UserError(f"--calibrate {args.calibrate}: no label is of a class that a model of --local_model has")
@@ -78,5 +71,6 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
         share = 100 * of_class["voxels_reached"] / max(1, of_class["voxels"])
         print(f"  {name}: {of_class['reached']} of {of_class['objects']} objects, {share:.1f}% of their voxels")
     document = document_of(found.calibration, predictor.digest, predictor.fine_models)
-    write_json(Path(args.o), {**document, "cases": len(cases), "gain_on_left_out_cases": gained, "objects": objects})
+    facts = {"cases": len(cases), "case_names": names, "gain_on_left_out_cases": gained, "objects": objects}
+    write_json(Path(args.o), {**document, **facts})
     print(f"Predict with --calibration {args.o}")

@@ -171,7 +171,7 @@ def check_unused(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
     Raises:
         UserError: one is given.
     """
-    given = next((name for name in flags if getattr(args, name)), None)
+    given = next((name for name in flags if getattr(args, name) not in (None, 0)), None)
     if given is not None:
         raise UserError(flags[given])
 
@@ -220,8 +220,8 @@ def parser() -> argparse.ArgumentParser:
         "--labels",
         type=absolute,
         metavar="FOLDER",
-        help="of stock models: reference labels of these images, files CASE. Without, predictions are compared with "
-        "the stock sliding windows",
+        help="of stock models: reference labels of these images, files CASE, with the numbers of a set's coarse model. "
+        "Without, predictions are compared with the stock sliding windows",
     )
     add("-chk", default="checkpoint_final.pth", help="name of the checkpoints. Default: checkpoint_final.pth")
     add("-chk_baseline", help="name of the baseline's checkpoints. Default: that of -chk")
@@ -230,7 +230,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="K",
         help='patches a case: numbers, percentages of all windows, "all", or "auto" as in nmsw_predict. '
-        "Default: 5%% 10%% 20%% 5 10 30 all, and auto where the model is calibrated",
+        "Default: 5%% 10%% 20%% 5 10 30 all, and auto where the model is calibrated; of stock models 5%% 10%% 20%% "
+        "all, and auto with --calibration",
     )
     add(
         "-tta",

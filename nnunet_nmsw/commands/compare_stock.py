@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,17 +14,27 @@ from nnunet_nmsw.commands.images import case_name, find_cases, find_references
 from nnunet_nmsw.commands.predict import make_predictor
 from nnunet_nmsw.commands.predict_flags import read_flags
 from nnunet_nmsw.commands.shared_flags import mirrorings
+from nnunet_nmsw.documents import read_json
 from nnunet_nmsw.evaluation.about import about_stock
 from nnunet_nmsw.evaluation.methods import build_stock_methods, reference_method
 from nnunet_nmsw.evaluation.models import Case
 from nnunet_nmsw.evaluation.stock_models import StockModels
 from nnunet_nmsw.evaluation.store import Comparison
+from nnunet_nmsw.files import sha256_of
 from nnunet_nmsw.flags import FLOAT32, PYTORCH
 from nnunet_nmsw.inference.device import prepare_device
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.model_folder import checked_folder
 from nnunet_nmsw.inference.openvino_branches import backend_named
+from nnunet_nmsw.inference.set_calibration import SCHEMA
 from nnunet_nmsw.inference.set_members import ModelFolder
+
+LOADING = (
+    "A set loads its fine models for each image, one after the other, and preprocesses the image for them. Both are in "
+    "its seconds of the network. The stock models are loaded before they are timed, and their seconds of the network "
+    "hold the sliding windows alone."
+)
+"""What a reader of the seconds has to know."""
 
 DEFAULT_NUM_PATCHES = ("5%", "10%", "20%", "all")
 
@@ -66,7 +77,7 @@ def stock_comparison(args: argparse.Namespace) -> Comparison:
     else:
         references = find_references("--labels", args.labels, images, folder)
     cases = [
-        Case(name, 0, tuple(files), str(reference))
+        Case(name, 0, tuple(files), str(reference), args.labels is not None)
         for name, files, reference in zip(names, images, references, strict=True)
     ]
     return Comparison(
@@ -80,7 +91,28 @@ def stock_comparison(args: argparse.Namespace) -> Comparison:
         args.timed_cases,
         args.rounds,
         about_stock(nmsw, cases, args.labels),
+        tuple(_remarks(nmsw, names, bool(args.timed_cases))),
+        {
+            "-i": str(Path(args.i).resolve()),
+            "--labels": args.labels and list(map(sha256_of, references)),
+            "--explore": args.explore,
+            "--orientation": of_prediction.orientation,
+            "--calibration": args.calibration and sha256_of(args.calibration),
+        },
     )
+
+
+def _remarks(models: StockModels, names: Sequence[str], timed: bool) -> Iterator[str]:
+    """What a reader of the report has to know."""
+    if models.is_set and timed:
+        yield LOADING
+    if models.calibration is not None:
+        fitted = set(read_json(models.calibration, SCHEMA).get("case_names", [])) & set(names)
+        if fitted:
+            yield (
+                f"The fusion and K = auto were fitted to {len(fitted)} images of these names, so that they look better "
+                f"than they are: {', '.join(sorted(fitted)[:10])}."
+            )
 
 
 def made(of_prediction: argparse.Namespace, folder: Path, device: str, mirrored: bool, backend: str) -> FilesPredictor:

@@ -36,6 +36,14 @@ DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
 GLOBAL_WIDTH = 1.0
 """The default of 0.5 would leave the global branch of this small network four features, and it learned nothing."""
 TRAINERS = Path(demo.__file__).parent / "trainers"
+QUICK = {
+    "tr": "nnUNetTrainerNMSW_1epoch_NoMirroring",
+    "tr_baseline": "none",
+    "k": ["10%", "all"],
+    "training_cases": 6,
+    "test_cases": 1,
+}
+"""Defaults of `--quick`, by argument."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Stage:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demonstration."""
     start = time.perf_counter()
-    args = parser().parse_args(arguments)
+    args = read_flags(arguments)
     require_extra("nmsw_demo", "compare", NEEDED)
     if args.o.exists() and any(args.o.iterdir()):
         if not (args.o / "nmsw_demo.json").is_file():
@@ -74,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("nnUNet_def_n_proc", "2")
 
     raw, predictions, report = folders["nnUNet_raw"] / DATASET, args.o / "predictions", args.o / "report"
+    if args.tr_baseline == "none":
+        print("No stock nnU-Net is trained: the report compares with the sliding window of NMSW's own local branch.")
     print(f"Simulating {args.training_cases} training and {args.test_cases} test cases in {raw}", flush=True)
     write_dataset(raw, args.training_cases, args.test_cases, args.size)
     planning, *others = stages(args, raw / "imagesTs", predictions, report)
@@ -111,10 +121,10 @@ def stages(args: argparse.Namespace, images: Path, predictions: Path, report: Pa
         f"-o {quote(report)} -k {' '.join(args.k)} -timed_cases 1 -rounds 1 -nps 1 {settings}"
     )
     return [
-        Stage([f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2"], 35),
-        Stage([f"{train} {trainer}" for trainer in trainers], 300),
+        Stage([f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2"], 25 if args.quick else 35),
+        Stage([f"{train} {trainer}" for trainer in trainers], 40 if args.quick else 300),
         Stage([predict], 10),
-        Stage([compare], 110),
+        Stage([compare], 45 if args.quick else 110),
     ]
 
 
@@ -216,6 +226,18 @@ class Progress:
         self.bar.refresh()
 
 
+def read_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; with `--quick` what is not given is as in `QUICK`.
+
+    Args:
+        arguments: of the command; this process's where None.
+    """
+    flags = parser()
+    if flags.parse_args(arguments).quick:
+        flags.set_defaults(**QUICK)
+    return flags.parse_args(arguments)
+
+
 def parser() -> argparse.ArgumentParser:
     """What reads the flags."""
     flags = argparse.ArgumentParser(
@@ -224,6 +246,11 @@ def parser() -> argparse.ArgumentParser:
         "both. About 9 minutes on two CPU cores.",
     )
     flags.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
+    flags.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look: NMSW alone, trained for one epoch on six cases, and compared with its own sliding window",
+    )
     flags.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
     flags.add_argument(
         "-tr",

@@ -66,10 +66,10 @@ def about_stock(models: StockModels, cases: Sequence[Case], labels: Path | None)
         cases: that are predicted.
         labels: folder of reference labels; None where there are none.
     """
-    coarse, *fine = (f"{model.path.parent.name}/{model.path.name}" for model in models.models)
+    coarse, *fine = models.names
     images = f"{len(cases)} image{'s' if len(cases) > 1 else ''}"
     reference = (
-        f"compared with the labels in {labels.name}"
+        f"compared with the reference labels of the folder {labels.name}"
         if labels is not None
         else "without reference labels: Dice and all other measures say how well predictions agree with the stock "
         "sliding windows"

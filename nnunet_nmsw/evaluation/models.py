@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_nmsw.documents import SPLITS, SUMMARY, read_json
@@ -52,6 +53,11 @@ class Model:
         return self.folder.name
 
     @property
+    def plans(self) -> PlansManager:
+        """Of its folder."""
+        return PlansManager(self.json("plans.json"))
+
+    @property
     def num_patches(self) -> int | str:
         """K that the model is set to."""
         num_patches: int | str = self.configuration[PLANS_KEY]["num_patches"]
@@ -84,9 +90,9 @@ class Model:
         """
         return threshold_of_folds(self.folder, self.calibrating_folds(fold), DEFAULT_MAX_DROP)
 
-    def fingerprint(self, fold: int) -> str:
-        """SHA-256 of a fold's checkpoint: results of another training must not be mixed with these."""
-        return sha256_of(self.checkpoint_file(fold))
+    def fingerprints(self, folds: Sequence[int]) -> dict[str, str]:
+        """SHA-256 of each fold's checkpoint: results of another training must not be mixed with these."""
+        return {f"{self.role}, fold {fold}": sha256_of(self.checkpoint_file(fold)) for fold in folds}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +104,14 @@ class Case:
         fold: the fold it was held out of.
         images: its image files, one a channel.
         reference: its label file.
+        has_reference: the file is there before the comparison; else it is what the reference method predicts.
     """
 
     name: str
     fold: int
     images: tuple[str, ...]
     reference: str
+    has_reference: bool = True
 
 
 def dataset_name(dataset: str) -> str:

@@ -21,12 +21,14 @@ class Shown(NamedTuple):
 
     Attributes:
         windows: lower and upper edges of each, in voxels of the image.
+        ranks: of each among its model's, from 1.
         score_map: float16; None where there is none.
         scale: voxel i of an axis is in voxel floor((i + 0.5) · scale + shift) of the map.
         shift: see there.
     """
 
     windows: list[list[list[float]]]
+    ranks: Sequence[int]
     score_map: np.ndarray | None = None
     scale: Sequence[float] = ()
     shift: Sequence[float] = ()
@@ -44,7 +46,7 @@ class Prediction:
         patches: how many it took.
         macs: multiply-accumulates of all networks it ran.
         covered_foreground: share of the reference's foreground voxels that lie in a window; NaN without foreground.
-        show: makes what the report's viewer shows of it; None of a sliding window.
+        show: makes what the report's viewer shows of it; None where there is nothing to choose.
         reached: of stock models, by nnU-Net's key of each label, what the windows reach of the objects that sliding
             windows find.
     """

@@ -258,6 +258,7 @@ class FoldPredictor:
         shift = np.array(offset) - np.array(properties["bbox_used_for_cropping"], float)[:, 0] * scale
         return Shown(
             edges_in_image(windows, properties, backward).tolist(),
+            range(1, len(windows.starts) + 1),
             fold.coarse.score_map_dhw.float().cpu().numpy().transpose(backward).astype(np.float16),
             (scale / factor)[backward].tolist(),
             (shift / factor)[backward].tolist(),

@@ -84,7 +84,8 @@ def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: i
                         "memory: lower -nps; the same command goes on from what is done"
                     ) from error
                 except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the case's fault
-                    failures.add(f"cannot compare case {case.name} of fold {fold}", error)
+                    of_fold = "" if isinstance(comparison.nmsw, StockModels) else f" of fold {fold}"
+                    failures.add(f"cannot compare case {case.name}{of_fold}", error)
     failures.raise_any()
 
 
@@ -154,7 +155,8 @@ def _run_case(
             task = _export_task(comparison, case, predictor, prediction, exporting.waiting)
             pending.add(exporting.pool.submit(export_and_measure, task))
             # Without reference labels, the sliding windows' are the reference of the others.
-            collect(0 if prediction.method == comparison.reference else exporting.processes)
+            is_reference = prediction.method == comparison.reference and not case.has_reference
+            collect(0 if is_reference else exporting.processes)
     collect(0)
     write_json(comparison.record_file(case), record)
 
@@ -234,11 +236,12 @@ def export_and_measure(task: ExportTask) -> dict[str, Any]:
 
 def _for_the_viewer(shown: Shown, file: Path) -> dict[str, Any]:
     """Write the score map, if there is one; return the rest of what is shown, for the record."""
+    windows = {"windows": shown.windows, "ranks": list(shown.ranks)}
     if shown.score_map is None:
-        return {"windows": shown.windows}
+        return windows
     with written_whole(file.parent) as folder:
         np.savez_compressed(folder / file.name, score_map=shown.score_map)
-    return {"windows": shown.windows, "score_map_scale": shown.scale, "score_map_shift": shown.shift}
+    return {**windows, "score_map_scale": shown.scale, "score_map_shift": shown.shift}
 
 
 def _start_export_process() -> None:

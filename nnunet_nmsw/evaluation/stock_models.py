@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.files import sha256_of
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.model_folder import read_document
+from nnunet_nmsw.inference.orientation import OrientedPlans
 from nnunet_nmsw.inference.set_members import ModelFolder
 from nnunet_nmsw.selection.budget import UNCALIBRATED
 
@@ -54,9 +55,20 @@ class StockModels:
         return self.sliding[0].path
 
     @property
+    def names(self) -> list[str]:
+        """Of the models, for people: all of them may have been trained by one trainer."""
+        return [f"{model.path.parent.name}/{model.path.name}" for model in self.models]
+
+    @property
     def name(self) -> str:
         """For people."""
-        return " + ".join(f"{model.path.parent.name}/{model.path.name}" for model in self.models)
+        return " + ".join(self.names)
+
+    @property
+    def plans(self) -> PlansManager:
+        """Of `folder`, with images in the orientation that models see them in."""
+        plans = self.json("plans.json")
+        return PlansManager(plans) if self.orientation is None else OrientedPlans(plans, self.orientation)
 
     @property
     def num_patches(self) -> int | str:
@@ -67,15 +79,15 @@ class StockModels:
         """A JSON file of `folder`."""
         return read_document(self.folder, name)
 
-    def fingerprint(self, fold: int) -> str:
-        """Digest of what the results of this role depend on; the fold says nothing.
+    def fingerprints(self, folds: Sequence[int]) -> dict[str, str]:
+        """SHA-256 of each checkpoint, of "nmsw" those that "baseline" does not name.
 
         Args:
-            fold: as of `Model`.
+            folds: as of `Model`; they say nothing here.
         """
-        is_baseline = self.role == "baseline"
-        models = self.sliding if is_baseline else [model for model in self.models if model not in self.sliding]
-        files = [model.path / f"fold_{of}" / self.checkpoint for model in models for of in model.folds]
-        files += [] if is_baseline or self.calibration is None else [self.calibration]
-        facts = [list(map(sha256_of, files)), self.orientation, 0 if is_baseline else self.explore]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        named = self.sliding if self.role == "baseline" else [of for of in self.models if of not in self.sliding]
+        return {
+            f"checkpoint {model.path}, fold {fold}": sha256_of(model.path / f"fold_{fold}" / self.checkpoint)
+            for model in named
+            for fold in model.folds
+        }

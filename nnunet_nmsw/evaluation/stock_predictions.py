@@ -1,15 +1,15 @@
 """All methods on one case, by stock models: their sliding windows, and the windows that `nmsw_predict` chooses.
 
-Tensor suffixes: C channels, d h w axes of the coarse model's volume.
+Tensor suffixes: C channels, d h w axes of the coarse model's volume, Z Y X axes of the image.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.metrics import Label
 from nnunet_nmsw.evaluation.models import Case
 from nnunet_nmsw.evaluation.predicted import Prediction, Shown
-from nnunet_nmsw.evaluation.reached import Reached
+from nnunet_nmsw.evaluation.reached import FoundObjects
+from nnunet_nmsw.evaluation.reference import reference_labels
 from nnunet_nmsw.evaluation.set_recall import whole
 from nnunet_nmsw.evaluation.shared import count_macs
 from nnunet_nmsw.evaluation.stock_models import StockModels
@@ -32,7 +33,6 @@ from nnunet_nmsw.inference.export import can_stream, labels_from_logits
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.predictor import NMSWPredictor
-from nnunet_nmsw.inference.preprocessing import read_labels
 from nnunet_nmsw.inference.set_cases import COARSE_LOGITS
 from nnunet_nmsw.inference.volume import FoldOfCase, Padded
 from nnunet_nmsw.inference.windows import edges_in_image
@@ -94,14 +94,18 @@ class StockModelsPredictor:
         """Predict a case with one method after the other, the sliding windows first.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image or its labels cannot be read, or do not fit.
         """
         first = self._predictor(methods[0].mirrored, PYTORCH)
         (read,) = first.preprocess([list(case.images)], None, [None], 0)
         if "error" in read:
             raise read["error"]
+        properties = read["data_properties"]
+        reference_ZYX = None
+        if case.has_reference:
+            reference_ZYX = reference_labels(first, Path(case.reference), properties)
         as_seen: dict[tuple[bool, str], tuple[PreprocessedCase, int]] = {}
-        of_sliding: dict[bool, np.ndarray] = {}
+        facts: dict[bool, SlidingFacts] = {}
         for method in methods:
             kind = method.mirrored, method.backend
             predictor = self._predictor(*kind)
@@ -110,79 +114,81 @@ class StockModelsPredictor:
             seen, coarse_macs = as_seen[kind]
             if method.selection is None:
                 segmented, macs = _slide(predictor, seen)
+                found_ZYX = segmented.segmentation
+                facts[method.mirrored] = self._facts(found_ZYX, found_ZYX if reference_ZYX is None else reference_ZYX)
             else:
                 spend(predictor, method, self.models.explore)
                 segmented, macs = count_macs(partial(_segmented, predictor, seen))
             self._macs[method] = macs + coarse_macs
             # Another backend's operations cannot be counted, and are PyTorch's.
             macs = self._macs[dataclasses.replace(method, backend=PYTORCH)]
+            # Of two models, each fold has windows of its own, as many as the first.
+            windows = segmented.windows if self.models.is_set else segmented.windows[:1]
+            patches = sum(len(of_model.starts) for of_model in windows)
+            prediction = Prediction(method, None, segmented.segmentation, properties, patches, macs)
             if method.selection is None:
-                of_sliding[method.mirrored] = segmented.segmentation
-            yield self._prediction(method, read, segmented, macs, (case.reference, of_sliding[method.mirrored]))
+                yield prediction
+                continue
+            edges = [edges_in_image(of, properties, self.plans_manager.transpose_backward) for of in windows]
+            yield self._with_windows(prediction, edges, facts[method.mirrored])
 
     def _predictor(self, mirrored: bool, backend: str) -> FilesPredictor:
         key = mirrored, backend
         if key not in self._predictors:
-            self._predictors[key] = self.models.make(str(self.device), mirrored, backend)
+            self._predictors[key] = predictor = self.models.make(str(self.device), mirrored, backend)
+            if isinstance(predictor, NMSWPredictor):
+                predictor.keep_folds()
         return self._predictors[key]
 
-    def _prediction(
-        self,
-        method: Method,
-        read: PreprocessedCase,
-        segmented: Segmented,
-        macs: int,
-        known: tuple[str, np.ndarray],
-    ) -> Prediction:
-        """What is told of a prediction.
+    @property
+    def _fine_classes(self) -> list[Sequence[int] | None]:
+        """By fine model, the numbers of its classes; None where it has all."""
+        if isinstance(self._any, ModelSetPredictor):
+            return [model.labels.coarse for model in self._any.fine_models]
+        return [None]
+
+    def _facts(self, found_ZYX: np.ndarray, reference_ZYX: np.ndarray) -> SlidingFacts:
+        classes = self._fine_classes
+        have_it = {label: [of is None or label in of for of in classes] for label in self.labels}
+        objects = {label: FoundObjects.of(np.isin(found_ZYX, label)) for label in self.labels if any(have_it[label])}
+        numbers = [number for label in objects for number in (label if isinstance(label, tuple) else [label])]
+        return SlidingFacts(objects, have_it, np.isin(reference_ZYX, numbers))
+
+    def _with_windows(self, prediction: Prediction, edges: Sequence[np.ndarray], facts: SlidingFacts) -> Prediction:
+        """A prediction with what is told of its windows.
 
         Args:
-            method: that made it.
-            read: the case.
-            segmented: what it made.
-            macs: what it took.
-            known: file of the reference, and what the sliding windows find.
+            prediction: without.
+            edges: of the windows of each fine model, see `edges_in_image`.
+            facts: of the case.
         """
-        properties, (file, found_ZYX) = read["data_properties"], known
-        boxes = [
-            edges_in_image(windows, properties, self.plans_manager.transpose_backward) for windows in segmented.windows
-        ]
-        inside = [_inside(edges, found_ZYX.shape) for edges in boxes]
-        reference_ZYX = found_ZYX
-        if os.path.isfile(file):
-            (reference_ZYX,) = read_labels(self._any, file, found_ZYX.shape)
-        foreground, anywhere = reference_ZYX > 0, np.any(inside, axis=0)
-        covered = float(anywhere[foreground].mean()) if foreground.any() else float("nan")
-        chooses = method.num_patches is not None
-        return Prediction(
-            method,
-            None,
-            segmented.segmentation,
-            properties,
-            sum(len(windows.starts) for windows in segmented.windows),
-            macs,
-            1.0 if method.selection is None else covered,
-            lambda: Shown([edge for edges in boxes for edge in edges.tolist()]),
-            self._reached(found_ZYX, inside) if chooses else None,
+        inside = [_inside(of_model, facts.foreground_ZYX.shape) for of_model in edges]
+        covered = np.any(inside, axis=0)[facts.foreground_ZYX]
+        reached = {}
+        for label, of_class in facts.objects.items():
+            of_its_models = [windows for windows, has_it in zip(inside, facts.have_it[label], strict=True) if has_it]
+            reached[label_or_region_to_key(label)] = of_class.reached(np.any(of_its_models, axis=0))
+        windows = [(window.tolist(), rank) for of_model in edges for rank, window in enumerate(of_model, 1)]
+        return dataclasses.replace(
+            prediction,
+            covered_foreground=float(covered.mean()) if covered.size else float("nan"),
+            show=lambda: Shown([window for window, _ in windows], [rank for _, rank in windows]),
+            reached=None if prediction.method.num_patches is None else reached,
         )
 
-    def _reached(self, found_ZYX: np.ndarray, inside: Sequence[np.ndarray]) -> dict[str, Reached]:
-        """By nnU-Net's key of each label, what the windows of the models that have it reach."""
-        predictor = self._any
-        of_models: Sequence[Sequence[int] | None] = [None] * len(inside)  # who have all classes
-        if isinstance(predictor, ModelSetPredictor):
-            of_models = [model.labels.coarse for model in predictor.fine_models]
-        reached = {}
-        for label in self.labels:
-            have_it = [
-                windows
-                for windows, classes in zip(inside, of_models, strict=True)
-                if classes is None or label in classes
-            ]
-            if have_it:
-                found = np.isin(found_ZYX, label)
-                reached[label_or_region_to_key(label)] = Reached.of(found, np.any(have_it, axis=0))
-        return reached
+
+class SlidingFacts(NamedTuple):
+    """What all choices of windows of a case are held against.
+
+    Attributes:
+        objects: that the sliding windows find, by label or region, where a fine model has it.
+        have_it: by label or region, whether each fine model has it.
+        foreground_ZYX: bool, the reference's voxels of these classes.
+    """
+
+    objects: dict[Label, FoundObjects]
+    have_it: dict[Label, list[bool]]
+    foreground_ZYX: np.ndarray
 
 
 def _seen(predictor: FilesPredictor, read: PreprocessedCase) -> tuple[PreprocessedCase, int]:

@@ -9,14 +9,13 @@ REPORT/timing/METHOD_....json     seconds and memory
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.console import at_end
 from nnunet_nmsw.documents import COMPARISON, RECORD, TIMING, read_json
@@ -42,16 +41,17 @@ class Comparison:
 
     Attributes:
         folder: of the report.
-        dataset: nnU-Net's name of it.
-        models: the NMSW model, before it the baseline if there is one.
+        dataset: nnU-Net's name of it; of stock models what the report calls them.
+        models: the NMSW model, before it the baseline if there is one; or stock models in both roles.
         methods: in the order in which they are run.
-        cases: validation cases of all folds.
+        cases: validation cases of all folds; of stock models any cases.
         tolerance_mm: of the normalised surface Dice.
         device: name of the device.
         timed_cases: how many cases are timed.
         rounds: how often each of them is.
         about: what is compared, in words.
         remarks: what a reader of the report has to know, as sentences.
+        conditions: what else results depend on, by its flag.
     """
 
     folder: Path
@@ -65,6 +65,7 @@ class Comparison:
     rounds: int = 0
     about: str = ""
     remarks: tuple[str, ...] = ()
+    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def nmsw(self) -> Model | StockModels:
@@ -104,7 +105,7 @@ class Comparison:
     @property
     def has_reference(self) -> bool:
         """Whether there are reference labels; else the labels of the reference method are taken for them."""
-        return all(case.reference != str(self.prediction_file(case, self.reference)) for case in self.cases)
+        return all(case.has_reference for case in self.cases)
 
     @cached_property
     def label_names(self) -> dict[str, str]:
@@ -119,9 +120,7 @@ class Comparison:
     @cached_property
     def _evaluated(self) -> dict[Label, str]:
         dataset_json = self.nmsw.json("dataset.json")
-        return evaluated_labels(
-            PlansManager(self.nmsw.json("plans.json")).get_label_manager(dataset_json), dataset_json
-        )
+        return evaluated_labels(self.nmsw.plans.get_label_manager(dataset_json), dataset_json)
 
     def open(self) -> None:
         """Make the folder, or go on in it.
@@ -131,17 +130,15 @@ class Comparison:
         Raises:
             UserError: the folder holds something else, or another comparison.
         """
+        folds = sorted({case.fold for case in self.cases})
         settings: dict[str, Any] = {
             "dataset": self.dataset,
             "models": {model.role: model.name for model in self.models},
-            "checkpoints": {
-                f"{model.role}, fold {fold}": model.fingerprint(fold)
-                for model in self.models
-                for fold in sorted({case.fold for case in self.cases})
-            },
+            "checkpoints": {key: digest for model in self.models for key, digest in model.fingerprints(folds).items()},
             "methods": [method.key for method in self.methods],
             "tolerance_mm": self.tolerance_mm,
             "device": self.device,
+            **self.conditions,
         }
         file = self.folder / SETTINGS_FILE
         if file.is_file():

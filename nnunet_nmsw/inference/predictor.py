@@ -159,6 +159,10 @@ class NMSWPredictor(FilesPredictor):
             self._folds_of_run = folds
         return folds
 
+    def keep_folds(self) -> None:
+        """Make the networks of `folds` once from now on, and not for each case."""
+        self._folds_of_run = []
+
     def networks_of(self, case: Case) -> Sequence[Networks]:
         """The networks that predict a case, one entry a fold."""
         return self.folds()

@@ -20,6 +20,7 @@ SCHEMA = {
     "required": ["global_model", "local_models", "threshold"],
     "properties": {
         "global_model": {"type": "string"},
+        "case_names": {"type": "array", "items": {"type": "string"}},
         "threshold": {"type": "number", "minimum": 0, "maximum": 1e6},
         "local_models": {
             "type": "array",

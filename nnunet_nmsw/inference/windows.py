@@ -76,6 +76,7 @@ def write_windows(
     content = {
         "case": case,
         "windows_to_choose_from": chosen[0].num_windows,
+        "windows_to_choose_from_per_model": [choice.num_windows for choice in chosen],  # a set's patches differ in size
         "patches_per_model": [len(choice.starts) for choice in chosen],
         # In nnU-Net's order and under its name: where the overlay is a TIFF, nnU-Net looks for its spacing here.
         "spacing": list(map(float, properties["spacing"])),

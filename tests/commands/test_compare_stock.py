@@ -85,7 +85,11 @@ def test_a_set_without_reference_labels(folder, tmp_path, capsys):
     assert output.count("Using folds") == 1 + len(FINE)
     # The sliding windows are what everything is compared with.
     assert (table.loc[SLIDING, "Dice"].dropna() == 1).all()
-    assert "without reference labels" in (report / "report.md").read_text()
+    text = (report / "report.md").read_text()
+    assert "without reference labels" in text
+    assert "NMSW, K = 25% agrees with the stock sliding windows, step 0.5 by a Dice of" in text
+    assert "worse" not in text
+    assert "oracle" not in text
     predict([*of_set(folder), "-o", str(tmp_path / "predicted"), "-k", "25%", "--backend", "pytorch", *QUIET])
     for case in ("a", "b"):
         few, most = (record(report, case)[f"nmsw_greedy_benefit_{k}"] for k in ("25percent", "all"))
@@ -106,7 +110,7 @@ def test_a_set_without_reference_labels(folder, tmp_path, capsys):
     before = (report / "cases" / "a.json").stat().st_mtime_ns
     compared(report, *of_set(folder), "-k", "25%", "all", "-timed_cases", "0")
     assert (report / "cases" / "a.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="holds another comparison"):
+    with pytest.raises(UserError, match="holds another comparison, which differs in --explore:"):
         compared(report, *of_set(folder), "-k", "25%", "all", "-timed_cases", "0", "--explore", "1")
 
 
@@ -134,11 +138,56 @@ def test_two_models_with_reference_labels_and_openvino(folder, tmp_path):
     assert "score map" not in report.split("<script")[0]
 
 
+def test_an_orientation_and_a_calibration(folder, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    array = np.random.default_rng(3).normal(100, 30, (24, 14, 15)).astype(np.float32)
+    image = sitk.GetImageFromArray(array)
+    image.SetDirection((0, 0, 1, -1, 0, 0, 0, -1, 0))
+    sitk.WriteImage(image, str(images / "turned_0000.nii.gz"))
+    reference = sitk.GetImageFromArray(np.random.default_rng(4).integers(0, 5, array.shape).astype(np.uint8))
+    reference.CopyInformation(image)
+    (tmp_path / "labels").mkdir()
+    sitk.WriteImage(reference, str(tmp_path / "labels" / "turned.nii.gz"))
+    models = [*of_set(folder)[2:], "-i", str(images), "--orientation", "RAS"]
+    calibration = tmp_path / "calibration.json"
+    predict([*models, "--calibrate", str(tmp_path / "labels"), "-o", str(calibration), "-k", "2", *QUIET])
+    flags = [*models, "--labels", str(tmp_path / "labels"), "--calibration", str(calibration), "-timed_cases", "0"]
+    table = compared(tmp_path / "report", *flags, "-k", "2", "auto")
+    assert (table["Dice"] < 0.6).all()
+    assert "fitted to 1 images of these names" in (tmp_path / "report" / "report.md").read_text()
+    of_viewer = json.loads((tmp_path / "report" / "cases" / "turned.json").read_text())
+    assert len(of_viewer["windows"]) == of_viewer["methods"]["nmsw_greedy_benefit_auto"]["patches"]
+    # Turned into RAS, the axis of 24 voxels is another one. Windows and pictures are of the turned image.
+    (data,) = json.loads(
+        (tmp_path / "report" / "index.html").read_text().split('id="case-data">')[1].split("</script>")[0]
+    )
+    shape = [len(data["slices"]), data["height"], data["width"]]
+    assert sorted(shape) == [14, 15, 24]
+    assert shape != [24, 14, 15]
+    edges = np.array(of_viewer["windows"])
+    assert (edges.max((0, 1)) <= np.array(shape) + 8).all()
+    assert edges[..., shape.index(24)].max() > 16
+
+
+def test_labels_that_do_not_fit(folder, tmp_path):
+    (tmp_path / "labels").mkdir()
+    for case, largest, shape in (("a", 9, (14, 15, 16)), ("b", 4, (14, 15, 17))):
+        array = np.full(shape, largest, np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "labels" / f"{case}.nii.gz"))
+    flags = [*of_set(folder), "--labels", str(tmp_path / "labels"), "-k", "1", "-timed_cases", "0"]
+    with pytest.raises(UserError, match=r"a.nii.gz has a label that is none .* 0 to 4; .*b.nii.gz") as refused:
+        compared(tmp_path / "report", *flags)
+    assert "fold" not in str(refused.value)
+    assert not list((tmp_path / "report" / "methods" / SLIDING).iterdir())
+
+
 def test_what_does_not_go_together(folder, tmp_path, capfd):
     out = ["-o", str(tmp_path / "report"), "-device", "cpu"]
     given = of_set(folder)
     for flags, message in (
         ([*given, "-d", "4"], "-d names trained models"),
+        ([*given, "-d", ""], "-d names trained models"),
         (["-d", "4", "-i", str(folder / "images")], "-i is for stock models"),
         (["-d", "4", "--labels", str(folder)], "--labels is for stock models"),
         ([], "-d is missing"),

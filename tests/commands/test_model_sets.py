@@ -49,7 +49,9 @@ def test_a_folder_and_one_image(flags, tmp_path, capsys):
     # What is written beside the labels is the coarse model's: its numbers are theirs.
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"]["rib"] == 4
     windows = json.loads((tmp_path / "out" / "patches" / "a.json").read_text())
-    assert windows["patches_per_model"] == [-(-windows["windows_to_choose_from"] // 4)] * 2
+    of_models = windows["windows_to_choose_from_per_model"]
+    assert len(of_models) == 2
+    assert windows["patches_per_model"] == [-(-number // 4) for number in of_models]
 
     main(["-i", str(images / "a_0000.nii.gz"), "-o", str(tmp_path / "a.nii.gz"), "-k", "25%", *flags])
     found = labels(tmp_path / "a.nii.gz")
@@ -97,10 +99,10 @@ def test_a_set_is_calibrated(flags, tmp_path, capsys):
     [
         ({"-o": "out"}, "give the file to write"),
         ({"-i": "images/a_0000.nii.gz"}, "takes a folder of images"),
-        ({"--calibrate": "images"}, "has no a.nii.gz, the labels of an image"),
+        ({"--calibrate": "images"}, "has no a.nii.gz, the labels of the image"),
         ({"--calibrate": "large"}, "has 14 × 15 × 17 voxels"),
         ({"--calibrate": "empty"}, "no label is of a class"),
-        ({"--calibrate": "strange"}, "has a label that is none of --global_model's"),
+        ({"--calibrate": "strange"}, "has a label that is none of the models'"),
         ({"--calibration": "x.json"}, "give one of them"),
     ],
 )

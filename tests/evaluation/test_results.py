@@ -33,6 +33,7 @@ class MadeUp(SimpleNamespace):
             tolerance_mm=2.0,
             has_auto=False,
             has_reference=True,
+            nmsw=None,
             remarks=(),
             models=[SimpleNamespace(role=role, folder=folder / "model") for role in ("baseline", "nmsw")],
         )

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 def test_demo(tmp_path):
     executable = shutil.which("nmsw_demo", path=os.path.dirname(sys.executable))
     assert executable
-    small = "--training_cases 5 --test_cases 1 --size 28 --features 4 8 16 -k 10%"
+    small = "--quick --training_cases 5 --test_cases 1 --size 28 --features 4 8 16 -k 10%"
     small += " -tr nnUNetTrainerNMSW_tiny -tr_baseline nnUNetTrainer_tiny"
     command = [executable, "-o", str(tmp_path / "demo"), *small.split()]
     trainers = {**os.environ, "nnUNet_extTrainer": str(Path(__file__).parent / "trainers")}

@@ -64,8 +64,7 @@ def _write_plots(results: Results, folder: Path) -> list[Plot]:
             "dice_by_seconds",
             "Dice against seconds",
             "Seconds from file to file for one case, the model being loaded. The grey line joins the methods that no "
-            "other beats in both (Pareto front); bars are quartiles over cases and rounds. Grey dots: other ways to "
-            "choose windows.",
+            "other beats in both (Pareto front); bars are quartiles over cases and rounds.",
         ): dice_by_seconds(results),
         Plot(
             "dice_by_patches",

@@ -37,11 +37,9 @@ def reached_in_words(result: MethodResult) -> list[str]:
     objects, reached = (sum(getattr(of, key) for of in result.reached.values()) for key in ("objects", "reached"))
     missed = {name: of.objects - of.reached for name, of in result.reached.items() if of.reached < of.objects}
     worst = sorted(missed, key=lambda name: -missed[name])[:5]
-    left_out = f"; not of {', '.join(f'{name} ({missed[name]})' for name in worst)}" if worst else ""
-    more = f" and of {len(missed) - len(worst)} further classes" if len(missed) > len(worst) else ""
-    return [
-        f"Its windows reach {reached} of the {objects} objects that the stock sliding windows find{left_out}{more}."
-    ]
+    names = [f"{name} {missed[name]}" for name in worst] + ["others"] * (len(missed) > len(worst))
+    left_out = f"; missed: {', '.join(names)}" if names else ""
+    return [f"Its windows reach {reached} of the {objects} objects that the stock sliding windows find{left_out}."]
 
 
 def _share(of: Reached) -> Cell:

@@ -162,7 +162,7 @@ def metrics_table(records: list[dict[str, Any]], comparison: Comparison) -> pd.D
     covered_foreground, and objects_found (list of volume in mm³ and whether it was found).
     """
     rows = []
-    reference = comparison.reference.key  # whose models a set's are
+    reference = comparison.reference.key  # stock models have no sliding window but the baseline's
     whole = {m.model: m.key for m in comparison.methods if m.tile_step_size == SLIDING_WINDOW_STEPS[0]}
     for record in records:
         for method in comparison.methods:

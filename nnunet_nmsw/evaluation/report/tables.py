@@ -90,6 +90,7 @@ def accuracy_table(results: Results) -> Table:
         for result in results.methods
     ]
     tolerance_mm = results.comparison.tolerance_mm
+    with_oracle = any(result.method.selection == "oracle" for result in results.methods)
     meanings = " ".join(metric.meaning.format(tolerance_mm=tolerance_mm) for metric in METRICS.values())
     return Table(
         "Accuracy of all methods",
@@ -100,7 +101,9 @@ def accuracy_table(results: Results) -> Table:
         "of the comparisons that were planned, with Holm's correction; none where so few cases could not show a "
         "difference. Objects are connected components; missed: no voxel of it predicted; false: overlaps "
         "none of the reference. Patches: mean a case, and their share of the same model's sliding window's at step "
-        "0.5. The oracle knows the reference: what any choice of windows could reach with the same networks.",
+        "0.5."
+        + " The oracle knows the reference: what any choice of windows could reach with these networks."
+        * with_oracle,
         [
             "method",
             "Dice",
@@ -142,8 +145,9 @@ def cost_table(results: Results) -> Table:
         "(quartiles) over timed cases and rounds, each method alone in a process of its own, in turns; network: from "
         "the preprocessed volume to its logits; file to file: with reading, preprocessing, export and writing, the "
         "model being loaded. ×: as a ratio to the reference, same case and round. Memory: largest of the process, "
-        "Python and its libraries included. Random windows and those by entropy cost what NMSW costs at the same K; "
-        "the oracle cannot be deployed.",
+        "Python and its libraries included."
+        + " Random windows and those by entropy cost what NMSW costs at the same K; the oracle cannot be deployed."
+        * any(result.method.selection == "oracle" for result in results.methods),
         [
             "method",
             "patches",
@@ -204,7 +208,7 @@ def case_table(results: Results, number: int = 5) -> Table:
             ]
         )
     return Table(
-        "Cases that lose most",
+        "Cases that lose most" if comparison.has_reference else "Cases that agree least",
         f"{primary.name} against the {reference.name}, Dice in per cent, mean over classes. Covered: share of the "
         "reference's foreground inside of a chosen window. Objects: with NMSW / with the sliding window.",
         [
@@ -245,7 +249,8 @@ def with_interval(difference: PairedDifference) -> str:
 
 def _tested(results: Results) -> bool:
     """Whether any comparison has a p."""
-    return any(not math.isnan(result.difference.p_holm) for result in results.methods)
+    has_p = any(not math.isnan(result.difference.p_holm) for result in results.methods)
+    return has_p and results.comparison.has_reference
 
 
 def _compared(results: Results, result: MethodResult) -> list[Cell]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 from scipy import ndimage
 
@@ -85,7 +84,7 @@ def show_case(
         methods: whose predictions to show.
         text: what to say about the case.
     """
-    reader = PlansManager(comparison.nmsw.json("plans.json")).image_reader_writer_class()
+    reader = comparison.nmsw.plans.image_reader_writer_class()
     data, properties = reader.read_images(list(case.images))
     image = data[0]
     _, y_spacing, x_spacing = properties["spacing"]
@@ -107,6 +106,7 @@ def show_case(
         score_map = _score_map(comparison, case, record, image.shape)[pick]
         colours = (colormaps["cividis"](score_map)[..., :3] * 255).astype(np.uint8)
         map_layer = Layer("score map", _uri(_mosaic(colours, columns), quality=85))
+    ranks = record.get("ranks", range(1, len(record["windows"]) + 1))  # which records of earlier versions have not
     foreground = (reference > 0).sum((1, 2))[::every]
     return ShownCase(
         case.name,
@@ -122,7 +122,7 @@ def show_case(
         outlines,
         [
             [x0 / pixel, y0 / pixel, (x1 - x0) / pixel, (y1 - y0) / pixel, z0, z1, rank]
-            for rank, ((z0, y0, x0), (z1, y1, x1)) in enumerate(record["windows"], 1)
+            for ((z0, y0, x0), (z1, y1, x1)), rank in zip(record["windows"], ranks, strict=True)
         ],
     )
 

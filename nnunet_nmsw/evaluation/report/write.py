@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from nnunet_nmsw.evaluation.report.plots import Plot, shown_methods, write_plots
 from nnunet_nmsw.evaluation.report.reached_table import reached_in_words, reached_table
-from nnunet_nmsw.evaluation.report.results import Results, gather
+from nnunet_nmsw.evaluation.report.results import MethodResult, Results, gather
 from nnunet_nmsw.evaluation.report.tables import (
     GIB,
     accuracy_table,
@@ -32,6 +32,7 @@ from nnunet_nmsw.evaluation.report.tables import (
 )
 from nnunet_nmsw.evaluation.report.viewer import CLASS_COLOURS, ShownCase, show_case
 from nnunet_nmsw.evaluation.statistics import verdict
+from nnunet_nmsw.evaluation.stock_models import StockModels
 from nnunet_nmsw.evaluation.store import Comparison, versions
 from nnunet_nmsw.files import write_json, write_text
 
@@ -98,16 +99,15 @@ def sentences(results: Results, margin: float) -> list[str]:
     comparison = results.comparison
     primary = results.of(comparison.primary)
     reference = results.of(comparison.reference)
-    answer = [verdict(primary.method.name, reference.method.name, primary.difference, margin)]
+    answer = [_held_against(results, primary, margin)]
     cost = (
         f"It takes {primary.patches:.1f} patches a case instead of {reference.patches:.1f}, "
         f"{_times(primary.macs / reference.macs)} the multiply-accumulates"
     )
     if primary.cost is not None:
-        cost += (
-            f", {_times(primary.cost.network_ratio.median)} the seconds of the network and "
-            f"{_times(primary.cost.total_ratio.median)} the seconds from file to file"
-        )
+        if not isinstance(comparison.nmsw, StockModels):  # whose network seconds hold other things
+            cost += f", {_times(primary.cost.network_ratio.median)} the seconds of the network"
+        cost += f" and {_times(primary.cost.total_ratio.median)} the seconds from file to file"
     answer.append(cost + ".")
     found = [
         f"{share:.0%} with {result.method.name}"
@@ -125,14 +125,22 @@ def sentences(results: Results, margin: float) -> list[str]:
 def further(results: Results, margin: float) -> list[str]:
     """What patches bring, and the other numbers of patches, in plain words."""
     comparison = results.comparison
-    primary, reference = comparison.primary, comparison.reference
+    primary = comparison.primary
     others = [
         r
         for r in results.methods
         if r.method.selection == primary.selection and r.method != primary and r.method.mirrored == primary.mirrored
     ]
-    verdicts = [verdict(r.method.name, reference.name, r.difference, margin) for r in others]
-    return [*_what_patches_bring(results), *verdicts]
+    return [*_what_patches_bring(results), *(_held_against(results, other, margin) for other in others)]
+
+
+def _held_against(results: Results, result: MethodResult, margin: float) -> str:
+    """A method against the reference; without reference labels, how well it agrees with that."""
+    comparison = results.comparison
+    if comparison.has_reference:
+        return verdict(result.method.name, comparison.reference.name, result.difference, margin)
+    dice = 100 * result.mean["Dice"]
+    return f"{result.method.name} agrees with the {comparison.reference.name} by a Dice of {dice:.1f}%."
 
 
 def _what_patches_bring(results: Results) -> list[str]:
