@@ -39,7 +39,8 @@ TRAINERS = Path(demo.__file__).parent / "trainers"
 QUICK = {
     "tr": "nnUNetTrainerNMSW_1epoch_NoMirroring",
     "tr_baseline": "none",
-    "k": ["10%", "all"],
+    "k": ["10%"],
+    "size": 48,
     "training_cases": 6,
     "test_cases": 1,
 }
@@ -84,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     raw, predictions, report = folders["nnUNet_raw"] / DATASET, args.o / "predictions", args.o / "report"
     if args.tr_baseline == "none":
         print("No stock nnU-Net is trained: the report compares with the sliding window of NMSW's own local branch.")
+    if args.quick:
+        print("One epoch shows how it works, and not how well: nmsw_demo without --quick trains longer.")
     print(f"Simulating {args.training_cases} training and {args.test_cases} test cases in {raw}", flush=True)
     write_dataset(raw, args.training_cases, args.test_cases, args.size)
     planning, *others = stages(args, raw / "imagesTs", predictions, report)
@@ -121,8 +124,8 @@ def stages(args: argparse.Namespace, images: Path, predictions: Path, report: Pa
         f"-o {quote(report)} -k {' '.join(args.k)} -timed_cases 1 -rounds 1 -nps 1 {settings}"
     )
     return [
-        Stage([f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2"], 25 if args.quick else 35),
-        Stage([f"{train} {trainer}" for trainer in trainers], 40 if args.quick else 300),
+        Stage([f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -npfp 2 -np 2"], 25 if args.quick else 35),
+        Stage([f"{train} {trainer}" for trainer in trainers], 50 if args.quick else 300),
         Stage([predict], 10),
         Stage([compare], 45 if args.quick else 110),
     ]
