@@ -62,15 +62,15 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
         print("What is gained on left-out cases needs a second case")
     print(f"auto takes {found.patches:.1f} patches a case on these cases, which have set its threshold")
     objects = {
-        name: found.reached[number]._asdict()
+        name: found.reached[number]
         for name, number in predictor.dataset_json["labels"].items()
         if number in found.reached
     }
     print("These windows reach, of the objects that each fine model finds by its own sliding window:")
     for name, of_class in objects.items():
-        share = 100 * of_class["voxels_reached"] / max(1, of_class["voxels"])
-        print(f"  {name}: {of_class['reached']} of {of_class['objects']} objects, {share:.1f}% of their voxels")
+        print(f"  {name}: {of_class.reached} of {of_class.objects} objects, {of_class.percentage:.1f}% of their voxels")
     document = document_of(found.calibration, predictor.digest, predictor.fine_models)
-    facts = {"cases": len(cases), "case_names": names, "gain_on_left_out_cases": gained, "objects": objects}
-    write_json(Path(args.o), {**document, **facts})
+    facts = {"cases": len(cases), "case_names": names, "gain_on_left_out_cases": gained}
+    in_json = {name: of_class._asdict() for name, of_class in objects.items()}
+    write_json(Path(args.o), {**document, **facts, "objects": in_json})
     print(f"Predict with --calibration {args.o}")

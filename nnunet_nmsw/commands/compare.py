@@ -14,6 +14,8 @@ from nnunet_nmsw.commands.shared_flags import (
     add_shared_flags,
     add_stock_flags,
     check_least,
+    check_stock_models,
+    measuring,
     mirrorings,
     require_extra,
 )
@@ -102,12 +104,9 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         models,
         methods,
         cases,
-        args.tolerance,
-        args.device,
-        args.timed_cases,
-        args.rounds,
-        about(models, cases),
-        tuple(remarks(models, args.f, "auto" in num_patches)),
+        **measuring(args),
+        about=about(models, cases),
+        remarks=tuple(remarks(models, args.f, "auto" in num_patches)),
     )
 
 
@@ -150,8 +149,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"-tolerance is {args.tolerance}: give a distance in mm above 0")
     if not (args.margin >= 0 and math.isfinite(args.margin)):
         raise UserError(f"-margin is {args.margin}: give Dice points of at least 0")
-    if (args.global_model is None) != (args.local_model is None):
-        raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
+    check_stock_models(args)
     check_unused(args, STOCK_FLAGS if args.global_model is None else TRAINED_FLAGS)
     if args.global_model is None:
         _check_trained(args)

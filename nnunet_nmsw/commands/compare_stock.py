@@ -13,7 +13,7 @@ from nnunet_nmsw.commands.find import find_folds, find_model, is_set
 from nnunet_nmsw.commands.images import case_name, find_cases, find_references
 from nnunet_nmsw.commands.predict import make_predictor
 from nnunet_nmsw.commands.predict_flags import read_flags
-from nnunet_nmsw.commands.shared_flags import mirrorings
+from nnunet_nmsw.commands.shared_flags import measuring, mirrorings
 from nnunet_nmsw.documents import read_json
 from nnunet_nmsw.evaluation.about import about_stock
 from nnunet_nmsw.evaluation.methods import build_stock_methods, reference_method
@@ -86,13 +86,10 @@ def stock_comparison(args: argparse.Namespace) -> Comparison:
         [dataclasses.replace(nmsw, role="baseline"), nmsw],
         methods,
         cases,
-        args.tolerance,
-        args.device,
-        args.timed_cases,
-        args.rounds,
-        about_stock(nmsw, cases, args.labels),
-        tuple(_remarks(nmsw, names, bool(args.timed_cases))),
-        {
+        **measuring(args),
+        about=about_stock(nmsw, cases, args.labels),
+        remarks=tuple(_remarks(nmsw, names, bool(args.timed_cases))),
+        conditions={
             "-i": str(Path(args.i).resolve()),
             "--labels": args.labels and list(map(sha256_of, references)),
             "--explore": args.explore,

@@ -7,7 +7,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from nnunet_nmsw.commands.shared_flags import absolute, add_shared_flags, add_stock_flags, check_least, check_max_drop
+from nnunet_nmsw.commands.shared_flags import (
+    absolute,
+    add_shared_flags,
+    add_stock_flags,
+    check_least,
+    check_max_drop,
+    check_stock_models,
+)
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.flags import (
     AUTO,
@@ -54,8 +61,7 @@ def check_flags(args: argparse.Namespace) -> None:
     ignored = [flag for flag in ("d", "tr", "p", "c") if getattr(args, flag) is not None]
     if args.m is not None and ignored:
         raise UserError(f"-{ignored[0]} beside -m: -m names the model's folder, leave out one of them")
-    if (args.global_model is None) != (args.local_model is None):
-        raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
+    check_stock_models(args)
     if args.global_model is not None and any(flag is not None for flag in (args.m, args.d, args.tr, args.p, args.c)):
         raise UserError("--global_model and --local_model are folders, without -m, -d, -tr, -p and -c")
     if args.global_model is not None and args.k == "auto" and args.calibration is None:

@@ -104,6 +104,26 @@ def mirrorings(args: argparse.Namespace) -> list[bool]:
     return {"on": [True], "off": [False], "both": [True, False]}["off" if args.disable_tta else args.tta]
 
 
+def measuring(args: argparse.Namespace) -> dict[str, Any]:
+    """How a comparison measures, whatever it compares: arguments of `Comparison`."""
+    return {
+        "tolerance_mm": args.tolerance,
+        "device": args.device,
+        "timed_cases": args.timed_cases,
+        "rounds": args.rounds,
+    }
+
+
+def check_stock_models(args: argparse.Namespace) -> None:
+    """See that a coarse and a fine stock model are given, or neither.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    if (args.global_model is None) != (args.local_model is None):
+        raise UserError("--global_model and --local_model go together: the one predicts coarsely, the other patches")
+
+
 def check_max_drop(value: float, example: float) -> None:
     """See that a Dice that may be lost is a number that means something.
 

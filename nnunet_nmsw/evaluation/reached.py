@@ -24,6 +24,11 @@ class Reached(NamedTuple):
     voxels: int
     voxels_reached: int
 
+    @property
+    def percentage(self) -> float:
+        """Of the objects' voxels that lie in a window."""
+        return 100 * self.voxels_reached / max(1, self.voxels)
+
     @classmethod
     def of(cls, own: np.ndarray, windows: np.ndarray) -> Reached:
         """Count.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from nnunet_nmsw.evaluation.reached import Reached
 from nnunet_nmsw.evaluation.report.results import MethodResult, Results
 from nnunet_nmsw.evaluation.report.tables import Cell, Table
 
@@ -15,7 +14,7 @@ def reached_table(results: Results) -> Table:
             Cell(result.method.name, result.method.name),
             Cell(str(result.reached[name].objects), result.reached[name].objects),
             Cell(str(result.reached[name].reached), result.reached[name].reached),
-            _share(result.reached[name]),
+            Cell(f"{result.reached[name].percentage:.1f}", result.reached[name].percentage),
         ]
         for name in results.comparison.label_names.values()
         for result in results.methods
@@ -40,8 +39,3 @@ def reached_in_words(result: MethodResult) -> list[str]:
     names = [f"{name} {missed[name]}" for name in worst] + ["others"] * (len(missed) > len(worst))
     left_out = f"; missed: {', '.join(names)}" if names else ""
     return [f"Its windows reach {reached} of the {objects} objects that the stock sliding windows find{left_out}."]
-
-
-def _share(of: Reached) -> Cell:
-    share = 100 * of.voxels_reached / max(1, of.voxels)
-    return Cell(f"{share:.1f}", share)
