@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.model_folder import read_document
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.set_calibration import document_of
+from nnunet_nmsw.inference.set_cases import AS_READ
 
 
 def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[], FilesPredictor]) -> None:
@@ -45,15 +47,12 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
     references = find_references("--calibrate", args.calibrate, images, model_folder)
     predictor = make()
     assert isinstance(predictor, ModelSetPredictor)
-    cases = []
-    for name, reference, case in zip(names, references, predictor.preprocess(images, None, None, 0), strict=True):
-        if "error" in case:
-            raise UserError(f"{case['what']}: {case['error']}") from case["error"]
-        cases.append(Labelled(name, case, reference_labels(predictor, reference, case["data_properties"])))
-    shared = {number for model in predictor.fine_models for number in model.labels.coarse}
-    if not any(np.isin(labelled.reference, list(shared)).any() for labelled in cases):
-        raise UserError(f"--calibrate {args.calibrate}: no label is of a class that a model of --local_model has")
-    found = calibrate(predictor, cases, args.max_drop, lambda line: print(line, flush=True))
+    with tempfile.TemporaryDirectory() as folder:  # images of a whole set are more than a machine's memory
+        cases = _labelled(predictor, names, images, references, Path(folder))
+        shared = {number for model in predictor.fine_models for number in model.labels.coarse}
+        if not any(np.isin(labelled.reference, list(shared)).any() for labelled in cases):
+            raise UserError(f"--calibrate {args.calibrate}: no label is of a class that a model of --local_model has")
+        found = calibrate(predictor, cases, args.max_drop, lambda line: print(line, flush=True))
     gained = None
     if found.left_out:
         gained = 100 * float(np.mean(found.left_out) - np.mean(found.before))
@@ -74,3 +73,29 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
     in_json = {name: of_class._asdict() for name, of_class in objects.items()}
     write_json(Path(args.o), {**document, **facts, "objects": in_json})
     print(f"Predict with --calibration {args.o}")
+
+
+def _labelled(
+    predictor: ModelSetPredictor,
+    names: Sequence[str],
+    images: Sequence[list[str]],
+    references: Sequence[Path],
+    folder: Path,
+) -> list[Labelled]:
+    """Preprocessed cases whose images and labels stay on the disk, in a folder."""
+    cases = []
+    of_cases = zip(names, references, predictor.preprocess(images, None, None, 0), strict=True)
+    for number, (name, reference, case) in enumerate(of_cases):
+        if "error" in case:
+            raise UserError(f"{case['what']}: {case['error']}") from case["error"]
+        labels = reference_labels(predictor, reference, case["data_properties"])
+        image, properties = case[AS_READ]
+        case[AS_READ] = _mapped(folder / f"image_{number}.npy", image), properties
+        cases.append(Labelled(name, case, _mapped(folder / f"labels_{number}.npy", labels)))
+    return cases
+
+
+def _mapped(file: Path, array: np.ndarray) -> np.ndarray:
+    """The array, read from a new file where it is looked at. What is written to it stays in memory."""
+    np.save(file, array)
+    return np.load(file, mmap_mode="c")
