@@ -24,11 +24,10 @@ from training_run import flags_of_training, in_bfloat16, precision_of, trained
 from nnunet_nmsw.evaluation.oracle import Oracle
 from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold, SharedSlidingWindow
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Nothing, Objects
-from nnunet_nmsw.flags import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.networks import Ensemble, unbounded
 from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels, spatial_shape
 from nnunet_nmsw.selection.by_score import TopK, placement_grid
-from nnunet_nmsw.selection.calibration import THRESHOLDS, Measured, calibration_of, threshold_of
+from nnunet_nmsw.selection.calibration import THRESHOLDS
 from nnunet_nmsw.trainers.cases import read_cases
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.volume.interpolation import linear_axis
@@ -40,8 +39,6 @@ LOGGED = ("foreground_share", "entropy", "benefit", "loss_local", "loss_global",
 SLIDING_WINDOW, ALONE, ALL, AUTOMATIC = "sliding window", "global branch", "all windows", "automatic"
 SLIDES = {"all": (0.5, False), "step 1.0": (1.0, False), "step 1.0, empty windows skipped": (1.0, True)}
 """Step, and whether empty windows are skipped, by the name in the place of K."""
-CALIBRATED = "calibrated"
-"""In the place of K: the threshold that the other cases would set, which is the default of a trained model."""
 AS_OBJECTS = "as objects"
 """In the place of K: in each case as many windows as zoom-in takes there."""
 
@@ -97,31 +94,12 @@ def evaluate(trainer: nnUNetTrainer, own_selection: bool) -> dict[str, Any]:
             scores = encoding.dice(reference_DHW, labels_DHW).numpy()
             dice.setdefault(method, {}).setdefault(k, []).append(scores)
             taken.setdefault(method, {}).setdefault(k, []).append(windows)
-    if AUTOMATIC in dice:
-        dice[AUTOMATIC][CALIBRATED], taken[AUTOMATIC][CALIBRATED] = calibrated(dice[AUTOMATIC], taken[AUTOMATIC])
     means = {
         method: {k: np.nanmean(np.stack(values), 0).tolist() for k, values in by_k.items()}
         for method, by_k in dice.items()
     }
     numbers = {method: {k: float(np.mean(of)) for k, of in by_k.items()} for method, by_k in taken.items()}
     return {"dice": means, "taken": numbers, "cases": len(dice[SLIDING_WINDOW]["all"])}
-
-
-def calibrated(dice: dict[str, list[np.ndarray]], taken: dict[str, list[int]]) -> tuple[list[np.ndarray], list[int]]:
-    """Dice and number of windows of each case by the threshold that the other cases set.
-
-    Args:
-        dice: by threshold and case.
-        taken: the windows, by threshold and case.
-    """
-    measured: Measured = {of: list(zip(taken[str(of)], dice[str(of)], strict=True)) for of in THRESHOLDS}
-    of_cases, numbers = [], []
-    for case in range(len(measured[THRESHOLDS[0]])):
-        others = {of: cases[:case] + cases[case + 1 :] for of, cases in measured.items()}
-        number, of_case = measured[threshold_of([calibration_of([others])], DEFAULT_MAX_DROP)][case]
-        of_cases.append(of_case)
-        numbers.append(number)
-    return of_cases, numbers
 
 
 def slid(trainer: nnUNetTrainer, case: Any) -> Iterator[tuple[str, str, Tensor, int]]:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation_run import AS_OBJECTS, AUTOMATIC, CALIBRATED, NUM_PATCHES
+from ablation_run import AS_OBJECTS, AUTOMATIC, NUM_PATCHES
 from grid import ARMS, DATASETS, PICKED_BY_TOP_K, SELECTION_ARMS, STOCK
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nnunet_nmsw.flags import DEFAULT_MAX_DROP
+from nnunet_nmsw.selection.calibration import threshold_of
 from nnunet_nmsw.trainers.progress import COLOURS
 
+CALIBRATED = "calibrated"
+"""In the place of K: the threshold that the measured cases set, which is the default of a trained model."""
 KS = tuple(map(str, NUM_PATCHES))
 SELECTION_NAMES = {
     "greedy_benefit": "predicted benefit, greedy (default)",
@@ -35,9 +39,21 @@ def load_runs(folder: Path) -> Runs:
     """Results by arm, arms as in `ARMS`, seeds in order."""
     runs: Runs = {}
     for file in sorted(folder.glob("*__seed_*.json")):
-        runs.setdefault(file.stem.split("__seed_")[0], []).append(json.loads(file.read_text()))
+        runs.setdefault(file.stem.split("__seed_")[0], []).append(with_automatic(json.loads(file.read_text())))
     order = list(ARMS)
     return dict(sorted(runs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def with_automatic(run: dict[str, Any]) -> dict[str, Any]:
+    """The same with what the automatic number gives with the threshold that these cases set, as a validation does."""
+    by_threshold = run["dice"].get(AUTOMATIC)
+    if by_threshold:
+        rows = [{"stop_at": float(of), "mean_dice": float(np.mean(dice))} for of, dice in by_threshold.items()]
+        threshold = threshold_of([{"cases": run["cases"], "thresholds": rows}], DEFAULT_MAX_DROP)
+        for measured in (by_threshold, run.get("taken", {}).get(AUTOMATIC)):  # the first runs lack `taken`
+            if measured:
+                measured[CALIBRATED] = measured[str(threshold)]
+    return run
 
 
 def dice(runs: list[dict[str, Any]], method: str, k: str) -> np.ndarray:

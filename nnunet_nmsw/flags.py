@@ -10,7 +10,7 @@ TRUST_FLAG = "--trust_model"
 
 DEFAULT_TRAINER, DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetTrainerNMSW", "nnUNetPlans", "3d_fullres"
 
-DEFAULT_MAX_DROP = 0.005
+DEFAULT_MAX_DROP = 0.002
 """Dice, of 1, that may be lost for fewer patches."""
 
 AUTO, PYTORCH, OPENVINO = "auto", "pytorch", "openvino"

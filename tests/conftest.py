@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 from commands import DATASET, TRAINER, run_executable, write_tiny_plans
 from compatibility import Document, check_markers
+from hypothesis import settings
 from tiny import build_network
 
 from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.model.network import NMSWNetwork
+
+settings.register_profile("no timings", deadline=None)
+settings.load_profile("no timings")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

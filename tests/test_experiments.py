@@ -1,9 +1,8 @@
 """The experiments run on the present code."""
 
 import ablation
-import ablation_run
+import ablation_tables
 import arms
-import numpy as np
 import pytest
 import torch
 from tiny import build_network
@@ -27,12 +26,10 @@ def test_default_arms_are_there():
     assert ablation.parse_arm('mine={"num_patches": 3}')[1].settings == {"num_patches": 3}
 
 
-def test_the_number_of_windows_of_a_case_is_set_on_the_others():
-    by_threshold = {threshold: [0.5, 0.5, 0.5] for threshold in THRESHOLDS}
-    by_threshold[THRESHOLDS[1]] = [0.5, 0.6, 0.6]  # best of all but for case 1 and 2 alone
-    by_threshold[THRESHOLDS[3]] = [0.9, 0.5, 0.5]
-    dice = {str(threshold): [np.array([of, np.nan]) for of in values] for threshold, values in by_threshold.items()}
-    taken = {str(threshold): [10 - number] * 3 for number, threshold in enumerate(THRESHOLDS)}
-    found, windows = ablation_run.calibrated(dice, taken)
-    assert [of[0] for of in found] == [0.5, 0.5, 0.5]
-    assert windows == [9, 7, 7]
+def test_the_automatic_number_has_the_threshold_of_a_validation():
+    dice = dict(zip(map(str, THRESHOLDS), ([0.5, 0.5], [0.8, 0.6], [0.8, 0.599], [0.5, 0.5], [0.1, 0.2]), strict=True))
+    taken = {str(threshold): 10 - number for number, threshold in enumerate(THRESHOLDS)}
+    run = {"cases": 2, "dice": {"automatic": dice}, "taken": {"automatic": taken}}
+    found = ablation_tables.with_automatic(run)
+    assert found["dice"]["automatic"][ablation_tables.CALIBRATED] == [0.8, 0.599]
+    assert found["taken"]["automatic"][ablation_tables.CALIBRATED] == 8

@@ -24,7 +24,7 @@ def image() -> np.ndarray:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_objects_are_counted(seed):
     random = np.random.default_rng(seed)
     own, windows = (random.random((5, 6, 7)) < share for share in (0.1, 0.3))

@@ -43,7 +43,7 @@ def test_what_half_precision_cannot_hold_travels_in_single(volume, dtype):
     assert for_travel(volume).shape == volume.shape
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(-5, 6), st.floats(-5, 6), st.integers(0, 9))
 def test_travelling_rounds_by_less_than_the_noise(log_scale, log_offset, seed):
     scale = 10.0**log_scale

@@ -48,7 +48,7 @@ def differences(labels: torch.Tensor, logits: np.ndarray, encoding: LabelEncodin
     return int(((labels != expected).numpy() & (margin > 1e-4)).sum())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     inside=st.tuples(*[st.integers(1, 30)] * 3),
     target=st.tuples(*[st.integers(1, 40)] * 3),

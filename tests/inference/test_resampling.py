@@ -8,7 +8,7 @@ from nnunet_nmsw.inference.resampling import resample_image
 SHAPE = st.tuples(*[st.integers(1, 24)] * 3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SHAPE, SHAPE, st.sampled_from([0, 1, 3]), st.sampled_from([None, False, True]), st.integers(0, 2**16))
 def test_images_are_resampled_as_nnunet_does(shape, new_shape, order, separate, seed):
     random = np.random.default_rng(seed)

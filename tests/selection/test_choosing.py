@@ -119,7 +119,7 @@ def test_greedy_coverage_avoids_overlap_and_ends_with_all_windows():
     assert sorted(greedy_coverage(scores, everything, 5, grid).tolist()) == [0, 1, 2, 3, 4]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.sampled_from([0.4, 1.0]))
 def test_greedy_benefit_takes_the_best_of_what_is_left(seed, discount):
     grid = WindowGrid((11, 12, 13), (5, 4, 6), (2, 1, 3), 0.25)

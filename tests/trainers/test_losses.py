@@ -17,7 +17,7 @@ from nnunet_nmsw.volume.label_counts import add_to_low_resolution_, label_counts
 from nnunet_nmsw.volume.windows import WindowGrid, crop_windows, window_slices
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.sampled_from(list(ENCODINGS.values())))
 def test_the_sums_make_nnunets_loss(seed, encoding):
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def loss_and_its_canvas(problem):
     return loss, on_canvas
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(overlapping=False))
 def test_loss_without_a_canvas_equals_the_canvas_where_windows_do_not_overlap(problem):
     loss, on_canvas = loss_and_its_canvas(problem)
@@ -68,7 +68,7 @@ def test_loss_without_a_canvas_equals_the_canvas_where_windows_do_not_overlap(pr
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(overlapping=True, kinds=("labels",)))
 def test_with_overlap_the_cross_entropy_is_bounded_by_jensens_gap(problem):
     """Blending the losses instead of the logits: never below the canvas, above it by at most the windows' spread.
@@ -95,7 +95,7 @@ def test_with_overlap_the_cross_entropy_is_bounded_by_jensens_gap(problem):
     assert (gap <= 2 * (high - low).amax(0)[inside] + 1e-4).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(problems(overlapping=True))
 def test_shares_sum_to_one_under_windows(problem):
     grid = problem["grid"]
@@ -132,7 +132,7 @@ def test_the_weight_of_a_window_has_its_benefit_as_gradient():
     assert (without - loss).item() == pytest.approx(benefit[0].item(), rel=0.5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(overlapping=True))
 def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem):
     grid, encoding, factor = problem["grid"], problem["encoding"], problem["grid"].downsampling_factor
@@ -161,7 +161,7 @@ def test_the_changes_are_those_of_the_sums_in_each_low_resolution_voxel(problem)
     torch.testing.assert_close(counted, voxels)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(problems(overlapping=True))
 def test_the_loss_has_the_gradient_of_the_sums_of_one_hot_targets(problem):
     """The reference makes a one-hot target of each window and sums by `loss_sums`, with the windows' shares."""
@@ -245,7 +245,7 @@ def test_a_class_that_nothing_has_any_more_costs_nothing():
     assert -1 - 1e-4 <= loss.item() <= 0.01
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problems(overlapping=False))
 def test_the_benefit_map_adds_up_to_the_windows_benefits(problem):
     grid, factor = problem["grid"], problem["grid"].downsampling_factor

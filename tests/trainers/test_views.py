@@ -33,7 +33,7 @@ def blocks(shape=SHAPE):
     return labels
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.tuples(*[st.floats(-0.6, 0.6)] * 3), st.floats(0.7, 1.4), st.integers(0, 1000))
 def test_an_affine_view_is_a_crop_of_nnunets_spatial_transform(angles, scale, seed):
     affine = create_affine_matrix_3d(list(angles), [scale] * 3)

@@ -34,7 +34,7 @@ def full_resolution(low: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
     return low
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(grids(), st.integers(0, 2**31))
 def test_window_means_and_maxima_are_those_of_the_boxes(grid, seed):
     low = torch.randn(grid.low_shape, generator=torch.Generator().manual_seed(seed))
@@ -45,7 +45,7 @@ def test_window_means_and_maxima_are_those_of_the_boxes(grid, seed):
     torch.testing.assert_close(grid.max(low), torch.stack([box.max() for box in boxes]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(grids(), st.integers(0, 2**31))
 def test_coverage_and_sums_at_low_resolution_are_those_of_the_voxels(grid, seed):
     window = seed % len(grid)
@@ -89,7 +89,7 @@ def test_window_means_are_differentiable():
     assert abs(low.grad.sum().item() - len(grid)) < 1e-4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(grids())
 def test_windows_are_nnunets_in_nnunets_order(grid):
     configuration = SimpleNamespace(patch_size=grid.patch_size)
@@ -98,7 +98,7 @@ def test_windows_are_nnunets_in_nnunets_order(grid):
     assert [(slice(None), *window_slices(start, grid.patch_size)) for start in grid.starts_N3.tolist()] == slicers
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.tuples(*[st.integers(1, 11)] * 3), st.tuples(*[st.integers(1, 4)] * 3))
 def test_downsampling_averages_the_voxels_that_exist(shape, factor):
     volume = torch.randn(1, 2, *shape)
@@ -111,7 +111,7 @@ def test_downsampling_averages_the_voxels_that_exist(shape, factor):
     torch.testing.assert_close(low, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(grids(), st.data())
 def test_a_windows_interpolation_is_a_crop_of_the_whole(grid, data):
     low = torch.randn(1, 2, *grid.low_shape)
@@ -131,7 +131,7 @@ def test_interpolation_is_exact_for_a_linear_ramp():
     torch.testing.assert_close(restored[:, :, 2:-2], ramp[:, :, 2:-2])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 4)] * 3), st.integers(0, 2**31))
 def test_label_counts_and_what_is_left_without_a_window(shape, factor, seed):
     rng = np.random.default_rng(seed)

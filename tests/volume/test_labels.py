@@ -27,7 +27,7 @@ def test_hits_are_those_of_nnunets_validation(encoding):
         assert [int(hit) for hit in hits] == [int(voxels.sum()) for voxels in expected]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.sampled_from(list(ENCODINGS.values())))
 def test_voxels_of_one_label_are_as_their_one_hot_target(seed, encoding):
     torch.manual_seed(seed)
