@@ -6,7 +6,7 @@ Each run trains one arm with one seed for a fixed number of steps and measures e
 (`ablation_run.py`). What is there is kept: an interrupted grid goes on, and so does an interrupted training. Needs
 nnU-Net's folders and the preprocessed datasets of `DATASETS`. Arms are settings of NMSW on top of the defaults, or
 trainers of `arms.py`. Settings can be given on the spot as NAME='{"setting": value}'. `--document` puts the results
-into docs/ablations.md and the folder docs/ablations. Arms that only version 0.1.0 can run keep their rows there.
+into docs/ablation-tables.md and the folder docs/ablations. Arms that only version 0.1.0 can run keep their rows there.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def document(folder: Path, dataset_ids: list[int]) -> None:
-    """Put the tables between the markers of docs/ablations.md and docs/results.md, plots and JSON into docs/ablations/.
+    """Put the tables between the markers of docs/ablation-tables.md and docs/results.md, plots and JSON into docs/ablations/.
 
     All under the number of this version: what an arm's name means, and what it learns, changes with versions.
     """
@@ -77,7 +77,7 @@ def document(folder: Path, dataset_ids: list[int]) -> None:
     learning_curves(of_version, dataset_ids, of_version / "learning_curves.svg")
     for dataset_id in dataset_ids:
         replace_between_markers(docs / "results.md", DATASETS[dataset_id].folder, lengths_table(of_version, dataset_id))
-    replace_between_markers(docs / "ablations.md", f"results of {version}", table(of_version, dataset_ids))
+    replace_between_markers(docs / "ablation-tables.md", f"results of {version}", table(of_version, dataset_ids))
 
 
 def parse_arm(text: str) -> tuple[str, Arm]:
