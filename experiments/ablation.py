@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def document(folder: Path, dataset_ids: list[int]) -> None:
-    """Put the tables between the markers of docs/ablation-tables.md and docs/results.md, plots and JSON into docs/ablations/.
+    """Put the tables between the markers of docs/ablation-tables.md and docs/results.md, plots and JSON beside them.
 
     All under the number of this version: what an arm's name means, and what it learns, changes with versions.
     """
