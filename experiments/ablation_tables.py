@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nnunet_nmsw.flags import DEFAULT_MAX_DROP
-from nnunet_nmsw.selection.calibration import threshold_of
+from nnunet_nmsw.selection.calibration import mean_dice, threshold_of
 from nnunet_nmsw.trainers.progress import COLOURS
 
 CALIBRATED = "calibrated"
@@ -48,11 +48,11 @@ def with_automatic(run: dict[str, Any]) -> dict[str, Any]:
     """The same with what the automatic number gives with the threshold that these cases set, as a validation does."""
     by_threshold = run["dice"].get(AUTOMATIC)
     if by_threshold:
-        rows = [{"stop_at": float(of), "mean_dice": float(np.mean(dice))} for of, dice in by_threshold.items()]
+        rows = [{"stop_at": float(k), "mean_dice": mean_dice([np.array(of)])} for k, of in by_threshold.items()]
         threshold = threshold_of([{"cases": run["cases"], "thresholds": rows}], DEFAULT_MAX_DROP)
-        for measured in (by_threshold, run.get("taken", {}).get(AUTOMATIC)):  # the first runs lack `taken`
-            if measured:
-                measured[CALIBRATED] = measured[str(threshold)]
+        for of_methods in (run["dice"], run.get("taken", {})):  # the first runs lack `taken`
+            if AUTOMATIC in of_methods:
+                of_methods[AUTOMATIC][CALIBRATED] = of_methods[AUTOMATIC][str(threshold)]
     return run
 
 
