@@ -9,9 +9,9 @@ measurement, so that an end at any time loses nothing:
 - smoke: training steps (eager, compiled, distributed over one process), and labels against the CPU's;
 - prediction: the paper's setting, 480 × 480 × 384 voxels, patches of 128³, nnU-Net's full width, untrained; the
   network's part by stages, against nnU-Net's sliding window;
-- training: a step against stock nnU-Net's on the same plans, compiled;
+- profile: traces of a prediction and of a step with Python's calls, and the ten largest gaps between kernels;
 - files: commands from file to file, in the paper's setting;
-- profile: traces of a prediction and of a step, and the ten largest gaps between kernels.
+- training: a step against stock nnU-Net's on the same plans, eager, then compiled, which takes minutes.
 
 Without names all parts run. A part that has less than its least time left does not start, and none takes more than its
 most. `--keep` leaves the preprocessed dataset for another call.
@@ -68,7 +68,7 @@ class Size(NamedTuple):
 PAPER = Size([384, 480, 480], 128, 32, [3, 14, 118], [256, 288, 288], 20, 2)
 TOY = Size([40, 48, 56], 16, 4, [3, 14], [32, 40, 48], 2, 1)
 
-PARTS = {"smoke": (40, 150), "prediction": (60, 120), "training": (120, 210), "files": (60, 150), "profile": (30, 120)}
+PARTS = {"smoke": (40, 150), "prediction": (60, 120), "profile": (30, 120), "files": (60, 150), "training": (120, 400)}
 """Least and most seconds by part."""
 
 

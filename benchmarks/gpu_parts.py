@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ DATASET, TRAINERS = 930, ("nnUNetTrainer", "nnUNetTrainerNMSW")
 K = "10%"
 SECONDS_BETWEEN_SAMPLES = 0.01
 GAPS = 10
+FEWEST_CASES = 5
+"""That nnU-Net's five folds need."""
 MIRRORED_WINDOWS = 4
 """Of nnU-Net's mirrored sliding window, which is timed by some windows: all take minutes."""
 
@@ -65,7 +67,7 @@ def same_labels(device: torch.device, classes: int) -> dict[str, Any]:
         def labels(of: torch.device, **kwargs: Any) -> Tensor:
             predictor = NMSWPredictor(8, use_mirroring=True, device=of, allow_tqdm=False, **kwargs)
             predictor.initialize_from_trained_model_folder(str(Path(folder, "model")), (0,))
-            return labels_of(predictor, volume_CDHW)
+            return labels_of(predictor, predictor.folds(), volume_CDHW)
 
         expected = labels(torch.device("cpu"))
         return {
@@ -109,27 +111,34 @@ def files(results: Results, device: torch.device, size: Size, folder: Path) -> N
 
 
 @torch.inference_mode()
-def labels_of(predictor: NMSWPredictor, volume_CDHW: Tensor) -> Tensor:
-    """Labels of a preprocessed volume on its own grid."""
+def labels_of(predictor: NMSWPredictor, folds: Sequence[Fold], volume_CDHW: Tensor) -> Tensor:
+    """Labels of a preprocessed volume on its own grid.
+
+    Args:
+        predictor: of the model.
+        folds: of the predictor, which a run over cases makes once.
+        volume_CDHW: the volume.
+    """
     device = predictor.device if predictor.perform_everything_on_device else torch.device("cpu")
     padded = Padded.of(volume_CDHW, predictor.nmsw_network.patch_size).on(device)
-    folds = [choose(fold, padded, predictor.spending) for fold in predictor.folds()]
+    chosen = [choose(fold, padded, predictor.spending) for fold in folds]
     axes = [linear_axis(n, n) for n in padded.inside]
-    return predict_labels(padded, folds, axes, Work(predictor.share, device))
+    return predict_labels(padded, chosen, axes, Work(predictor.share, device))
 
 
 def by_stages(model: Path, volume_CDHW: Tensor, mirrored: bool, device: torch.device, rounds: int) -> dict[str, Any]:
     """Seconds of the first call, and medians of the others with their stages; patches, memory."""
     predictor = NMSWPredictor(K, use_mirroring=mirrored, device=device, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0,))
-    first, _ = timed(partial(labels_of, predictor, volume_CDHW), device)
+    predict = partial(labels_of, predictor, predictor.folds(), volume_CDHW)
+    first, _ = timed(predict, device)
     runs, stages = [], []
     with memory_of(device) as memory:
         for _ in range(rounds):
-            runs.append(timed(partial(labels_of, predictor, volume_CDHW), device)[0])
+            runs.append(timed(predict, device)[0])
     for _ in range(rounds):
         with stage_seconds(device) as of_stages:
-            timed(partial(labels_of, predictor, volume_CDHW), device)
+            timed(predict, device)
         stages.append(dict(of_stages))
     patches = int(0.1 * len(predictor.nmsw_network.grid(tuple(volume_CDHW.shape[1:]))) + 1)
     return {
@@ -273,6 +282,7 @@ def dataset_folders(shape: list[int], classes: int, patch: list[int] | None = No
         os.environ[f"nnUNet_{name}"] = str(work / name)
     if not (work / "preprocessed").is_dir():
         flags = ["-d", DATASET, "-classes", classes, "-image", 8, 8, 8, "-training_image", *shape]
+        flags += ["-training_cases", FEWEST_CASES]
         python(Path(__file__).parent / "synthetic.py", *flags)
         plan = (
             "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry as main"
@@ -311,7 +321,7 @@ def profile(results: Results, device: torch.device, size: Size, folder: Path) ->
         predictor = NMSWPredictor(K, use_mirroring=False, device=device, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model), (0,))
         volume_CDHW = torch.from_numpy(organs(size.image, size.classes[0], seed=0)[0]).float()[None] / 500
-        predict = partial(labels_of, predictor, volume_CDHW)
+        predict = partial(labels_of, predictor, predictor.folds(), volume_CDHW)
         results.tried("prediction", partial(traced, predict, device, folder / "prediction_trace.json.gz"))
     with dataset_folders(size.training_image, 14, None if size.patch == 128 else [size.patch] * 3):
         trace = folder / "step_trace.json.gz"
@@ -335,7 +345,7 @@ def traced(call: Callable[[], Any], device: torch.device, file: Path) -> dict[st
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, with_stack=device.type == "cuda") as profiler:
         seconds, _ = timed(call, device)
     profiler.export_chrome_trace(str(file))
     kinds = torch.autograd.DeviceType

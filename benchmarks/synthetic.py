@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("-organs", type=int, help="ellipsoids in an image. Default: one for each class")
     parser.add_argument("-image", type=int, nargs=3, default=[400, 512, 512], metavar=("Z", "Y", "X"), help="of tests")
     parser.add_argument("-training_image", type=int, nargs=3, default=[96, 112, 112], metavar=("Z", "Y", "X"))
+    parser.add_argument("-training_cases", type=int, default=NUM_TRAINING, help="number of training volumes")
     parser.add_argument("-image_spacing", type=float, default=0.8, help="of tests, mm")
     parser.add_argument("-cases", type=int, default=1, help="number of tests")
     args = parser.parse_args()
@@ -62,14 +63,14 @@ def main() -> None:
     dataset = Path(os.environ["nnUNet_raw"]) / f"Dataset{args.d:03d}_Organs{args.classes}"
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (dataset / folder).mkdir(parents=True, exist_ok=True)
-    for case in range(NUM_TRAINING):
+    for case in range(args.training_cases):
         image, labels = organs(args.training_image, args.classes, case, args.organs)
         write(image, dataset / "imagesTr" / f"case_{case:03d}_0000.nii.gz", SPACING)
         write(labels, dataset / "labelsTr" / f"case_{case:03d}.nii.gz", SPACING)
     for case in range(args.cases):
         image, _ = organs(args.image, args.classes, 1000 + case, args.organs)
         write(image, dataset / "imagesTs" / f"test_{case:03d}_0000.nii.gz", args.image_spacing)
-    (dataset / "dataset.json").write_text(json.dumps({**dataset_of(args.classes), "numTraining": NUM_TRAINING}))
+    (dataset / "dataset.json").write_text(json.dumps({**dataset_of(args.classes), "numTraining": args.training_cases}))
 
 
 def write(array: np.ndarray, file: Path, spacing: float) -> None:

@@ -30,9 +30,11 @@ from nnunet_nmsw.volume.windows import Shape, WindowGrid, crop_windows, downsamp
 MEMORY_OF_PLANES = 1 << 30
 """Bytes for the logits of the planes that are worked out at a time."""
 
-VOXELS_AT_ONCE, VOXELS_AT_ONCE_ON_CPU = 1 << 21, 1 << 19
-"""Voxels of a batch of patches, unless one patch has more. On a CPU larger ones leave its caches: two patches of 64³ at
-a time take 59 ms each, eight take 88 (docs/performance.md)."""
+VOXELS_AT_ONCE, VOXELS_AT_ONCE_ON_CPU = 1 << 23, 1 << 19
+"""Voxels of a batch of patches, unless one patch has more. On a GPU cuDNN normalises each channel of each patch in one
+block of threads, and a single patch leaves most of the device idle: four patches of 128³ take 8.9 ms each, one takes
+13.6 (docs/performance.md). On a CPU larger batches leave its caches: two patches of 64³ at a time take 59 ms each,
+eight take 88."""
 
 
 Backend = Callable[[NMSWNetwork], NMSWNetwork]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nnunet_nmsw.inference.planes import FusedPrediction, slabs_of
+from nnunet_nmsw.transfer import fetched
 from nnunet_nmsw.volume.interpolation import Axis, interpolated_between
 from nnunet_nmsw.volume.windows import Shape
 
@@ -46,7 +47,7 @@ def segment_slabs(
         logits_CZYX = interpolated_between(logits_CDHW, [across, *in_plane])
         result_ZYX[slab] = prediction.encoding.decided(logits_CZYX)
         del logits_CDHW, logits_CZYX  # before the next ones are made
-    return result_ZYX.cpu()
+    return fetched(result_ZYX)
 
 
 def planes_of_slab(memory: float, num_channels: int, axes: Sequence[Axis], inside: Shape) -> int:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from torch._subclasses.fake_tensor import FakeTensorMode
 from training import NONE, PATCH, Cases, loader, nnunet_augmentation
 
 from nnunet_nmsw.errors import UserError
@@ -142,9 +141,8 @@ def test_the_blur_takes_views_of_any_shape(shape):
 
 
 def test_the_blur_stays_on_the_device_of_the_image():
-    with FakeTensorMode():
-        image = torch.empty(1, 8, 8, 8, device="cuda")
-        assert the_blur()._benchmark_wrapper(image, 1.0, 1).device.type == "cuda"
+    image = torch.empty(1, 8, 8, 8, device="meta")
+    assert the_blur()._benchmark_wrapper(image, 1.0, 1).device.type == "meta"
 
 
 @pytest.mark.parametrize(
