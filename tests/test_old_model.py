@@ -58,6 +58,13 @@ class RelaxedOnInput(PaperSampler):
         return draw.sample.relaxed_K
 
 
+def draws_as_then():
+    """Whether PyTorch draws the numbers that it drew when the files were made: 2.6 drew others."""
+    drawn = torch.empty(1).exponential_(generator=torch.Generator().manual_seed(0))
+    return float(drawn) == pytest.approx(3.5083, abs=1e-3)
+
+
+@pytest.mark.skipif(not draws_as_then(), reason="this PyTorch draws other random numbers")
 @pytest.mark.parametrize("name", ["benefit", "contribution", "paper"])
 def test_a_seeded_training_draws_the_same_windows_and_reaches_the_same_weights(name):
     """To the bit on the machine that made the files; elsewhere operations may round otherwise."""
