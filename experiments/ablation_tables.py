@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from ablation_run import AS_OBJECTS, AUTOMATIC, NUM_PATCHES
 from grid import ARMS, DATASETS, PICKED_BY_TOP_K, SELECTION_ARMS, STOCK
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -185,7 +186,7 @@ def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
         axis.set_xticks([int(k) for k in counts], counts)
         axis.minorticks_off()
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(file)
+    save(figure, file)
 
 
 BY_LENGTH = (
@@ -267,4 +268,10 @@ def learning_curves(folder: Path, dataset_ids: list[int], file: Path) -> None:
         axis.set_xticks(list(runs), list(map(str, runs)))
         axis.minorticks_off()
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(file)
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure: the same one gives the same file."""
+    with rc_context({"svg.hashsalt": file.stem}):
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
