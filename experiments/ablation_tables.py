@@ -272,6 +272,6 @@ def learning_curves(folder: Path, dataset_ids: list[int], file: Path) -> None:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a figure: the same one gives the same file."""
+    """Write a figure as SVG: the same one gives the same file."""
     with rc_context({"svg.hashsalt": file.stem}):
-        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+        figure.savefig(file, metadata={"Date": None})
