@@ -20,10 +20,10 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from measuring import write_results
 from torch import Tensor, nn
 
-from nnunet_nmsw.inference.networks import to_channels_last_
 from nnunet_nmsw.inference.openvino_branches import OpenVINOBranch
 from nnunet_nmsw.inference.openvino_models import Converted, import_openvino
 from nnunet_nmsw.inference.quantized import quantized
+from nnunet_nmsw.model.layout import lay_out_
 from nnunet_nmsw.volume.precision import mixed_precision
 
 NETWORKS = (
@@ -57,7 +57,7 @@ def measured(features: list[int], patch: int, batch: int, rounds: int, cache: Pa
     """Seconds of a patch by way, and of the conversion."""
     torch.manual_seed(0)
     network = unet(features)
-    to_channels_last_(network)
+    lay_out_(network, CPU)
     patches_BCDHW = torch.randn(batch, 1, *[patch] * 3)
     float32, bfloat16 = (OpenVINOBranch(network, half, cache) for half in (False, True))
     started = time.perf_counter()

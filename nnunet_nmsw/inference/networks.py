@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.helpers import empty_cache
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_nmsw.inference.device import is_out_of_memory, unless_out_of_memory, without_trials
 from nnunet_nmsw.inference.planes import mean
 from nnunet_nmsw.inference.volume import Padded, Share
 from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.model.layout import lay_out_
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.volume.labels import LabelEncoding
@@ -69,8 +70,7 @@ class Ensemble:
         self.mirror_axes = tuple(mirror_axes)
         self.network = network.to(device)
         self.network.eval()
-        if device.type == "cpu":
-            to_channels_last_(network.local_branch)
+        lay_out_(network.local_branch, device)
         self._parameters = parameters
         self._fold: int | None = None
         self._on_device: dict[int, list[Tensor]] = {}
@@ -202,13 +202,6 @@ def filled_up(patches_KCDHW: Tensor) -> Tensor:
     most = patches_at_once(shape[1:], patches_KCDHW.device)
     wanted = max(number, min(most, 1 << (number - 1).bit_length()))
     return torch.cat([patches_KCDHW, patches_KCDHW.new_zeros(wanted - number, *shape)])
-
-
-def to_channels_last_(network: nn.Module) -> None:
-    """Keep the weights of 3D convolutions in the layout in which oneDNN is faster. Values are the same."""
-    for parameter in network.parameters():
-        if parameter.ndim == 5:  # `Module.to` would fail at parameters of four axes
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def patches_at_once(patch_size: Sequence[int], device: torch.device) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_nmsw.files import remove_leftovers
+from nnunet_nmsw.model.layout import lay_out_
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.plans import branch_architectures, settings_of
 from nnunet_nmsw.model.safe_loading import read_checkpoint
@@ -56,8 +57,7 @@ from nnunet_nmsw.trainers.validation import check_losses, check_weights, predict
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.precision import mixed_precision
 
-LOGGED_UNDER = "nmsw_"
-"""Before the names of a step's report, in nnU-Net's log."""
+LOGGED_UNDER = "nmsw_"  # before the names of a step's report, in nnU-Net's log
 
 
 class nnUNetTrainerNMSW(TrainerHooks):
@@ -98,8 +98,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
             self.device = device_of_process(device)
             if self.device.type != "cuda":
                 self.grad_scaler = None
-        if self.training_length is not None:
-            self.num_epochs = self.training_length
+        self.num_epochs = self.training_length or self.num_epochs
         self.encoding = LabelEncoding.of(self.label_manager)
         log_under(self, LOGGED_UNDER, REPORTED)
 
@@ -126,6 +125,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         pretrained = pretrained_weights_of_command_line()
         with as_one_process(self):
             super().initialize()
+        lay_out_(self.nmsw_network, self.device)
         if self.is_ddp:
             self.network = distributed(self.network, self.device)
             # Now that it is distributed, the coarsest output of the local branch has a weight above zero in the loss.
@@ -218,14 +218,14 @@ class nnUNetTrainerNMSW(TrainerHooks):
         seed = None if self.settings.seed is None else (self.settings.seed, self.local_rank, self.current_epoch)
         workers = LoaderProcesses(get_allowed_n_proc_DA(), seed, self.device.type == "cuda")
         check_shared_memory(dataset_training, patch_size, workers)
-        of_validation = (self.dataset_validation, windows, self.no_augmentation, workers, self.processes)
-        training = training_batches(dataset_training, windows, self.augmentation, workers)
-        return training, validation_batches(*of_validation)
+        training = (dataset_training, windows, self.augmentation, workers)
+        validation = (self.dataset_validation, windows, self.no_augmentation, workers, self.processes)
+        return training_batches(*training), validation_batches(*validation)
 
     def step_of(self, batch: dict[str, Any], augmentation: Augmentation) -> TrainingStep:
         """A batch of the loader as a step."""
-        num_previous = len(self.label_manager.foreground_labels)
-        return TrainingStep(training_volume(batch, augmentation, num_previous), self.loss)
+        volume = training_volume(batch, augmentation, num_previous=len(self.label_manager.foreground_labels))
+        return TrainingStep(volume, self.loss)
 
     # Training.
 

@@ -13,7 +13,7 @@ from tiny import build_network, initialized, make_plans
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.inference.export import reason_for_logits, write_labels
-from nnunet_nmsw.inference.networks import filled_up, to_channels_last_
+from nnunet_nmsw.inference.networks import filled_up
 from nnunet_nmsw.inference.volume import ChosenWindows, Padded
 from nnunet_nmsw.inference.windows import edges_in_image, index_to_world, write_windows
 from nnunet_nmsw.inference.writing import Done
@@ -73,16 +73,6 @@ def test_in_bfloat16_both_branches_compute_in_it_and_mirrorings_are_added_in_mor
     assert 0 < (rounded - exact).abs().mean() < 0.01 * exact.std()
     patch_1CDHW = torch.randn(1, 1, 8, 8, 8)
     assert predictor.folds()[0].patch_logits(patch_1CDHW).dtype == torch.float32
-
-
-def test_weights_keep_their_values_in_the_other_layout_whatever_their_axes():
-    network = torch.nn.Module()
-    for axes in range(6):
-        network.register_parameter(f"of_{axes}_axes", torch.nn.Parameter(torch.randn([2] * axes)))
-    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
-    to_channels_last_(network)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
-    assert network.of_5_axes.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_predictions_are_deterministic_and_mirroring_changes_them(tiny_network):
