@@ -7,7 +7,7 @@ with instance norm. The exact gradient of the expected fused loss with respect t
 all ordered draws; each path's gradient is averaged over many draws. Printed is the cosine between the two, over seeds.
 
     contribution   ours: minus benefit times the gradient of the draw's log-probability
-    input          the paper's: the relaxed probability multiplies the input patch
+    input          the paper's: a weight on the input patch, 1 with the gradient of the relaxed probability
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def estimated_gradient(toy: Toy, path: str, draws: int) -> Tensor:
     ).exp()
     losses = {
         "contribution": lambda s: toy.loss(s.indices_K, window_weight=log_weight(s)),
-        "input": lambda s: toy.loss(s.indices_K, input_weight=s.relaxed_K),
+        "input": lambda s: toy.loss(s.indices_K, input_weight=1 + (s.relaxed_K - s.relaxed_K.detach())),
     }
     everything = torch.ones(len(toy.grid), dtype=torch.bool)
     total = torch.zeros(len(toy.grid))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from ablation_tables import head, row
+from ablation_tables import head, own_selection, row
 from grid import Dataset
 
 from nnunet_nmsw.evaluation.statistics import paired_difference
@@ -54,10 +54,17 @@ def table(study: Study, dataset: Dataset, arms: list[str]) -> str:
         methods = json.loads(file.read_text())["methods"]
         for key in OF_STOCK if first else ():
             lines.append(table_row(STOCK, methods[key]))
-        lines += [table_row(name, methods[key]) for key in ROWS if key in methods]
+        keys = [own_key(key, name, methods) for key in ROWS]
+        lines += [table_row(name, methods[key]) for key in keys if key in methods]
         lines += rows_of_others(study, dataset, file.with_name("metrics.csv")) if first else []
         first = False
     return "\n".join(lines)
+
+
+def own_key(key: str, arm: str, methods: dict[str, Any]) -> str:
+    """A row of `ROWS` for an arm, which may pick windows in another way. Of all windows there is one selection."""
+    own = key.replace("greedy_benefit", own_selection(arm))
+    return own if own in methods or "auto" in key else key
 
 
 def rows_of_others(study: Study, dataset: Dataset, of_report: Path) -> list[str]:

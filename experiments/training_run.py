@@ -146,10 +146,10 @@ def write_own_calibration(trainer: nnUNetTrainerNMSW) -> None:
     """Calibrate the number of patches "auto" on the validation cases of the fold."""
     folder = Path(trainer.output_folder, "validation")
     folder.mkdir(exist_ok=True)
-    if (folder / FILE).is_file():
+    network = trainer.nmsw_network.eval()
+    if (folder / FILE).is_file() or not network.sampler.measures_benefit:
         return
     trainer.set_deep_supervision_enabled(False)
-    network = trainer.nmsw_network.eval()
     _, dataset = trainer.get_tr_and_val_datasets()
     cases = read_cases(dataset, dataset.identifiers, trainer.encoding)
     write_json(folder / FILE, calibration_of([calibrate(network, cases, trainer.encoding, trainer.device)]))

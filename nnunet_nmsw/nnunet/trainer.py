@@ -20,6 +20,7 @@ class TrainerHooks(nnUNetTrainer):
     """nnU-Net's trainer, its private methods that ours has to answer for under public names."""
 
     num_epochs: int
+    grad_scaler: Any
 
     deep_supervision_scales: list[list[float]] | None = None
     """What stands in for scales from the plans' strides, which only nnU-Net's own U-Nets have."""

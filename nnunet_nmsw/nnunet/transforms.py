@@ -89,8 +89,28 @@ def on_device_of_mask(operator: Callable[[Tensor, Tensor], Tensor]) -> Callable[
     return applied
 
 
+class OperatorOfViews(ApplyRandomBinaryOperatorTransform):
+    """nnU-Net's morphological operators, whose draw does not depend on the draws before it."""
+
+    channel_idx: list[int]
+
+    def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
+        """See the parent, which shuffles the channels in place."""
+        self.channel_idx = sorted(self.channel_idx)
+        parameters: dict[str, Any] = super().get_parameters(**data_dict)
+        return parameters
+
+
 class RemovalOfViews(RemoveRandomConnectedComponentFromOneHotEncodingTransform):
-    """nnU-Net's removal of components, which are found on the host."""
+    """nnU-Net's removal of components, which are found on the host. Its draw does not depend on the draws before it."""
+
+    channel_idx: list[int]
+
+    def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
+        """See the parent, which shuffles the channels in place."""
+        self.channel_idx = sorted(self.channel_idx)
+        parameters: dict[str, Any] = super().get_parameters(**data_dict)
+        return parameters
 
     def _apply_to_image(self, img: Tensor, **params: Any) -> Tensor:
         if not params["apply_to_channels"] or img.device.type == "cpu":
@@ -129,7 +149,8 @@ def for_views(transform: BasicTransform) -> BasicTransform:
     elif isinstance(transform, MoveSegAsOneHotToDataTransform):
         return OneHotOfViews(transform.source_channel_idx, transform.all_labels, transform.remove_channel_from_source)
     elif isinstance(transform, ApplyRandomBinaryOperatorTransform):
-        transform.any_of_these = tuple(on_device_of_mask(operator) for operator in transform.any_of_these)
+        operators = tuple(on_device_of_mask(operator) for operator in transform.any_of_these)
+        return OperatorOfViews(transform.channel_idx, operators, transform.strel_size, transform.p_per_label)
     elif isinstance(transform, RemoveRandomConnectedComponentFromOneHotEncodingTransform):
         return RemovalOfViews(
             transform.channel_idx,

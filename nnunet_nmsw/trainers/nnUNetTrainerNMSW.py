@@ -96,8 +96,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         self.processes = Processes.of_this_training()
         if self.is_ddp:
             self.device = device_of_process(device)
-            if self.device.type != "cuda":
-                self.grad_scaler = None
+            self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
         self.num_epochs = self.training_length or self.num_epochs
         self.encoding = LabelEncoding.of(self.label_manager)
         log_under(self, LOGGED_UNDER, REPORTED)
@@ -179,9 +178,10 @@ class nnUNetTrainerNMSW(TrainerHooks):
         Raises:
             UserError: the settings in the plans have changed since the training started.
         """
-        before = (filename_or_checkpoint, self.configuration_name, self.settings, self.named, self.output_folder)
-        self.settings = settings_of_training(*before)
-        self.own_configuration[PLANS_KEY] = self.settings.to_dict()
+        now = (self.configuration_name, self.settings, self.named, self.output_folder)
+        self.settings = settings_of_training(filename_or_checkpoint, *now)
+        for of_plans in (self.own_configuration, self.configuration_manager.configuration):
+            of_plans[PLANS_KEY] = self.settings.to_dict()
         if not self.was_initialized:
             self.initialize()
         self.nmsw_network.settings = self.settings

@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.disable_checkpointing = args.disable_checkpointing
     if args.pretrained_weights is None:
         maybe_load_checkpoint(trainer, args.c, args.val)
-    # Else the trainer takes the weights from the command line, in every process.
+    else:
+        trainer.initialize()  # takes the weights from the command line, in every process
     if not args.val:
         trainer.run_training()
     if args.val_best:

@@ -142,6 +142,8 @@ def labels_of(padded: Padded, fold: FoldOfCase, device: torch.device) -> Tensor:
 def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes, save_probabilities: bool) -> None:
     """Calibrate -k auto on the validation cases of a fold, predict them, and write nnU-Net's summary of metrics.
 
+    Where scores predict no benefits there is nothing to calibrate.
+
     Args:
         trainer: whose fold it is.
         network: that was trained.
@@ -163,14 +165,16 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
     keys, encoding = dataset.identifiers, LabelEncoding.of(trainer.label_manager)
     cases = partial(read_cases, dataset, processes.own_share(keys), encoding)
     in_step = partial(processes.in_step, total=len(keys), every=CASES_BETWEEN_BARRIERS)
-    measured = gather_over_processes(calibrate(network, in_step(cases()), encoding, trainer.device))
-    calibration = calibration_of(measured)
-    if trainer.local_rank == 0:
-        write_json(folder / FILE, calibration)
-        keep_calibration(folder.parent, network, calibration)
+    calibrations = []
+    if network.sampler.measures_benefit:
+        measured = gather_over_processes(calibrate(network, in_step(cases()), encoding, trainer.device))
+        calibrations.append(calibration_of(measured))
+        if trainer.local_rank == 0:
+            write_json(folder / FILE, calibrations[0])
+            keep_calibration(folder.parent, network, calibrations[0])
     next_stages = trainer.configuration_manager.next_stage_names
     predictor = NMSWPredictor(
-        threshold=threshold_of([calibration], DEFAULT_MAX_DROP),
+        threshold=threshold_of(calibrations, DEFAULT_MAX_DROP) if calibrations else None,
         take_logits=partial(_save_for_next_stages, trainer) if next_stages else None,
         device=trainer.device,
         allow_tqdm=False,
@@ -191,6 +195,7 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
             yield {"data": case.volume_CDHW, "data_properties": case.properties, "ofile": str(folder / case.key)}
 
     predictor.predict_from_data_iterator(told(), save_probabilities, default_num_processes)
+    processes.wait()  # or the summary would be of the cases that are written by now
     if trainer.local_rank == 0:
         _write_summary(trainer, folder)
 

@@ -11,7 +11,13 @@ from training import NONE, PATCH, Cases, loader, nnunet_augmentation
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.trainers import batches
 from nnunet_nmsw.trainers.augmentation import Augmentation
-from nnunet_nmsw.trainers.batches import LoaderProcesses, RandomWindows, check_shared_memory, training_volume
+from nnunet_nmsw.trainers.batches import (
+    LoaderProcesses,
+    RandomWindows,
+    check_previous_stage,
+    check_shared_memory,
+    training_volume,
+)
 
 
 def test_volumes_come_in_order_padded_to_the_patch():
@@ -169,3 +175,10 @@ def test_too_little_shared_memory_is_found_before_a_worker_dies_of_it(
         with pytest.raises(UserError, match="--shm-size=1g") as error:
             check_shared_memory(*arguments)
         assert "nnUNet_n_proc_DA" in str(error.value)
+
+
+def test_names_of_cases_may_hold_dots(tmp_path):
+    (tmp_path / "case.1.b2nd").touch()
+    check_previous_stage(tmp_path, ["case.1"], "3d_lowres", "nnUNetTrainerNMSW")
+    with pytest.raises(UserError, match=r"case\.2"):
+        check_previous_stage(tmp_path, ["case.1", "case.2"], "3d_lowres", "nnUNetTrainerNMSW")

@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform, create_affine_matrix_3d
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from training import nnunet_augmentation
 
 from nnunet_nmsw.model.fusion import FusionWeights
+from nnunet_nmsw.nnunet.transforms import for_views
 from nnunet_nmsw.trainers.randomness import seed_everything
 from nnunet_nmsw.trainers.views import PreviousStage, TrainingVolume
 from nnunet_nmsw.volume.affine import sample_affine
@@ -189,3 +194,17 @@ def test_the_identity_samples_the_voxels(shape):
     torch.testing.assert_close(
         sample_affine(volume, np.eye(3), start, size), crop_windows(volume, torch.tensor([start]), size)
     )
+
+
+def test_draws_of_a_previous_stages_transforms_do_not_depend_on_earlier_draws():
+    channels = [1, 2, 3, 4]
+    for transform in (
+        for_views(ApplyRandomBinaryOperatorTransform(channels, p_per_label=0.5)),
+        for_views(RemoveRandomConnectedComponentFromOneHotEncodingTransform(channels, p_per_label=0.5)),
+    ):
+        draws = []
+        for _ in range(3):
+            np.random.seed(3)  # noqa: NPY002 - what the transforms draw from
+            torch.manual_seed(3)
+            draws.append(transform.get_parameters(image=torch.zeros(5, 4, 4, 4))["apply_to_channels"])
+        assert draws[0] == draws[1] == draws[2]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import ClassVar
 from unittest import mock
@@ -33,6 +34,15 @@ class nnUNetTrainerNMSW_tiny(Tiny, nnUNetTrainerNMSW):
     """NMSW, its local branch told of the whole volume: what works with context works without."""
 
     defaults: ClassVar = {"context_channels": 2}
+
+
+class nnUNetTrainerNMSW_late(nnUNetTrainerNMSW_tiny):
+    """Of several processes the last is late in the validation."""
+
+    def print_to_log_file(self, *args, **kwargs):
+        super().print_to_log_file(*args, **kwargs)
+        if str(args[0]).startswith("predicting") and self.local_rank > 0:
+            time.sleep(3)
 
 
 class nnUNetTrainerNMSW_short(nnUNetTrainerNMSW):
