@@ -146,6 +146,7 @@ RECORD = {
     "properties": {
         "case": TEXT,
         "fold": COUNT,
+        "threshold": {"type": ["number", "null"]},
         "methods": {
             "type": "object",
             "additionalProperties": {

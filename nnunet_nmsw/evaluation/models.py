@@ -76,11 +76,16 @@ class Model:
         """What nnU-Net's validation of a fold leaves."""
         return self.folder / f"fold_{fold}" / "validation" / "summary.json"
 
+    def calibrated_folds(self) -> set[int]:
+        """The folds whose validation has calibrated the number of patches "auto", but for fold "all", which has trained
+        on every case."""
+        names = {file.parts[-3].removeprefix("fold_") for file in calibration_files(self.folder)}
+        return {int(name) for name in names - {"all"}}
+
     def calibrating_folds(self, fold: int) -> list[int]:
         """The folds that set the threshold of the number of patches "auto" for a fold's cases: the others, if any is
         calibrated, or the threshold would be set on the cases that are measured."""
-        calibrated = (int(file.parts[-3].removeprefix("fold_")) for file in calibration_files(self.folder))
-        return sorted({*calibrated} - {fold}) or [fold]
+        return sorted(self.calibrated_folds() - {fold}) or [fold]
 
     def threshold(self, fold: int) -> float:
         """What the mean of the score map over a window has to exceed, with the number "auto", in a fold's cases.

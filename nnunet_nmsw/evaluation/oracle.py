@@ -1,7 +1,7 @@
 """Windows picked by someone who knows the truth: what any selector could reach with the same two networks.
 
-Tensor suffixes: N windows of the grid, C classes, D H W axes of the volume or of a patch, S sums by class (true
-positives, then predicted voxels; 2 × C).
+Tensor suffixes: N windows of the grid, C channels of the logits, F foreground classes or regions, D H W axes of the
+volume or of a patch, S sums by foreground class (true positives, then predicted voxels; 2 × F).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from nnunet_nmsw.model.fusion import FusionWeights, fuse, gaussian_weights
 from nnunet_nmsw.selection.budget import Budget
 from nnunet_nmsw.selection.interface import CoarsePrediction, WindowChoice
 from nnunet_nmsw.volume.interpolation import upsample_window
+from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import WindowGrid, crop, window_slices
 
 SLAB = 16
@@ -67,7 +68,7 @@ class Oracle:
             return self.patch_logits(grid.starts_N3[window].tolist()).to(device)
 
         of_case = (coarse.logits_Cdhw.to(device), self.weights.to(device), self.reference_DHW.to(device))
-        return oracle_windows(patch_logits, *of_case, grid)
+        return oracle_windows(patch_logits, *of_case, grid, coarse.encoding)
 
 
 def oracle_windows(
@@ -76,8 +77,9 @@ def oracle_windows(
     weights: FusionWeights,
     reference_DHW: Tensor,
     grid: WindowGrid,
+    encoding: LabelEncoding,
 ) -> Iterator[tuple[int, float]]:
-    """Take the window that raises the mean Dice of the foreground classes most, until none raises it.
+    """Take the window that raises the mean Dice of the foreground classes, or regions, most, until none raises it.
 
     The Dice is that of the prediction that follows from the windows taken so far, blended and fused. The choice is
     greedy, so a close estimate of the best set of windows and not a proof of it. Needs the memory of one volume of half
@@ -87,8 +89,9 @@ def oracle_windows(
         patch_logits: logits of a window by its index in the grid, shape C, patch size.
         coarse_logits_Cdhw: coarse prediction.
         weights: of the fusion.
-        reference_DHW: the truth, integer labels.
+        reference_DHW: the truth, integer labels. Ignored voxels do not count.
         grid: the windows.
+        encoding: of the labels.
 
     Yields:
         A window's index in the order of choice, and by how much it raises the mean Dice. What is not asked for is not
@@ -104,35 +107,42 @@ def oracle_windows(
         return upsample_window(coarse_logits_Cdhw, start, size, grid.downsampling_factor)
 
     depth, height, width = grid.volume_shape
+
+    def labels_of(logits_CDHW: Tensor) -> Tensor:
+        return encoding.labels_of(encoding.decided(logits_CDHW))
+
     labels_DHW = torch.cat(
-        [coarse_CDHW((z, 0, 0), (min(SLAB, depth - z), height, width)).argmax(0).short() for z in range(0, depth, SLAB)]
+        [labels_of(coarse_CDHW((z, 0, 0), (min(SLAB, depth - z), height, width))) for z in range(0, depth, SLAB)]
     )
 
-    def counts(labels: Tensor) -> Tensor:
-        return torch.bincount(labels.flatten().long(), minlength=num_classes)[:num_classes].cpu().double()
+    def sums(prediction: Tensor, truth: Tensor) -> Tensor:
+        """The sums S, and what the reference holds of each foreground class."""
+        hit_F, wrong_F, missed_F = encoding.hits(truth, prediction)
+        return torch.stack([hit_F, hit_F + wrong_F, hit_F + missed_F]).double()
 
     def labels_with(window: int) -> Tensor:
         """Labels inside a window if it were taken, too."""
         start = grid.starts_N3[window].tolist()
         blended_CDHW = crop(sum_CDHW, start, grid.patch_size) + gaussian_DHW * patch_logits(window).float()
         blended_CDHW /= crop(weight_DHW, start, grid.patch_size) + gaussian_DHW
-        return fuse(blended_CDHW, coarse_CDHW(start, grid.patch_size), weights).argmax(0).short()
+        fused_CDHW = fuse(blended_CDHW, coarse_CDHW(start, grid.patch_size), weights)
+        return labels_of(fused_CDHW)
 
     def change(window: int) -> Tensor:
         """What taking a window adds to the sums S."""
         old, new, truth = labels_DHW[boxes[window]], labels_with(window), reference_DHW[boxes[window]]
         changed = old != new
         old, new, truth = old[changed], new[changed], truth[changed]
-        return torch.stack([counts(new[new == truth]) - counts(old[old == truth]), counts(new) - counts(old)])
+        return sums(new, truth)[:2] - sums(old, truth)[:2]
 
-    reference_C = counts(reference_DHW)
-    sums_S = torch.stack([counts(labels_DHW[labels_DHW == reference_DHW]), counts(labels_DHW)])
+    *of_prediction, reference_F = sums(labels_DHW, reference_DHW)
+    sums_S = torch.stack(of_prediction)
     changes_NS = torch.stack([change(window) for window in range(len(grid))])
 
     def mean_dice(sums_S: Tensor) -> Tensor:
         # One voxel of smoothing: for a class that is not there, fewer predicted voxels are still better.
-        true_positives, predicted = sums_S[..., 0, 1:], sums_S[..., 1, 1:]
-        return ((2 * true_positives + 1) / (predicted + reference_C[1:] + 1)).mean(-1)
+        true_positives, predicted = sums_S[..., 0, :], sums_S[..., 1, :]
+        return ((2 * true_positives + 1) / (predicted + reference_F + 1)).mean(-1)
 
     order: list[int] = []
     while len(order) < len(grid):

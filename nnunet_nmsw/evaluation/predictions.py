@@ -230,7 +230,7 @@ class FoldPredictor:
             segmentation = model.labels_of(case.padded, [chosen], case.properties)
         else:
             logits_CDHW = model.logits_of(case.padded, [chosen])
-        foreground_DHW = case.reference_DHW > 0
+        foreground_DHW = chosen.coarse.encoding.foreground(case.reference_DHW)
         covered_DHW = torch.zeros_like(foreground_DHW)
         for start in starts:
             covered_DHW[window_slices(start, patch_size)] = True

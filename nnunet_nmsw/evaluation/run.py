@@ -56,7 +56,11 @@ def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: i
         UserError: cases have failed; all others are done.
     """
     failures = Failures()
-    todo = [case for case in comparison.cases[part_id::num_parts] if not comparison.record_file(case).is_file()]
+    missing = comparison.missing()
+    todo = [case for case in comparison.cases[part_id::num_parts] if case in missing]
+    again = [case.name for case in todo if comparison.record_file(case).is_file()]
+    if again:
+        print(f"Predicted again, as the threshold of K = auto has changed since they were done: {' '.join(again)}")
     for folder in (
         *(comparison.folder / "methods" / method.key for method in comparison.methods),
         comparison.folder / "cases",
@@ -111,7 +115,7 @@ def _predictors(comparison: Comparison, fold: int) -> Sequence[FoldPredictor] | 
     device, nmsw = torch.device(comparison.device), comparison.nmsw
     if isinstance(nmsw, StockModels):
         return [StockModelsPredictor(nmsw, comparison.labels, device)]
-    threshold = nmsw.threshold(fold) if comparison.has_auto else None
+    threshold = comparison.thresholds.get(fold)
     return [FoldPredictor(model, fold, device, threshold) for model in comparison.models if isinstance(model, Model)]
 
 
@@ -132,7 +136,8 @@ def _run_case(
         bar: over predictions.
     """
     # Exports lag behind predictions by as many results as there are processes, so that memory is bounded.
-    record: dict[str, Any] = {"case": case.name, "fold": case.fold, "methods": {}}
+    threshold = comparison.thresholds.get(case.fold)
+    record: dict[str, Any] = {"case": case.name, "fold": case.fold, "threshold": threshold, "methods": {}}
     pending: set[Future[dict[str, Any]]] = set()
 
     def collect(at_most: int) -> None:

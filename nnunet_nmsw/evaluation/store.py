@@ -181,9 +181,26 @@ class Comparison:
         ending = self.nmsw.json("dataset.json")["file_ending"]
         return self.folder / "methods" / method.key / (case.name + ending)
 
+    @cached_property
+    def thresholds(self) -> dict[int, float]:
+        """Of the number of patches "auto", by fold; see `Model.threshold`. Empty where no method takes it."""
+        if not self.has_auto or isinstance(self.nmsw, StockModels):  # whose calibration is one of the conditions
+            return {}
+        return {fold: self.nmsw.threshold(fold) for fold in {case.fold for case in self.cases}}
+
     def missing(self) -> list[Case]:
-        """Cases that have not been run, perhaps by other parts."""
-        return [case for case in self.cases if not self.record_file(case).is_file()]
+        """Cases that have not been run, perhaps by other parts, or with a threshold that has changed since.
+
+        Folds that are validated later set the thresholds of those before.
+        """
+        return [case for case in self.cases if not self._is_done(case)]
+
+    def _is_done(self, case: Case) -> bool:
+        file = self.record_file(case)
+        if not file.is_file():
+            return False
+        record = read_json(file, RECORD, f"delete it, and {AGAIN}")
+        return bool(record.get("threshold") == self.thresholds.get(case.fold))
 
     def records(self) -> list[dict[str, Any]]:
         """Records of all cases, in their order."""

@@ -92,7 +92,7 @@ class Objects:
 
     def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
         """See `Selector`."""
-        foreground_dhw = coarse.logits_Cdhw.argmax(0).cpu().numpy() > 0
+        foreground_dhw = coarse.encoding.decided(coarse.logits_Cdhw).cpu().numpy() > 0
         components_dhw, number = ndimage.label(foreground_dhw, np.ones((3, 3, 3)))
         volumes = ndimage.sum_labels(foreground_dhw, components_dhw, np.arange(1, number + 1))
         boxes = ndimage.find_objects(components_dhw)

@@ -102,18 +102,33 @@ def test_objects_are_centred_in_windows_and_covered_when_larger():
     assert Objects().choose(coarse_of(torch.zeros_like(labels)), grid, Budget(len(grid))).starts_K3.shape == (0, 3)
 
 
-def test_the_oracle_does_what_trying_everything_does():
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        LabelEncoding(3),
+        LabelEncoding(4, ignore_label=3),
+        LabelEncoding(3, regions=((1, 2), (2,)), regions_class_order=(1, 2)),
+    ],
+    ids=["labels", "ignore label", "regions"],
+)
+def test_the_oracle_does_what_trying_everything_does(encoding):
     torch.manual_seed(1)
     grid = WindowGrid((6, 6, 8), (4, 4, 4), (1, 1, 1))
-    reference = torch.randint(0, 3, grid.volume_shape)
-    coarse = torch.randn(3, *grid.low_shape)
-    weights = FusionWeights.convex(torch.tensor([0.5, 0.8, 0.9]))
-    truth = 3 * functional.one_hot(reference, 3).movedim(-1, 0)
+    reference = torch.randint(0, encoding.num_labels, grid.volume_shape)
+    num_channels = encoding.num_channels
+    coarse = torch.randn(num_channels, *grid.low_shape)
+    weights = FusionWeights.convex(torch.linspace(0.5, 0.9, num_channels))
+    truth = 6 * encoding.membership(torch.device("cpu"))[:, reference] - 3 * encoding.has_regions
     patches = {}
     for window, start in enumerate(grid.starts_N3.tolist()):
         quality = torch.rand(()) * 2 - 0.5  # some windows harm
         cut = truth[(slice(None), *window_slices(start, grid.patch_size))]
-        patches[window] = quality * cut + 2 * torch.randn(3, *grid.patch_size)
+        patches[window] = quality * cut + 2 * torch.randn(num_channels, *grid.patch_size)
+
+    def labels_of(logits: torch.Tensor) -> torch.Tensor:
+        if not encoding.has_regions:
+            return logits.argmax(0)
+        return torch.where(logits[1] > 0, 2, torch.where(logits[0] > 0, 1, 0))
 
     def dice(windows: list[int]) -> float:
         gaussian = gaussian_weights(grid.patch_size, torch.device("cpu"))
@@ -123,14 +138,17 @@ def test_the_oracle_does_what_trying_everything_does():
             total[(slice(None), *box)] += gaussian * patches[window]
             weight[box] += gaussian
         fused = fuse(total / weight.clamp_min(1e-12), coarse, weights)
-        labels = torch.where(weight > 0, fused.argmax(0), coarse.argmax(0))
+        labels = torch.where(weight > 0, labels_of(fused), labels_of(coarse))
+        counted = reference != encoding.ignore_label
         values = []
-        for c in (1, 2):
-            tp = ((labels == c) & (reference == c)).sum()
-            values.append((2 * tp + 1) / ((labels == c).sum() + (reference == c).sum() + 1))
+        for group in encoding.regions or ((1,), (2,)):
+            of_class = torch.tensor(group)
+            found, there = torch.isin(labels, of_class) & counted, torch.isin(reference, of_class)
+            values.append((2 * (found & there).sum() + 1) / (found.sum() + there.sum() + 1))
         return float(sum(values) / 2)
 
-    order, gains = map(list, zip(*oracle_windows(patches.__getitem__, coarse, weights, reference, grid), strict=True))
+    asked = oracle_windows(patches.__getitem__, coarse, weights, reference, grid, encoding)
+    order, gains = map(list, zip(*asked, strict=True))
     taken: list[int] = []
     while True:
         best = max((w for w in range(len(grid)) if w not in taken), key=lambda w: dice([*taken, w]), default=None)
@@ -145,6 +163,17 @@ def test_the_oracle_does_what_trying_everything_does():
     assert sum(gains) == pytest.approx(dice(order) - dice([]), abs=0.01)
     best_pair = max(itertools.combinations(range(len(grid)), 2), key=lambda pair: dice(list(pair)))
     assert dice(order[:2]) >= dice([]) + 0.9 * (dice(list(best_pair)) - dice([]))
+
+
+def test_zoom_in_covers_the_objects_of_a_prediction_of_regions():
+    grid = WindowGrid((8, 8, 8), (4, 4, 4), (1, 1, 1))
+    encoding = LabelEncoding(3, regions=((1, 2), (2,)), regions_class_order=(1, 2))
+    logits = -torch.ones(2, *grid.low_shape)
+    logits[1] = -0.5  # larger than the other channel, and no object
+    coarse = CoarsePrediction(logits, torch.zeros(grid.low_shape), encoding)
+    assert len(Objects().choose(coarse, grid, Budget(len(grid))).starts_K3) == 0
+    logits[0, 6, 6, 6] = 1
+    assert Objects().choose(coarse, grid, Budget(len(grid))).starts_K3.tolist() == [[4, 4, 4]]
 
 
 def test_multiply_accumulates_of_known_layers():
