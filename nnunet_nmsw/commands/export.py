@@ -9,6 +9,7 @@ from typing import Any
 
 from nnunet_nmsw.commands.shared_flags import check_max_drop, require_extra
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.files import remove_leftovers, written_whole
 from nnunet_nmsw.flags import DEFAULT_MAX_DROP, TRUST_FLAG
 from nnunet_nmsw.imports import importing
 from nnunet_nmsw.selection.budget import parse_num_patches
@@ -27,13 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_extra("nmsw_export", "export", NEEDED)
     check_max_drop(args.max_drop, DEFAULT_MAX_DROP)
     folder = Path(args.o)
+    remove_leftovers(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"-o {folder} is there and not empty: give a new folder")
     with importing():
         import torch
 
         from nnunet_nmsw.commands.find import find_folds
-        from nnunet_nmsw.files import written_whole
         from nnunet_nmsw.inference.exchange import DESCRIPTION, export_model
         from nnunet_nmsw.inference.loading import load_model
         from nnunet_nmsw.inference.model_folder import checked_folder

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Predict a folder of images from the command line."""
     args = read_flags(arguments)
     if args.engine != "ray":  # whose workers have devices of their own
-        prepare_device(args.device)
+        prepare_device(args.device, args.not_on_device)
     folder = find_model(args).resolve()
     folds = find_folds(folder, args.f, args.chk)
     if args.calibrate is not None:
@@ -111,7 +111,7 @@ def make_predictor(args: argparse.Namespace, folder: Path, folds: list[int | str
     of_stock: dict[str, Any] = {
         "use_mirroring": not args.disable_tta,
         "perform_everything_on_device": not args.not_on_device,
-        "device": prepare_device(device),
+        "device": prepare_device(device, args.not_on_device),
         "verbose": args.verbose,
         "verbose_preprocessing": args.verbose,
         "allow_tqdm": not args.disable_progress_bar,

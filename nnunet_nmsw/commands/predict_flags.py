@@ -69,6 +69,11 @@ def check_flags(args: argparse.Namespace) -> None:
             "-k auto needs an NMSW model, which predicts the benefit of patches; stock models do not. A set of them "
             "can be calibrated with --calibrate"
         )
+    if args.orientation and args.save_probabilities:
+        raise UserError(
+            "--orientation turns labels back and no probabilities: leave out --save_probabilities, or turn the images "
+            "yourself"
+        )
     if args.calibrate is not None and args.calibration is not None:
         raise UserError("--calibrate makes the file that --calibration takes: give one of them")
     if args.explore < 0:

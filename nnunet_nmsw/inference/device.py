@@ -18,8 +18,12 @@ from nnunet_nmsw.errors import UserError
 T = TypeVar("T")
 
 
-def prepare_device(name: str) -> torch.device:
+def prepare_device(name: str, on_host: bool = False) -> torch.device:
     """The device of this name, with as many threads as go with it.
+
+    Args:
+        name: "cpu", "cuda" or "mps".
+        on_host: results of a GPU are kept and worked out on the host.
 
     Raises:
         UserError: there is none.
@@ -27,7 +31,7 @@ def prepare_device(name: str) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA device: give -device cpu, or -device mps on a Mac")
-        torch.set_num_threads(1)
+        torch.set_num_threads(multiprocessing.cpu_count() if on_host else 1)
     elif name == "mps" and not torch.backends.mps.is_available():
         raise UserError("there is no MPS device, which Macs with Apple's processors have: give -device cpu")
     elif name == "cpu":

@@ -106,6 +106,7 @@ class FilesPredictor(PredictorHooks):
         if ending is None:
             raise UserError(f"cannot write {output}: give a file that ends in {' or '.join(known)}")
         dataset, name = self.dataset_json, output.removesuffix(ending)
+        self.bound_memory([files], 0)
         os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
         self.dataset_json = {**dataset, "file_ending": ending}
         try:

@@ -172,9 +172,8 @@ class ModelSetPredictor(FilesPredictor):
             raise UserError("a set of models gives labels alone: leave out --save_probabilities")
         writers = max(1, num_processes_segmentation_export)
         writing = Writing(self.dataset_json["file_ending"], writers, self.allow_tqdm)
-        return done_one_after_the_other(
-            data_iterator, self.timed(self._done), partial(empty_cache, self.device), writing
-        )
+        emptied = partial(empty_cache, self.device)
+        return done_one_after_the_other(data_iterator, self.timed(self._done), emptied, writing)
 
     def predict_case(self, case: Case) -> Segmented:
         """Labels of a case's image with the coarse model's numbers, and the windows of each fine model.
@@ -199,11 +198,12 @@ class ModelSetPredictor(FilesPredictor):
     ) -> Segmented:
         logits_Cdhw, properties = logits_Cdhw.to(work.device), case["data_properties"]
         chosen = choose(case, logits_Cdhw)
-        shape = properties["shape_after_cropping_and_before_resampling"]
-        merged = Merged(shape, [model.labels.coarse for model in self.fine_models])
+        classes = [model.labels.coarse for model in self.fine_models]
+        merged = Merged(properties["shape_after_cropping_and_before_resampling"], classes)
         for number, fine in self.fine_predictions(case, chosen, work):
             for claims in claims_of(fine):
                 merged.add(number, claims)
+            del fine  # holds the network, beside which the next one would be loaded
         windows = [
             fold.in_volume(model.empty_volume(properties)) for model, fold in zip(self.fine_models, chosen, strict=True)
         ]

@@ -25,7 +25,7 @@ from nnunet_nmsw.inference.cases import Case, Cases
 from nnunet_nmsw.inference.export import labels_from_logits, reason_for_logits, write_labels, write_logits
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.memory import share_within
-from nnunet_nmsw.inference.model_folder import folds_to_load, initialize, threshold_for
+from nnunet_nmsw.inference.model_folder import check_auto, folds_to_load, initialize, threshold_for
 from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
 from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
@@ -55,7 +55,7 @@ class NMSWPredictor(FilesPredictor):
         selector: chooses windows; the model's own where None.
         threshold: with "auto", in the place of what `max_drop` and the calibration say.
         take_logits: is given each case that is written, and its logits C, D, H, W, which are built for that.
-        **kwargs: those of `nnUNetPredictor`. Windows are half a patch apart, whatever `tile_step_size` says.
+        **kwargs: those of `nnUNetPredictor`. `tile_step_size` and `use_gaussian` have no effect: 0.5, and yes.
     """
 
     network: Any
@@ -117,6 +117,7 @@ class NMSWPredictor(FilesPredictor):
         if self.backend is not None:
             self.backend = self.backend.of_folder(folder, folds, self.list_of_parameters)
         if self._given_threshold is None:
+            check_auto(self.num_patches, self.network)
             own = getattr(self.network, "num_patches", None)  # which a stock network does not have
             self.threshold = threshold_for(self.num_patches, own, calibrations, self.max_drop)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnunet_nmsw.documents import read_json
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.files import written_whole
+from nnunet_nmsw.files import remove_leftovers, written_whole
 from nnunet_nmsw.inference.openvino_models import Converted, cache_folder, digest_of, digest_of_weights, import_openvino
 
 MODEL, WEIGHTS, FACTS = "local_branch_int8.xml", "local_branch_int8.bin", "local_branch_int8.json"
@@ -98,6 +98,7 @@ def keep_quantized(model: Any, branch: nn.Module, folder: Path, facts: dict[str,
     Raises:
         OSError: it cannot be written.
     """
+    remove_leftovers(folder)
     with written_whole(folder, last=FACTS) as unfinished:
         import_openvino().save_model(model, str(unfinished / MODEL), compress_to_fp16=False)
         facts = {

@@ -147,6 +147,7 @@ def check_pair(coarse: ModelDocuments, fine: ModelDocuments) -> None:
             "regions_class_order": list(labels.regions_class_order) if labels.has_regions else None,
             "channels": model.channels,
             "file ending": model.dataset["file_ending"],
+            "image reader": model.plans.image_reader_writer_class.__name__,
             "axis order (transpose_forward)": list(model.plans.transpose_forward),
         }
 

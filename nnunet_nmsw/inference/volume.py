@@ -17,6 +17,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.device import all_threads, unless_out_of_memory
 from nnunet_nmsw.inference.open_windows import FusedModel
 from nnunet_nmsw.inference.planes import FusedPrediction, planes_for, segment
@@ -45,7 +46,16 @@ class Padded(NamedTuple):
 
     @classmethod
     def of(cls, volume_CDHW: Tensor, patch_size: Sequence[int]) -> Padded:
-        """Pad a volume."""
+        """Pad a volume.
+
+        Raises:
+            UserError: it has no voxels, which nnU-Net's preprocessing makes of an image that is too thin.
+        """
+        if 0 in volume_CDHW.shape:
+            raise UserError(
+                "the image is thinner than half a voxel of the model's spacing along an axis: give the whole volume, "
+                "or a model of a finer spacing"
+            )
         padded_CDHW, unpad = pad_nd_image(volume_CDHW, patch_size, "constant", {"value": 0}, True)
         a, b, c = (axis.start for axis in unpad[1:])
         return cls(padded_CDHW, (a, b, c), spatial_shape(volume_CDHW))

@@ -138,8 +138,8 @@ def index_to_world(properties: dict[str, Any]) -> np.ndarray:
     Files without a position in space (2D slices, TIFF) get their spacing alone.
     """
     affine = np.eye(4)
-    if "sitk_stuff" in properties:
-        geometry = properties["sitk_stuff"]
+    geometry = properties.get("sitk_stuff", {})
+    if len(geometry.get("spacing", ())) == 3:
         affine[:3, :3] = np.array(geometry["direction"]).reshape(3, 3) * np.array(geometry["spacing"])
         affine[:3, 3] = geometry["origin"]
     elif "nibabel_stuff" in properties:

@@ -1,5 +1,8 @@
 """What is computed in which precision under automatic mixed precision, and the devices that commands take."""
 
+import multiprocessing
+from unittest import mock
+
 import pytest
 import torch
 from tiny import build_network
@@ -85,6 +88,12 @@ def test_devices_by_flag():
         assert parser().parse_args(["-i", "in", "-o", "out", "-device", name]).device == name
     threads = torch.get_num_threads()
     assert prepare_device("cpu") == torch.device("cpu")
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        of_threads = {}
+        for on_host in (False, True):
+            prepare_device("cuda", on_host)
+            of_threads[on_host] = torch.get_num_threads()
+    assert of_threads == {False: 1, True: multiprocessing.cpu_count()}
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="there is no CUDA device"):

@@ -97,3 +97,7 @@ def test_from_python(model, expected, tmp_path):
     predictor.predict_file(str(tmp_path / "scan.nii.gz"), str(tmp_path / "labels.nrrd"))
     assert np.array_equal(labels(tmp_path / "labels.nrrd"), expected)
     assert predictor.dataset_json["file_ending"] == ".nii.gz"
+    bounded = nmsw(num_patches=3, max_memory=1 << 20)
+    bounded.initialize_from_trained_model_folder(str(model), (0,))
+    with pytest.raises(UserError, match="memory"):
+        bounded.predict_file(str(tmp_path / "scan.nii.gz"), str(tmp_path / "other.nrrd"))

@@ -97,6 +97,7 @@ FLAGS = {
     "-o out.nii.gz": "give a folder for the predictions",
     "--calibrate x": "--calibrate is for a set",
     "--calibration x": "--calibration is for a set",
+    "--orientation RAS --save_probabilities": "--orientation turns labels back",
     "--explore 3": "--explore is for a set",
     "--explore -1": "--explore is -1",
     "--orientation XYZ": "--orientation is XYZ",

@@ -1,6 +1,7 @@
 """Models as files for other programs: the program of docs/export.md runs them and gives the same prediction."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny import build_network, initialized, make_plans
 
 from nnunet_nmsw.commands.export import main
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.files import PREFIX
 from nnunet_nmsw.inference import exchange
 from nnunet_nmsw.inference.exchange import DESCRIPTION, describe, export_model
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
@@ -107,6 +109,12 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"global_branch cannot be exported: its logits differs by"):
         main(["-m", str(MODEL), "-o", str(tmp_path / "new")])
     assert not list((tmp_path / "new").iterdir())
+    killed = tmp_path / "new" / f"{PREFIX}_of_a_call_that_was_killed"
+    killed.mkdir()
+    os.utime(killed, (0, 0))
+    with pytest.raises(UserError, match="cannot be exported"):  # and not that the folder is not empty
+        main(["-m", str(MODEL), "-o", str(tmp_path / "new")])
+    assert not killed.exists()
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -14,6 +16,7 @@ from nnunet_nmsw.inference.memory import (
     Needs,
     Share,
     Size,
+    forget_most_memory,
     memory_of_process,
     most_memory_of_process,
     needs_of,
@@ -107,6 +110,15 @@ def test_memory_of_this_process():
     block = np.ones(1 << 26, np.uint8)
     assert memory_of_process() - before > len(block) // 2
     assert most_memory_of_process() >= memory_of_process() * 0.9
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone forgets")
+def test_what_was_freed_can_be_forgotten():
+    freed = np.ones(1 << 25)
+    peak = most_memory_of_process()
+    del freed
+    forget_most_memory()
+    assert most_memory_of_process() < peak - (1 << 27)
 
 
 def test_tensors_come_back_from_the_file_and_leave_their_places():

@@ -1,7 +1,9 @@
 """Sets of stock models against nnU-Net's own sliding windows, merged voxel by voxel."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,23 @@ def test_all_windows_are_the_sliding_windows_of_all_models_merged(models, image)
     assert differ.mean() < 0.01
     inside = (slice(2, -2),) * 3
     assert close[inside][differ[inside]].max(initial=0) < 0.01
+
+
+def test_one_fine_network_is_loaded_at_a_time(models, image, monkeypatch):
+    predictor = the_set(models, num_patches="all")
+    networks: list[weakref.ref] = []
+    alive = []
+    for of_one in predictor._fine_predictors:
+
+        def load(*args, of_one=of_one, loading=of_one.initialize_from_trained_model_folder):
+            gc.collect()
+            alive.append(sum(network() is not None for network in networks))
+            loading(*args)
+            networks.append(weakref.ref(of_one.network))
+
+        monkeypatch.setattr(of_one, "initialize_from_trained_model_folder", load)
+    predictor.predict_case(case_of(predictor, image))
+    assert alive == [0] * len(FINE)
 
 
 def test_where_no_window_is_the_labels_are_the_coarse_models_own(models, image):

@@ -301,3 +301,14 @@ def test_the_folds_of_a_run_are_made_once(tiny_network):
     assert len(predictor.predict_from_data_iterator(cases)) == 2
     assert seen[0] is seen[1]
     assert predictor.folds() is not seen[0]
+
+
+def test_an_image_without_voxels_at_the_models_spacing_is_refused():
+    with pytest.raises(UserError, match="thinner than half a voxel"):
+        Padded.of(torch.zeros(1, 0, 9, 9), (8, 8, 8))
+
+
+def test_files_of_two_axes_have_their_spacing_alone():
+    of_file = {"spacing": (0.5, 0.25), "origin": (0.0, 0.0), "direction": (1.0, 0.0, 0.0, 1.0)}
+    world = index_to_world({"sitk_stuff": of_file, "spacing": [999.0, 0.25, 0.5]})
+    assert np.array_equal(world, np.diag([0.5, 0.25, 999.0, 1.0]))

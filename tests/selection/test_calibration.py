@@ -8,11 +8,11 @@ import old_model
 import pytest
 import torch
 from predictors import nmsw
-from tiny import initialized
+from tiny import build_network, initialized
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
-from nnunet_nmsw.inference.model_folder import threshold_for
+from nnunet_nmsw.inference.model_folder import check_auto, threshold_for
 from nnunet_nmsw.selection.budget import budget_of
 from nnunet_nmsw.selection.calibration import CALIBRATION_KEY, FILE, THRESHOLDS, calibration_of, threshold_of_folds
 from nnunet_nmsw.trainers.checkpoints import keep_calibration
@@ -68,6 +68,15 @@ def test_auto_is_the_default_where_the_model_is_calibrated(tmp_path, capsys):
     with pytest.raises(UserError, match=r"fold_1.*--val"):
         threshold_for("auto", "auto", calibrations, 0.0)
     assert budget_of("auto", 50) == budget_of("10%", 50)
+
+
+def test_auto_is_refused_where_scores_predict_no_benefits():
+    check_auto("auto", build_network())
+    for network in (build_network(score_training="contribution"), build_network().local_branch):
+        check_auto(None, network)
+        check_auto("10%", network)
+        with pytest.raises(UserError, match="percentage"):
+            check_auto("auto", network)
 
 
 def test_the_calibration_in_checkpoints_comes_first(tmp_path):
