@@ -111,6 +111,8 @@ def oracle_windows(
     def labels_of(logits_CDHW: Tensor) -> Tensor:
         return encoding.labels_of(encoding.decided(logits_CDHW))
 
+    # Labels that the dataset does not have belong to no class.
+    reference_DHW = torch.where(reference_DHW < encoding.num_labels, reference_DHW, 0).clamp_min(0)
     labels_DHW = torch.cat(
         [labels_of(coarse_CDHW((z, 0, 0), (min(SLAB, depth - z), height, width))) for z in range(0, depth, SLAB)]
     )
