@@ -261,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         prog="nmsw_demo",
         description="Train NMSW and stock nnU-Net for about the same time on a generated phantom, predict, and compare "
-        "both. About 9 minutes on two CPU cores.",
+        "both. About 8 minutes on two CPU cores.",
     )
     flags.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
     flags.add_argument(
