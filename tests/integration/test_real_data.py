@@ -32,5 +32,5 @@ def test_hippocampus_is_learned(tmp_path):
     subprocess.run([sys.executable, *small_plans.split()], env={**os.environ, **folders}, check=True)
     run("nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_short -device cpu", tmp_path)
     (summary,) = (tmp_path / "nnUNet_results").rglob("validation/summary.json")
-    # 900 steps of a small network. 600 of a tiny one are a matter of luck; without learning it is near 0.
+    # 540 steps of a small network reached 0.58. 600 of a tiny one are a matter of luck; without learning it is near 0.
     assert json.loads(summary.read_text())["foreground_mean"]["Dice"] > 0.3

@@ -46,10 +46,10 @@ class nnUNetTrainerNMSW_late(nnUNetTrainerNMSW_tiny):
 
 
 class nnUNetTrainerNMSW_short(nnUNetTrainerNMSW):
-    """Enough to learn something: five epochs of 180 steps."""
+    """Enough to learn something: three epochs of 180 steps."""
 
     def initialize(self):
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 5, 180, 5
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 3, 180, 5
         super().initialize()
 
 
