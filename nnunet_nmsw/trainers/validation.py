@@ -194,7 +194,11 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
             trainer.print_to_log_file(f"predicting {case.key}")
             yield {"data": case.volume_CDHW, "data_properties": case.properties, "ofile": str(folder / case.key)}
 
-    predictor.predict_from_data_iterator(told(), save_probabilities, default_num_processes)
+    try:
+        predictor.predict_from_data_iterator(told(), save_probabilities, default_num_processes)
+    except UserError:  # of cases that have failed, when all others are predicted
+        processes.wait()  # or the end of this process would end the others
+        raise
     processes.wait()  # or the summary would be of the cases that are written by now
     if trainer.local_rank == 0:
         _write_summary(trainer, folder)
