@@ -26,6 +26,8 @@ from grid import DATASETS, Dataset
 from study_tables import LOWRES, STOCK, TWO_STOCK, table
 from training_run import environment_of, values_of_flags
 
+from nnunet_nmsw.selection.calibration import FILE
+
 HERE = Path(__file__).resolve().parent
 FINAL = "checkpoint_final.pth"
 STEPS = 250
@@ -121,7 +123,9 @@ class Study:
         command = [sys.executable, "-m", "nnunet_nmsw.commands.compare", "-d", str(dataset.number)]
         command += ["-f", *map(str, folds), "-p", self.plans_of(dataset, name), "-tr", self.trainer(name)]
         command += ["-p_baseline", self.plans_of(dataset, STOCK), "-tr_baseline", self.trainer(STOCK)]
-        command += ["-k", "5%", "10%", "20%", "auto", "all", "--disable_tta", "-nps", "1", "-timed_cases", "0"]
+        calibrated = all((of_fold.parent / "validation" / FILE).is_file() for of_fold in needed[-len(folds) :])
+        command += ["-k", "5%", "10%", "20%", *(["auto"] if calibrated else []), "all"]
+        command += ["--disable_tta", "-nps", "1", "-timed_cases", "0"]
         command += ["-device", args.device, "-o", str(self.report(dataset, name)), "--disable_progress_bar"]
         self.call(command, self.report(dataset, name).with_suffix(".log"))
 

@@ -72,15 +72,24 @@ def _end_as_usual() -> None:
     _release_signals()
 
 
+def kill_children_of(process: int) -> list[psutil.Process]:
+    """Kill what a process has started, and what these have: workers that would wait for ever. Returns all of them."""
+    try:
+        children = psutil.Process(process).children(recursive=True)
+    except psutil.Error:  # it is gone itself
+        return []
+    for child in children:
+        with suppress(psutil.Error):
+            child.kill()
+    return children
+
+
 def _end_now(line: str, number: int, _frame: FrameType | None) -> None:
     """Kill workers, remove unfinished files, and leave without waiting for threads."""
     try:
         for other in ENDING:
             signal.signal(other, signal.SIG_IGN)
-        children = psutil.Process().children(recursive=True)
-        for child in children:
-            with suppress(psutil.Error):
-                child.kill()
+        children = kill_children_of(os.getpid())
         for folder in list(unfinished_folders):
             shutil.rmtree(folder, ignore_errors=True)
         psutil.wait_procs(children, timeout=1)

@@ -55,8 +55,9 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
         found = calibrate(predictor, cases, args.max_drop, lambda line: print(line, flush=True))
     gained = None
     if found.left_out:
-        gained = 100 * float(np.mean(found.left_out) - np.mean(found.before))
-        print(f"Left-out cases gain {gained:+.1f} Dice points by the fusion, over {len(cases)} cases")
+        gains = np.subtract(found.left_out, found.before)
+        gained = 100 * float(np.nanmean(gains))  # some case has a class
+        print(f"Left-out cases gain {gained:+.1f} Dice points by the fusion, over {np.isfinite(gains).sum()} cases")
     else:
         print("What is gained on left-out cases needs a second case")
     print(f"auto takes {found.patches:.1f} patches a case on these cases, which have set its threshold")

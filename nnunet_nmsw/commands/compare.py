@@ -84,15 +84,18 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     from nnunet_nmsw.evaluation.store import Comparison
     from nnunet_nmsw.inference.device import prepare_device
     from nnunet_nmsw.inference.openvino_branches import backend_named
+    from nnunet_nmsw.selection.calibration import NO_BENEFITS
 
     given = list(args.k or DEFAULT_NUM_PATCHES)
     backend_named(args.backend, FLOAT32, prepare_device(args.device))  # raises where one is not there
     dataset = dataset_name(args.d)
     models = find_models(args, dataset)
-    if args.k is None and models[-1].calibrated_folds():
+    if args.k is None and models[-1].predicts_benefits and models[-1].calibrated_folds():
         given.append("auto")
     num_patches = list(dict.fromkeys(given))
     if "auto" in num_patches:
+        if not models[-1].predicts_benefits:
+            raise UserError(NO_BENEFITS)
         for fold in args.f:
             models[-1].threshold(fold)  # raises where nothing is calibrated
     cases = find_cases(dataset, args.f, models)

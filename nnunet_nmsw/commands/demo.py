@@ -27,6 +27,7 @@ from nnunet_nmsw import demo
 from nnunet_nmsw._register import VARIABLE, register
 from nnunet_nmsw.commands.compare import NEEDED
 from nnunet_nmsw.commands.shared_flags import installed_here, require_extra
+from nnunet_nmsw.console import kill_children_of
 from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.demo.small_plans import PLANS_NAME, write_small_plans
 from nnunet_nmsw.errors import UserError
@@ -235,6 +236,7 @@ class Progress:
             try:
                 yield Running(command, log, process)
             except BaseException:
+                kill_children_of(process.pid)
                 process.kill()
                 raise
 

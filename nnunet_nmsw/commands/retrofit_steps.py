@@ -11,6 +11,8 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import sha256_of
 from nnunet_nmsw.model.safe_loading import read_checkpoint
 from nnunet_nmsw.selection.calibration import CALIBRATION_KEY, FILE
+from nnunet_nmsw.selection.sampler import SAMPLERS
+from nnunet_nmsw.settings import PLANS_KEY
 from nnunet_nmsw.trainers.pretrained import SOURCE_FILE
 
 FINAL, UNFINISHED = "checkpoint_final.pth", ("checkpoint_latest.pth", "checkpoint_best.pth")
@@ -66,12 +68,22 @@ def step_of(folder: Path, checkpoint: Path, trust: bool) -> Step:
 def _is_validated(folder: Path, trust: bool) -> bool:
     """Whether the validation of a fold's last checkpoint has been finished."""
     calibration, summary = folder / "validation" / FILE, folder / "validation" / "summary.json"
+    trained = read_checkpoint(folder / FINAL, trust, mmap=True)
     # A validation writes its summary last. An older summary is of a training before.
-    if not (calibration.is_file() and summary.is_file()) or summary.stat().st_mtime < calibration.stat().st_mtime:
+    before = calibration if _is_calibrated(trained) else folder / FINAL
+    if not (before.is_file() and summary.is_file()) or summary.stat().st_mtime < before.stat().st_mtime:
         return False
     try:
         read_json(summary, SUMMARY)
-        measured: Any = read_json(calibration, {})
+        measured: Any = read_json(calibration, {}) if before == calibration else None
     except UserError:  # a validation that was killed while it wrote
         return False
-    return bool(measured == read_checkpoint(folder / FINAL, trust, mmap=True).get(CALIBRATION_KEY))
+    return bool(measured == trained.get(CALIBRATION_KEY))
+
+
+def _is_calibrated(trained: dict[str, Any]) -> bool:
+    """Whether a validation calibrates a model, by its checkpoint: not where scores predict no benefits."""
+    arguments = trained.get("init_args", {})
+    configurations = arguments.get("plans", {}).get("configurations", {})
+    settings = configurations.get(arguments.get("configuration"), {}).get(PLANS_KEY, {})
+    return bool(SAMPLERS[settings.get("score_training", "benefit")]().measures_benefit)

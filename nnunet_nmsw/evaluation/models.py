@@ -18,6 +18,8 @@ from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import sha256_of
 from nnunet_nmsw.flags import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.model_folder import checked_folder, read_configuration, read_document
+from nnunet_nmsw.model.by_trainer import predicts_benefits
+from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.selection.calibration import calibration_files, threshold_of_folds
 from nnunet_nmsw.settings import PLANS_KEY
 
@@ -67,6 +69,11 @@ class Model:
     def configuration(self) -> dict[str, Any]:
         """The configuration of the model's plans that it was trained with, inheritance resolved."""
         return read_configuration(self.folder, self.folder.name.split("__")[-1])
+
+    @property
+    def predicts_benefits(self) -> bool:
+        """Whether it can decide on its number of patches."""
+        return predicts_benefits(self.trainer, settings_of(self.configuration))
 
     def checkpoint_file(self, fold: int) -> Path:
         """The checkpoint of a fold."""

@@ -9,6 +9,7 @@ the cropped image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ class Calibrated(NamedTuple):
 
     Attributes:
         calibration: of the set.
-        before: mean Dice of each case without it, of 1, over the classes that fine models have.
+        before: mean Dice of each case without it, of 1, over the classes that fine models have; NaN without any.
         left_out: the same with weights that the other cases set; empty of a single case.
         patches: mean number of patches a case with "auto".
         reached: what windows reach of each class with "auto", by the coarse model's number, over all cases; see
@@ -117,13 +118,13 @@ def calibrate(
     for labelled in cases:
         observed.append(_observed(predictor, labelled))
         before.append(_mean(_dice(predictor, labelled)[1]))
-        tell(f"{labelled.name}: Dice {100 * before[-1]:.1f} without a calibration")
+        tell(f"{labelled.name}: Dice {_in_words(before[-1])} without a calibration")
     left_out = []
     for number, labelled in enumerate(cases if len(cases) > 1 else ()):
         others = [of_case for other, of_case in enumerate(observed) if other != number]
         predictor.calibration = SetCalibration(_weights(predictor, others), None)
         left_out.append(_mean(_dice(predictor, labelled)[1]))
-        tell(f"{labelled.name}: Dice {100 * left_out[-1]:.1f} with weights that the other cases set")
+        tell(f"{labelled.name}: Dice {_in_words(left_out[-1])} with weights that the other cases set")
     weights = _weights(predictor, observed)
     measured: Measured = {}
     predictor.num_patches = "auto"
@@ -192,7 +193,13 @@ def _patches(measured: Sequence[tuple[int, np.ndarray]]) -> float:
 
 
 def _mean(dice: np.ndarray) -> float:
-    return mean_dice([dice]) or 0.0
+    """Over classes; NaN of a case in which neither the reference nor the prediction has a class."""
+    mean = mean_dice([dice])
+    return math.nan if mean is None else mean
+
+
+def _in_words(dice: float) -> str:
+    return "without any class" if math.isnan(dice) else f"{100 * dice:.1f}"
 
 
 def _observed(predictor: ModelSetPredictor, labelled: Labelled) -> dict[int, Observed]:

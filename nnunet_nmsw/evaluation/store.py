@@ -172,9 +172,11 @@ class Comparison:
         return self.folder / "cases" / f"{case.name}.json"
 
     def timing_file(self, number: int, method: Method) -> Path:
-        """Time and memory of a method in a round."""
+        """Time and memory of a method in a round; of the number "auto" with the threshold that the fold has now."""
         fold = self.cases[0].fold
-        return self.folder / "timing" / f"{method.key}_fold_{fold}_cases_{self.timed_cases}_round_{number}.json"
+        of_auto = f"_above_{self.thresholds[fold]}" if method.num_patches == "auto" and self.thresholds else ""
+        name = f"{method.key}{of_auto}_fold_{fold}_cases_{self.timed_cases}_round_{number}.json"
+        return self.folder / "timing" / name
 
     def prediction_file(self, case: Case, method: Method) -> Path:
         """Predicted labels."""

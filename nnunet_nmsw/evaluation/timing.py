@@ -120,6 +120,7 @@ def measure(task: TimingTask) -> list[dict[str, Any]]:
                     "host_peak_bytes": most_memory_of_process(),
                     "device_peak_bytes": device_peak and max(device_peak, before["device_peak_bytes"]),
                 }
+            del predictor  # or the next one would be loaded beside it
     return list(entries.values())
 
 
@@ -155,6 +156,7 @@ def _predictors(task: TimingTask, device: torch.device) -> Iterator[Timed]:
             if model.orientation is not None:
                 orient(of_stock, model.orientation)
             yield of_stock
+            del of_stock
         return
     of_model = (model.folder, [fold], model.checkpoint, model.trusted)
     if method.selection is None:

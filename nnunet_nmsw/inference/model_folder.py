@@ -11,7 +11,6 @@ from typing import Any
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
 
 from nnunet_nmsw.documents import CALIBRATION, DATASET, PLANS, check, read_json
 from nnunet_nmsw.errors import UserError, reason
@@ -104,24 +103,6 @@ def folds_to_load(folder: Path, folds: Sequence[int | str] | str | None, checkpo
     if not found:
         raise UserError(f"no fold in {folder} has a {checkpoint}: finish a training, or name another one")
     return found
-
-
-def check_auto(num_patches: int | str | None, network: nn.Module) -> None:
-    """See that a model can decide on its number of patches where "auto" was asked for.
-
-    Args:
-        num_patches: that was asked for; None for the model's.
-        network: NMSW's, or a stock one.
-
-    Raises:
-        UserError: it cannot, because it predicts no benefits.
-    """
-    sampler = getattr(network, "sampler", None)  # which a stock network does not have
-    if num_patches == "auto" and (sampler is None or not sampler.measures_benefit):
-        raise UserError(
-            "-k auto needs a model that predicts what each window gains: stock models, nnUNetTrainerNMSW_paper and the "
-            'setting score_training "contribution" do not. Give a number or a percentage'
-        )
 
 
 def threshold_for(

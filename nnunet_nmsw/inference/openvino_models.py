@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import written_whole
+from nnunet_nmsw.inference.device import is_out_of_memory
 from nnunet_nmsw.model.strides import UNKNOWN_STRIDE, total_stride
 
 MODEL, WEIGHTS, DIGEST = "model.xml", "model.bin", "sha256"
@@ -155,7 +156,9 @@ def converted_freely(branch: nn.Module, channels: int) -> Any:
             difference = np.abs(program(x_BCDHW.numpy())[0] - expected).max()
             if not difference <= TOLERANCE * np.abs(expected).max():
                 return None
-    except IMPOSSIBLE:  # by a network of one size, or by a model of one
+    except IMPOSSIBLE as error:  # by a network of one size, or by a model of one
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):  # which says nothing of the network
+            raise
         return None
     return model
 
@@ -205,7 +208,7 @@ def keep(model: Any, folder: Path) -> None:
             if model is not None:
                 import_openvino().save_model(model, str(unfinished / MODEL), compress_to_fp16=False)
             (unfinished / DIGEST).write_text(FIXED if model is None else digest_of(unfinished))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # OpenVINO's own where it cannot open a file
         print(f"the converted network is not kept in {folder} ({reason(error)})")
 
 

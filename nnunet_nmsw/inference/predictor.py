@@ -25,7 +25,7 @@ from nnunet_nmsw.inference.cases import Case, Cases
 from nnunet_nmsw.inference.export import labels_from_logits, reason_for_logits, write_labels, write_logits
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.memory import share_within
-from nnunet_nmsw.inference.model_folder import check_auto, folds_to_load, initialize, threshold_for
+from nnunet_nmsw.inference.model_folder import folds_to_load, initialize, threshold_for
 from nnunet_nmsw.inference.networks import Ensemble, Fold, unbounded
 from nnunet_nmsw.inference.openvino_branches import backend_named
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
@@ -34,6 +34,7 @@ from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.selection.budget import parse_num_patches
+from nnunet_nmsw.selection.calibration import check_auto
 from nnunet_nmsw.selection.interface import Selector
 from nnunet_nmsw.volume.labels import LabelEncoding
 

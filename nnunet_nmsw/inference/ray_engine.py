@@ -23,15 +23,13 @@ from tqdm import tqdm
 
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.inference.files import FilesPredictor
+from nnunet_nmsw.inference.ray_cases import AT_A_TIME, next_case
 
 ATTEMPTS = 3
 """How often a case is given to a worker that then dies."""
 
 SECONDS_TO_ANSWER = 20
 """For a cluster."""
-
-AT_A_TIME = 2
-"""Cases of a worker: the one it predicts, and the next, which it preprocesses."""
 
 
 class Job(NamedTuple):
@@ -153,39 +151,61 @@ def run(ray: Any, jobs: list[Job], workers: Workers, save_probabilities: bool, p
     options, number = worker_options(ray, workers)
     worker_class = ray.remote(Worker).options(max_concurrency=AT_A_TIME, **options)
     cores = None if workers.on_gpu else options["num_cpus"]
-
-    def new_worker() -> Any:
-        return worker_class.remote(workers.make_predictor, files, cores, save_probabilities)
-
-    actors = [new_worker() for _ in range(min(number, len(jobs)))]
     waiting, attempts, failed = deque(range(len(jobs))), Counter[int](), []
+    # A worker gets cases when it has started: it may wait for a place for ever, as after the loss of a machine.
+    starting: dict[Any, Any] = {}
+    ready: list[Any] = []
     running: dict[Any, tuple[int, Any]] = {}
+    left_to_start = ATTEMPTS * number  # workers that may die before they have a case
+
+    def start() -> None:
+        actor = worker_class.remote(workers.make_predictor, files, cores, save_probabilities)
+        starting[actor.__ray_ready__.remote()] = actor
+
+    for _ in range(min(number, len(jobs))):
+        start()
     with tqdm(total=len(jobs), desc="cases", disable=not progress_bar) as bar:
-        while waiting or running:
-            busy = Counter(actor for _, actor in running.values())
-            while waiting and busy[free := min(actors, key=busy.__getitem__)] < AT_A_TIME:
-                case = waiting.popleft()
-                busy[free] += 1
-                running[free.predict.remote(jobs[case], attempts[case])] = case, free
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            case, actor = running.pop(done)
-            name = Path(jobs[case].output).name
-            try:
-                error = ray.get(done)
-            except ray.exceptions.RayActorError as death:
-                attempts[case] += 1
-                if actor in actors:  # its other case has told of its death already if it is not
-                    actors[actors.index(actor)] = new_worker()
-                if attempts[case] < ATTEMPTS:
-                    waiting.append(case)
-                    continue
-                error = f"the worker died {ATTEMPTS} times: {reason(death)}"
-            except ray.exceptions.RayTaskError as raised:
-                error = reason(raised.cause)
+
+        def end(case: int, error: str | None) -> None:
             if error is not None:
-                failed.append(f"{name}: {error}")
+                failed.append(f"{Path(jobs[case].output).name}: {error}")
                 tqdm.write(failed[-1])
             bar.update()
+
+        while waiting or running:
+            while pair := next_case(waiting, attempts, ready, list(running.values())):
+                case, actor = pair
+                waiting.remove(case)
+                running[actor.predict.remote(jobs[case], attempts[case])] = pair
+            (done,), _ = ray.wait([*running, *starting], num_returns=1)
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayTaskError as raised:
+                result = reason(raised.cause)
+            except ray.exceptions.RayError as death:  # of the worker, for lack of memory, too
+                if done in starting:
+                    del starting[done]
+                    left_to_start -= 1
+                    if left_to_start > 0:
+                        start()
+                    elif not (ready or starting):
+                        while waiting:
+                            end(waiting.popleft(), f"no worker starts: {reason(death)}")
+                    continue
+                case, actor = running.pop(done)
+                attempts[case] += 1
+                if actor in ready:  # its other case has told of its death already if it is not
+                    ready.remove(actor)
+                    start()
+                if attempts[case] < ATTEMPTS:
+                    waiting.append(case)
+                else:
+                    end(case, f"the worker died {ATTEMPTS} times: {reason(death)}")
+                continue
+            if done in starting:
+                ready.append(starting.pop(done))
+            else:
+                end(running.pop(done)[0], result)
     return failed
 
 

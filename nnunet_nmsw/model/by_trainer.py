@@ -43,6 +43,15 @@ VARIANT = re.compile(rf"(?P<name>.+?)(_({LENGTHS}))?(_NoMirroring)?")
 """Names of trainers with the suffixes that `trainers.variants` gives them."""
 
 
+def predicts_benefits(trainer: str, settings: NMSWSettings) -> bool:
+    """Whether a trainer's models predict what windows gain, as the number of patches "auto" needs it.
+
+    Trainers that are not this package's are taken to leave that to the settings.
+    """
+    parts_of = parts_by_trainer(trainer) or Parts.of
+    return parts_of(settings).sampler.measures_benefit
+
+
 def parts_by_trainer(name: str) -> PartsOf | None:
     """What a trainer makes of the settings; None of a trainer that is not this package's."""
     match = VARIANT.fullmatch(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from nnunet_nmsw.documents import CALIBRATION, read_json
 from nnunet_nmsw.errors import UserError
@@ -59,6 +60,27 @@ def mean_dice(of_cases: Sequence[np.ndarray]) -> float | None:
 def calibration_files(model_folder: Path) -> list[Path]:
     """Of all folds that have one."""
     return sorted(model_folder.glob(f"fold_*/validation/{FILE}"))
+
+
+NO_BENEFITS = (
+    "-k auto needs a model that predicts what each window gains: stock models, nnUNetTrainerNMSW_paper and the "
+    'setting score_training "contribution" do not. Give a number or a percentage'
+)
+
+
+def check_auto(num_patches: int | str | None, network: nn.Module) -> None:
+    """See that a model can decide on its number of patches where "auto" was asked for.
+
+    Args:
+        num_patches: that was asked for; None for the model's.
+        network: NMSW's, or a stock one.
+
+    Raises:
+        UserError: it cannot, because it predicts no benefits.
+    """
+    sampler = getattr(network, "sampler", None)  # which a stock network does not have
+    if num_patches == "auto" and (sampler is None or not sampler.measures_benefit):
+        raise UserError(NO_BENEFITS)
 
 
 def threshold_of_folds(model_folder: Path, folds: Sequence[int | str], max_drop: float) -> float:

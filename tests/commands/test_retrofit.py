@@ -129,6 +129,19 @@ def test_folds_are_done_go_on_or_are_validated(stock, commands, capsys):
     assert "Fold 0: done" in capsys.readouterr().out
 
 
+def test_without_predicted_benefits_a_summary_is_the_end(stock, commands, capsys):
+    folder = begun(stock, 0)
+    plans = {"configurations": {"3d_fullres": {"nmsw": {"score_training": "contribution"}}}}
+    arguments = {"configuration": "3d_fullres", "plans": plans}
+    torch.save({"network_weights": {}, "init_args": arguments}, folder / "checkpoint_final.pth")
+    main(stock, "-f 0 --no_compare")
+    assert "--val" in commands[0]
+    (folder / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": []}))
+    main(stock, "-f 0 --no_compare")
+    assert len(commands) == 1
+    assert "Fold 0: done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["of other weights", "older", "half a file", "without summary"])
 def test_a_validation_that_is_not_whole_is_done_again(stock, commands, what):
     folder = begun(stock, 0, "checkpoint_final.pth")

@@ -55,7 +55,10 @@ def test_cases_are_done_with_the_threshold_of_their_fold(tmp_path):
     file.parent.mkdir()
     write_json(file, {**record, "threshold": 0.1})
     assert comparison("auto").missing() == []
+    auto = next(method for method in comparison("auto").methods if method.num_patches == "auto")
+    timed = comparison("auto").timing_file(0, auto)
     calibrate(model, 1, {0.1: 0.8, 0.2: 0.8})  # now another fold sets it
+    assert comparison("auto").timing_file(0, auto) != timed
     assert comparison("auto").missing() == [case]
     write_json(file, {**record, "threshold": 0.2})
     assert comparison("auto").missing() == []

@@ -11,8 +11,9 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 
 from nnunet_nmsw.evaluation.methods import build_methods, primary_method, reference_method, timed_methods
 from nnunet_nmsw.evaluation.models import Case
+from nnunet_nmsw.evaluation.report.facts import why
 from nnunet_nmsw.evaluation.report.results import gather, pareto_front
-from nnunet_nmsw.evaluation.report.tables import accuracy_table, case_table, cost_table, main_table, why
+from nnunet_nmsw.evaluation.report.tables import accuracy_table, case_table, cost_table, main_table
 from nnunet_nmsw.evaluation.report.write import sentences
 
 METHODS = build_methods(True, ["10%"], [False])
@@ -146,7 +147,10 @@ def test_what_the_tables_say(results):
     cost = {row[0].text: [cell.text for cell in row] for row in cost_table(results).rows}
     assert cost[PRIMARY.name][1:6] == ["10.0", "12", "0.12", "0.4 (0.3–0.5)", "0.10"]
     assert cost[PRIMARY.name][-1] == "3.00"
-    assert [row[0].text for row in case_table(results).rows] == ["case_0", "case_1", "case_2"]
+    cases = [[cell.text for cell in row] for row in case_table(results).rows]
+    assert [row[0] for row in cases] == ["case_0", "case_1", "case_2"]
+    for _, mine, theirs, difference, *_ in cases:
+        assert float(difference) == pytest.approx(float(mine) - float(theirs), abs=0.11)
     text = " ".join(sentences(results, 0.5))
     assert "10.0 patches a case instead of 100.0, 0.12 times the multiply-accumulates" in text
     assert "0.10 times the seconds of the network and 0.40 times the seconds from file to file" in text

@@ -8,7 +8,7 @@ import old_model
 import pytest
 
 import nnunet_nmsw.trainers
-from nnunet_nmsw.model.by_trainer import parts_by_trainer
+from nnunet_nmsw.model.by_trainer import parts_by_trainer, predicts_benefits
 from nnunet_nmsw.model.context import AddedContext
 
 
@@ -24,6 +24,14 @@ def test_the_table_says_what_the_trainer_builds(name, monkeypatch):
     assert found[1:] == expected[1:]
     assert (found.sampler.at_inference.name == "top_k") == ("paper" in name)
     assert (found.context is AddedContext) == ("retrofit_context" in name)
+
+
+def test_who_predicts_benefits():
+    settings = Mock(score_training="benefit")
+    assert predicts_benefits("nnUNetTrainerNMSW_5epochs", settings)
+    assert predicts_benefits("MyTrainerNMSW", settings)
+    assert not predicts_benefits("nnUNetTrainerNMSW_paper_5epochs", settings)
+    assert not predicts_benefits("nnUNetTrainerNMSW", Mock(score_training="contribution"))
 
 
 @pytest.mark.parametrize(

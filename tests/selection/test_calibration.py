@@ -12,9 +12,16 @@ from tiny import build_network, initialized
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import write_json
-from nnunet_nmsw.inference.model_folder import check_auto, threshold_for
+from nnunet_nmsw.inference.model_folder import threshold_for
 from nnunet_nmsw.selection.budget import budget_of
-from nnunet_nmsw.selection.calibration import CALIBRATION_KEY, FILE, THRESHOLDS, calibration_of, threshold_of_folds
+from nnunet_nmsw.selection.calibration import (
+    CALIBRATION_KEY,
+    FILE,
+    THRESHOLDS,
+    calibration_of,
+    check_auto,
+    threshold_of_folds,
+)
 from nnunet_nmsw.trainers.checkpoints import keep_calibration
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.metrics import METRICS
+from nnunet_nmsw.evaluation.report.facts import case_facts, why
 from nnunet_nmsw.evaluation.report.results import MethodResult, Results, Spread
 from nnunet_nmsw.evaluation.statistics import PairedDifference
 
@@ -143,9 +143,9 @@ def cost_table(results: Results) -> Table:
         "Cost of all methods",
         "GMAC: billions of multiply-accumulates of all networks a case, mean over all cases. Seconds: median "
         "(quartiles) over timed cases and rounds, each method alone in a process of its own, in turns; network: from "
-        "the preprocessed volume to its logits; file to file: with reading, preprocessing, export and writing, the "
-        "model being loaded. ×: as a ratio to the reference, same case and round. Memory: largest of the process, "
-        "Python and its libraries included."
+        "the preprocessed volume to its logits, with NMSW to labels of the image; file to file: with reading, "
+        "preprocessing, export and writing, the model being loaded. ×: as a ratio to the reference, same case and "
+        "round. Memory: largest of the process, Python and its libraries included."
         + " Random windows and those by entropy cost what NMSW costs at the same K; the oracle cannot be deployed."
         * any(result.method.selection == "oracle" for result in results.methods),
         [
@@ -193,8 +193,7 @@ def case_table(results: Results, number: int = 5) -> Table:
     difference = results.difference_by_case(primary).dropna().sort_values()
     rows = []
     for case, value in difference.head(number).items():
-        of = {method.key: _case_facts(results, str(case), method) for method in (primary, reference)}
-        mine, theirs = of[primary.key], of[reference.key]
+        mine, theirs = case_facts(results, str(case), primary, reference)
         rows.append(
             [
                 Cell(str(case), str(case)),
@@ -209,7 +208,8 @@ def case_table(results: Results, number: int = 5) -> Table:
         )
     return Table(
         "Cases that lose most" if comparison.has_reference else "Cases that agree least",
-        f"{primary.name} against the {reference.name}, Dice in per cent, mean over classes. Covered: share of the "
+        f"{primary.name} against the {reference.name}, Dice in per cent, mean over the classes for which "
+        "both have one. Covered: share of the "
         "reference's foreground inside of a chosen window. Objects: with NMSW / with the sliding window.",
         [
             "case",
@@ -223,20 +223,6 @@ def case_table(results: Results, number: int = 5) -> Table:
         ],
         rows,
     )
-
-
-def why(difference: float, mine: dict[str, float], theirs: dict[str, float]) -> str:
-    """What a loss comes with, from the facts of both methods on a case."""
-    if difference >= 0:
-        return "no loss"
-    reasons: list[str] = []
-    if mine["covered"] < 0.95:
-        reasons.append(f"{1 - mine['covered']:.0%} of the foreground lies outside of the windows")
-    for key in ("missed", "false"):
-        more = mine[key] - theirs[key]
-        if more > 0:
-            reasons.append(f"{more:.0f} more {key} object{'s' if more > 1 else ''}")
-    return "; ".join(reasons) or "objects are no worse, borders are less exact"
 
 
 def with_interval(difference: PairedDifference) -> str:
@@ -259,16 +245,6 @@ def _compared(results: Results, result: MethodResult) -> list[Cell]:
     cell = Cell("reference", 0.0) if is_reference else Cell(with_interval(difference), difference.mean)
     p = Cell("", 2.0) if is_reference else Cell(_p(difference.p_holm), difference.p_holm)
     return [cell, p] if _tested(results) else [cell]
-
-
-def _case_facts(results: Results, case: str, method: Method) -> dict[str, float]:
-    rows = results.table[(results.table["case"] == case) & (results.table["method"] == method.key)]
-    return {
-        "Dice": float(rows["Dice"].mean()),
-        "covered": float(rows["covered_foreground"].iloc[0]),
-        "missed": float(rows["missed_objects"].sum()),
-        "false": float(rows["false_positive_objects"].sum()),
-    }
 
 
 def _marked(results: Results, rows: list[MethodResult]) -> frozenset[int]:
