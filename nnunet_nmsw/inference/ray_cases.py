@@ -25,9 +25,9 @@ def next_case(
     """
     busy = Counter(actor for _, actor in running)
     alone = {actor for case, actor in running if attempts[case]}
-    for case in waiting:
-        most = 1 if attempts[case] else AT_A_TIME
-        free = [actor for actor in ready if busy[actor] < most and actor not in alone]
+    with_room = [actor for actor in ready if busy[actor] < AT_A_TIME and actor not in alone]
+    for case in waiting if with_room else ():
+        free = [actor for actor in with_room if not (attempts[case] and busy[actor])]
         if free:
             return case, min(free, key=busy.__getitem__)
     return None
