@@ -56,8 +56,7 @@ def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: i
         UserError: cases have failed; all others are done.
     """
     failures = Failures()
-    missing = comparison.missing()
-    todo = [case for case in comparison.cases[part_id::num_parts] if case in missing]
+    todo = [case for case in comparison.cases[part_id::num_parts] if not comparison.is_done(case)]
     again = [case.name for case in todo if comparison.record_file(case).is_file()]
     if again:
         print(f"Predicted again, as the threshold of K = auto has changed since they were done: {' '.join(again)}")

@@ -195,9 +195,10 @@ class Comparison:
 
         Folds that are validated later set the thresholds of those before.
         """
-        return [case for case in self.cases if not self._is_done(case)]
+        return [case for case in self.cases if not self.is_done(case)]
 
-    def _is_done(self, case: Case) -> bool:
+    def is_done(self, case: Case) -> bool:
+        """Whether a case has been run, with the threshold that its fold has now."""
         file = self.record_file(case)
         if not file.is_file():
             return False

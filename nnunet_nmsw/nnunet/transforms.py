@@ -89,28 +89,24 @@ def on_device_of_mask(operator: Callable[[Tensor, Tensor], Tensor]) -> Callable[
     return applied
 
 
-class OperatorOfViews(ApplyRandomBinaryOperatorTransform):
-    """nnU-Net's morphological operators, whose draw does not depend on the draws before it."""
+class DrawnAnew(BasicTransform):
+    """Mixin of transforms that shuffle their channels in place: a draw does not depend on the draws before."""
 
     channel_idx: list[int]
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
-        """See the parent, which shuffles the channels in place."""
+        """See the parent."""
         self.channel_idx = sorted(self.channel_idx)
         parameters: dict[str, Any] = super().get_parameters(**data_dict)
         return parameters
 
 
-class RemovalOfViews(RemoveRandomConnectedComponentFromOneHotEncodingTransform):
-    """nnU-Net's removal of components, which are found on the host. Its draw does not depend on the draws before it."""
+class OperatorOfViews(DrawnAnew, ApplyRandomBinaryOperatorTransform):
+    """nnU-Net's morphological operators."""
 
-    channel_idx: list[int]
 
-    def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
-        """See the parent, which shuffles the channels in place."""
-        self.channel_idx = sorted(self.channel_idx)
-        parameters: dict[str, Any] = super().get_parameters(**data_dict)
-        return parameters
+class RemovalOfViews(DrawnAnew, RemoveRandomConnectedComponentFromOneHotEncodingTransform):
+    """nnU-Net's removal of components, which are found on the host."""
 
     def _apply_to_image(self, img: Tensor, **params: Any) -> Tensor:
         if not params["apply_to_channels"] or img.device.type == "cpu":

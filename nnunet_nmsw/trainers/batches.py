@@ -165,8 +165,8 @@ def check_previous_stage(folder: Path, keys: Sequence[str], stage: str, trainer:
     Raises:
         UserError: it has not.
     """
-    predicted = {file.name for file in folder.glob("*")}
-    missing = [key for key in keys if not any(name.startswith(f"{key}.") for name in predicted)]
+    predicted = {file.stem for file in folder.glob("*")}  # files of nnU-Net's preprocessed data have one ending
+    missing = [key for key in keys if key not in predicted]
     if missing:
         raise UserError(
             f"{folder} has no prediction of {missing[0]} and {len(missing) - 1} more cases: train all folds of "

@@ -165,16 +165,17 @@ def validate(trainer: nnUNetTrainer, network: NMSWNetwork, processes: Processes,
     keys, encoding = dataset.identifiers, LabelEncoding.of(trainer.label_manager)
     cases = partial(read_cases, dataset, processes.own_share(keys), encoding)
     in_step = partial(processes.in_step, total=len(keys), every=CASES_BETWEEN_BARRIERS)
-    calibrations = []
+    threshold = None
     if network.sampler.measures_benefit:
         measured = gather_over_processes(calibrate(network, in_step(cases()), encoding, trainer.device))
-        calibrations.append(calibration_of(measured))
+        calibration = calibration_of(measured)
+        threshold = threshold_of([calibration], DEFAULT_MAX_DROP)
         if trainer.local_rank == 0:
-            write_json(folder / FILE, calibrations[0])
-            keep_calibration(folder.parent, network, calibrations[0])
+            write_json(folder / FILE, calibration)
+            keep_calibration(folder.parent, network, calibration)
     next_stages = trainer.configuration_manager.next_stage_names
     predictor = NMSWPredictor(
-        threshold=threshold_of(calibrations, DEFAULT_MAX_DROP) if calibrations else None,
+        threshold=threshold,
         take_logits=partial(_save_for_next_stages, trainer) if next_stages else None,
         device=trainer.device,
         allow_tqdm=False,
