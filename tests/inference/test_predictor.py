@@ -8,7 +8,7 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from predictors import nmsw, stock
-from tiny import build_network, initialized, make_plans
+from tiny import DATASET_JSON, build_network, initialized, make_plans
 
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import written_whole
@@ -85,10 +85,22 @@ def test_predictions_are_deterministic_and_mirroring_changes_them(tiny_network):
     assert not torch.equal(runs[0], runs[2])
 
 
-def test_folds_are_averaged_and_each_chooses_its_own_windows(tiny_network):
-    volume = torch.randn(1, 16, 20, 24)
+def test_each_fold_chooses_its_own_windows(tiny_network):
+    volume = torch.randn(1, 16, 20, 24, generator=torch.Generator().manual_seed(0))
     predictor = initialized(nmsw(num_patches=3), tiny_network, folds=2)
-    assert [len(choice.starts) for choice in predictor.predict_case_logits({"data": volume}).windows] == [3, 3]
+    scores_alone = predictor.list_of_parameters[1]  # the last channel of the global branch
+    for name in ("weight", "bias"):
+        of_layer = scores_alone[f"global_branch.decoder.seg_layers.0.{name}"]
+        scores_alone[f"global_branch.decoder.seg_layers.0.{name}"] = of_layer * torch.tensor([1, 1, 1, -1]).view(
+            -1, *[1] * (of_layer.ndim - 1)
+        )
+    both = [choice.starts for choice in predictor.predict_case_logits({"data": volume}).windows]
+    assert not np.array_equal(*both)
+    all_weights = predictor.list_of_parameters
+    for of_fold, starts in zip(all_weights, both, strict=True):
+        predictor.list_of_parameters = [of_fold]
+        (alone,) = predictor.predict_case_logits({"data": volume}).windows
+        np.testing.assert_array_equal(alone.starts, starts)
 
 
 def test_each_fold_of_an_ensemble_has_its_own_fusion(tiny_network):
@@ -105,10 +117,24 @@ def test_each_fold_of_an_ensemble_has_its_own_fusion(tiny_network):
 
 
 def test_arrays_as_with_the_parent(tiny_network):
-    image = np.random.default_rng(0).normal(size=(1, 18, 18, 18)).astype(np.float32)
-    labels = initialized(nmsw(num_patches=2), tiny_network).predict_single_npy_array(image, {"spacing": [1, 1, 1]})
-    assert labels.shape == (18, 18, 18)
+    """nnU-Net's images and labels of arrays have the axes of files: the model's, turned by `transpose_backward`."""
+    image = np.random.default_rng(0).normal(size=(1, 14, 18, 22)).astype(np.float32)
+    plans = PlansManager({**make_plans(), "transpose_forward": [1, 2, 0], "transpose_backward": [2, 0, 1]})
+    predictor = nmsw(num_patches=2)
+    predictor.manual_initialization(
+        tiny_network, plans, plans.get_configuration("3d_fullres"), [tiny_network.state_dict()], DATASET_JSON, "", None
+    )
+    labels = predictor.predict_single_npy_array(image, {"spacing": [1, 1, 1]})
     assert labels.dtype == np.uint8
+    assert len(np.unique(labels)) > 1
+    turned = torch.from_numpy(image.transpose(0, 2, 3, 1).copy())
+    normalized = (turned - turned.mean()) / turned.std(correction=0)
+    logits = predictor.predict_logits_from_preprocessed_data(normalized).float()
+    best = logits.topk(2, dim=0).values
+    sure = (best[0] - best[1] > 0.01).numpy().transpose(2, 0, 1)
+    assert sure.mean() > 0.9
+    expected = logits.argmax(0).numpy().transpose(2, 0, 1)
+    np.testing.assert_array_equal(labels[sure], expected[sure])
 
 
 def test_a_stock_model_is_refused():

@@ -33,6 +33,34 @@ def test_volumes_come_in_order_padded_to_the_patch():
     assert (batches[1]["target"][0, 0, :3] == -1).all()
 
 
+def test_image_labels_and_labels_of_the_previous_stage_are_mirrored_and_padded_together():
+    np.random.seed(0)  # noqa: NPY002 - batchgenerators draws from it
+    torch.manual_seed(0)
+    batches, load = loader(nnunet_augmentation(), at_random=True), Cases().load_case
+
+    def with_previous_stage(key):
+        image, labels, _, properties = load(key)
+        return image, labels, labels[0], properties
+
+    batches._data.load_case = with_previous_stage
+    mirrored = set()
+    for batch, _ in zip(batches, range(30), strict=False):
+        assert torch.equal((batch["data"] / 10).round().clamp_min(0), batch["target"].clamp_min(0).half())
+        assert torch.equal(batch["previous"], batch["target"])
+        # The object of label 1 begins at voxel 2, 3, 4 of every case that is not mirrored.
+        mirrored.add((batch["keys"][0], tuple((batch["target"][0, 0] == 1).nonzero()[0].tolist())))
+    assert len(mirrored) > 12
+
+
+@pytest.mark.parametrize(("label", "dtype"), [(127, torch.int8), (128, torch.int16), (200, torch.int16)])
+def test_labels_above_127_stay_what_they_are(label, dtype):
+    batches, load = loader(), Cases().load_case
+    batches._data.load_case = lambda key: (load(key)[0], load(key)[1].astype(np.int16) * label // 2, None, load(key)[3])
+    batch = next(batches)
+    assert batch["target"].dtype == dtype
+    assert batch["target"].max() == label
+
+
 def test_random_windows_lie_inside_and_the_last_hold_foreground():
     np.random.seed(0)  # noqa: NPY002 - batchgenerators draws from it
     torch.manual_seed(0)
