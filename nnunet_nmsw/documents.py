@@ -169,6 +169,7 @@ TIMING = {
     "required": ["method", "cases"],
     "properties": {
         "method": TEXT,
+        "machine": TEXT,
         "cases": {
             "type": "array",
             "items": {

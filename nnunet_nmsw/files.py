@@ -40,6 +40,29 @@ HEADER = 540
 
 
 @contextmanager
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Give an empty folder that is removed at the end, and when the command is interrupted.
+
+    After a kill `remove_leftovers` removes it.
+
+    Args:
+        parent: where it is made; the system's folder of temporary files where None.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    started = int(psutil.Process().create_time())
+    prefix = f"{PREFIX}_{_place()}_{os.getpid()}_{started}_"
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    unfinished_folders.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished_folders.discard(folder)
+
+
+@contextmanager
 def written_whole(folder: Path, last: str | None = None) -> Iterator[Path]:
     """Give an empty folder. What is in it at the end goes to `folder`, each file whole; after an error nothing does.
 
@@ -53,11 +76,7 @@ def written_whole(folder: Path, last: str | None = None) -> Iterator[Path]:
         OSError: something cannot be written. Nothing has changed then, unless a file cannot be moved.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    started = int(psutil.Process().create_time())
-    prefix = f"{PREFIX}_{_place()}_{os.getpid()}_{started}_"
-    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-    unfinished_folders.add(unfinished)
-    try:
+    with temporary_folder(folder) as unfinished:
         yield unfinished
         files = [file.relative_to(unfinished) for file in sorted(unfinished.rglob("*")) if file.is_file()]
         for file in files:
@@ -65,9 +84,6 @@ def written_whole(folder: Path, last: str | None = None) -> Iterator[Path]:
         for file in sorted(files, key=lambda file: str(file) == last):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(unfinished / file, folder / file)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished_folders.discard(unfinished)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_nmsw.commands import compare, demo, export, predict_flags, quantize, retrofit
+from nnunet_nmsw.commands import compare, demo_flags, export, predict_flags, quantize, retrofit
 
 FILE = Path(__file__).parents[1] / "docs" / "commands.md"
 START = """# Commands
@@ -26,7 +26,7 @@ def main() -> None:
 
 def reference() -> str:
     """The page."""
-    parsers = [module.parser() for module in (predict_flags, retrofit, compare, export, quantize, demo)]
+    parsers = [module.parser() for module in (predict_flags, retrofit, compare, export, quantize, demo_flags)]
     return "\n".join([START, *map(of_command, parsers)])
 
 

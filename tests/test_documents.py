@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_nmsw.commands import compare, demo, export, predict_flags, quantize, retrofit
+from nnunet_nmsw.commands import compare, demo_flags, export, predict_flags, quantize, retrofit
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -15,7 +15,7 @@ READ_ONCE = [ROOT / "README.md", *sorted((ROOT / "docs" / "how-to").glob("*.md")
 """Pages for users, whose sentences are kept short."""
 
 MOST_WORDS_OF_README, MOST_WORDS_OF_A_SENTENCE = 700, 25
-COMMANDS = (predict_flags, compare, demo, export, quantize, retrofit)
+COMMANDS = (predict_flags, compare, demo_flags, export, quantize, retrofit)
 PARSERS = {module.parser().prog: module.parser() for module in COMMANDS}
 
 

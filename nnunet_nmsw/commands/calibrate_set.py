@@ -9,18 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from nnunet_nmsw.commands.find import is_set
 from nnunet_nmsw.commands.images import case_name, check_output, find_cases, find_references
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation.reference import reference_labels
 from nnunet_nmsw.evaluation.set_calibration import Labelled, calibrate
-from nnunet_nmsw.files import write_json
+from nnunet_nmsw.files import remove_leftovers, temporary_folder, write_json
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.model_folder import read_document
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.set_calibration import document_of
-from nnunet_nmsw.inference.set_cases import AS_READ
+from nnunet_nmsw.inference.set_cases import AS_READ, COARSE_LOGITS
 
 
 def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[], FilesPredictor]) -> None:
@@ -47,8 +48,9 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
     references = find_references("--calibrate", args.calibrate, images, model_folder)
     predictor = make()
     assert isinstance(predictor, ModelSetPredictor)
-    with tempfile.TemporaryDirectory() as folder:  # images of a whole set are more than a machine's memory
-        cases = _labelled(predictor, names, images, references, Path(folder))
+    remove_leftovers(Path(tempfile.gettempdir()))
+    with temporary_folder() as folder:  # images of a whole set are more than a machine's memory
+        cases = _labelled(predictor, names, images, references, folder)
         shared = {number for model in predictor.fine_models for number in model.labels.coarse}
         if not any(np.isin(labelled.reference, list(shared)).any() for labelled in cases):
             raise UserError(f"--calibrate {args.calibrate}: no label is of a class that a model of --local_model has")
@@ -83,7 +85,7 @@ def _labelled(
     references: Sequence[Path],
     folder: Path,
 ) -> list[Labelled]:
-    """Preprocessed cases whose images and labels stay on the disk, in a folder."""
+    """Preprocessed cases with the coarse model's logits, whose arrays stay on the disk, in a folder."""
     cases = []
     of_cases = zip(names, references, predictor.preprocess(images, None, None, 0), strict=True)
     for number, (name, reference, case) in enumerate(of_cases):
@@ -92,6 +94,9 @@ def _labelled(
         labels = reference_labels(predictor, reference, case["data_properties"])
         image, properties = case[AS_READ]
         case[AS_READ] = _mapped(folder / f"image_{number}.npy", image), properties
+        case["data"] = torch.from_numpy(_mapped(folder / f"volume_{number}.npy", case["data"].numpy()))
+        logits_Cdhw = predictor.coarse_logits(case).half()  # as nnU-Net gives them
+        case[COARSE_LOGITS] = torch.from_numpy(_mapped(folder / f"logits_{number}.npy", logits_Cdhw.numpy()))
         cases.append(Labelled(name, case, _mapped(folder / f"labels_{number}.npy", labels)))
     return cases
 

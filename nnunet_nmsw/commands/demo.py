@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nnunet_nmsw import demo
 from nnunet_nmsw._register import VARIABLE, register
 from nnunet_nmsw.commands.compare import NEEDED
+from nnunet_nmsw.commands.demo_flags import MARK, read_flags
 from nnunet_nmsw.commands.shared_flags import installed_here, require_extra
 from nnunet_nmsw.console import kill_children_of
 from nnunet_nmsw.demo.phantom import write_dataset
@@ -37,15 +38,6 @@ DATASET_ID, DATASET = 999, "Dataset999_NMSWPhantom"
 GLOBAL_WIDTH = 1.0
 """The default of 0.5 would leave the global branch of this small network four features, and it learned nothing."""
 TRAINERS = Path(demo.__file__).parent / "trainers"
-QUICK = {
-    "tr": "nnUNetTrainerNMSW_1epoch_NoMirroring",
-    "tr_baseline": "none",
-    "k": ["10%"],
-    "size": 48,
-    "training_cases": 6,
-    "test_cases": 1,
-}
-"""Defaults of `--quick`, by argument."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     args = read_flags(arguments)
     require_extra("nmsw_demo", "compare", NEEDED)
-    if args.o.exists() and any(args.o.iterdir()):
-        if not (args.o / "nmsw_demo.json").is_file():
-            raise UserError(f"{args.o} holds something else: give an empty or new folder with -o")
-        shutil.rmtree(args.o)
+    if args.o.exists():
+        shutil.rmtree(args.o)  # see `read_flags`
     args.o.mkdir(parents=True, exist_ok=True)
-    write_json(args.o / "nmsw_demo.json", {"command": sys.argv})
+    write_json(args.o / MARK, {"command": sys.argv})
     folders = {name: args.o.resolve() / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     for folder in folders.values():
         folder.mkdir()
@@ -244,54 +234,6 @@ class Progress:
         """Put the bar where so many of the expected seconds are done."""
         self.bar.n = seconds
         self.bar.refresh()
-
-
-def read_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags; with `--quick` what is not given is as in `QUICK`.
-
-    Args:
-        arguments: of the command; this process's where None.
-    """
-    flags = parser()
-    if flags.parse_args(arguments).quick:
-        flags.set_defaults(**QUICK)
-    return flags.parse_args(arguments)
-
-
-def parser() -> argparse.ArgumentParser:
-    """What reads the flags."""
-    flags = argparse.ArgumentParser(
-        prog="nmsw_demo",
-        description="Train NMSW and stock nnU-Net for about the same time on a generated phantom, predict, and compare "
-        "both. About 8 minutes on two CPU cores.",
-    )
-    flags.add_argument("-o", type=Path, default=Path("nmsw_demo"), help="output folder. Default: nmsw_demo")
-    flags.add_argument(
-        "--quick",
-        action="store_true",
-        help="a first look: NMSW alone, trained for one epoch on six cases, and compared with its own sliding window",
-    )
-    flags.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
-    flags.add_argument(
-        "-tr",
-        default="nnUNetTrainerNMSW_5epochs_NoMirroring",
-        help="Default: nnUNetTrainerNMSW_5epochs_NoMirroring",
-    )
-    flags.add_argument(
-        "-tr_baseline",
-        default="nnUNetTrainer_10epochs_NoMirroring",
-        help='stock trainer, or "none". Default: nnUNetTrainer_10epochs_NoMirroring, which the demo brings',
-    )
-    flags.add_argument(
-        "-k", nargs="+", default=["5%", "10%", "auto", "all"], help="patches a case. Default: 5%% 10%% auto all"
-    )
-    flags.add_argument("--training_cases", type=int, default=15, help="Default: 15")
-    flags.add_argument("--test_cases", type=int, default=2, help="Default: 2")
-    flags.add_argument("--size", type=int, default=56, help="voxels along a volume's longest axis")
-    flags.add_argument("--patch_size", type=int, default=16, help="voxels along each axis of a patch")
-    flags.add_argument("--batch_size", type=int, default=2, help="patches of a training step. Default: 2")
-    flags.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the network's stages")
-    return flags
 
 
 if __name__ == "__main__":

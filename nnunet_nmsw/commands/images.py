@@ -64,6 +64,8 @@ def find_images(inputs: Sequence[str], output: str, model_folder: Path) -> Image
     Raises:
         UserError: something is missing, cannot be read or written, or does not fit the model.
     """
+    if not output:
+        raise UserError("-o is empty: give a folder, or where -i names files the file to write")
     plans = _plans(model_folder)
     ending = ending_in(output, _endings(plans, model_folder))
     if len(inputs) > 1 or os.path.isfile(inputs[0]):
@@ -82,6 +84,32 @@ def find_images(inputs: Sequence[str], output: str, model_folder: Path) -> Image
             raise UserError(f"-o {output} is a file, and -i {inputs[0]} a folder: give a folder for the predictions")
     check_output(os.path.dirname(output) or "." if images.is_file else output)
     return images
+
+
+def still_to_do(
+    images: Images, part_id: int, num_parts: int, overwrite: bool, save_probabilities: bool, model_folder: Path
+) -> list[list[str]]:
+    """The cases of a folder that a call will predict, chosen as nnU-Net does.
+
+    Args:
+        images: of all parts.
+        part_id: of this part.
+        num_parts: number of parts.
+        overwrite: cases that are there, too.
+        save_probabilities: a case without them is not done.
+        model_folder: of the model.
+
+    Returns:
+        Files by case and channel.
+    """
+    ending = read_document(model_folder, "dataset.json")["file_ending"]
+    endings = [ending, ".npz"] if save_probabilities else [ending]
+
+    def is_done(files: Sequence[str]) -> bool:
+        name = os.path.join(images.output, case_name(files, ending))
+        return all(os.path.isfile(name + of_file) for of_file in endings)
+
+    return [files for files in images.cases[part_id::num_parts] if overwrite or not is_done(files)]
 
 
 def find_cases(input_folder: str, model_folder: Path) -> list[list[str]]:
@@ -206,6 +234,9 @@ def _advice(file: str) -> str:
 
 def _is_dicom(file: str) -> bool:
     position, mark = DICOM_MARK
-    with open(file, "rb") as content:
-        content.seek(position)
-        return content.read(len(mark)) == mark
+    try:
+        with open(file, "rb") as content:
+            content.seek(position)
+            return content.read(len(mark)) == mark
+    except OSError:  # its reader says so
+        return False

@@ -15,7 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_nmsw.commands.find import find_folds, find_model, is_set
-from nnunet_nmsw.commands.images import Images, case_name, find_images
+from nnunet_nmsw.commands.images import Images, case_name, find_images, still_to_do
 from nnunet_nmsw.commands.predict_flags import read_flags
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import remove_leftovers
@@ -48,22 +48,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.calibrate is not None:
         from nnunet_nmsw.commands.calibrate_set import calibrate_set  # of what predictions do not import
 
-        calibrate_set(args, folder, lambda: make_predictor(args, folder, folds, args.device))
+        try:
+            calibrate_set(args, folder, lambda: make_predictor(args, folder, folds, args.device))
+        except BrokenPipeError:  # nobody reads what is printed
+            raise
+        except OSError as error:
+            raise UserError(f"cannot write {args.o}, or temporary files beside it: {reason(error)}") from error
         return
     images = find_images(args.i, args.o, folder)
     if images.is_file:
         _check_one_image(args)
-    forget_others(images.cases)
-    if args.max_memory is not None:
-        _check_memory(args, images.cases, folder, folds[0])
+        cases = images.cases
+    else:
+        which = (args.part_id, args.num_parts, not args.continue_prediction, args.save_probabilities)
+        cases = still_to_do(images, *which, folder)
+    forget_others(cases)
+    if args.max_memory is not None and cases:
+        _check_memory(args, cases, folder, folds[0])
     make = partial(make_predictor, args, folder, folds)
     predictor = make("cpu" if args.engine == "ray" else args.device)
-    _check_previous_stage(images, predictor, args.prev_stage_predictions)
+    _check_previous_stage(images.is_file, cases, predictor, args.prev_stage_predictions)
     engine: FilesPredictor = predictor
     if args.engine == "ray":
         engine = for_ray(predictor, args, make)
-    else:
-        predictor.bound_memory(images.cases, args.npp)
+    elif cases:
+        predictor.bound_memory(cases, args.npp)
     try:
         if images.is_file:
             remove_leftovers(Path(args.o).absolute().parent)
@@ -82,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             part_id=args.part_id,
             folder_with_segs_from_prev_stage=args.prev_stage_predictions,
         )
+        remove_leftovers(Path(args.o))  # of Ray's workers that were killed meanwhile
     except BrokenPipeError:  # nobody reads what is printed
         raise
     except OSError as error:  # not of a case: these are reported with the case
@@ -176,7 +186,9 @@ def _check_memory(args: argparse.Namespace, cases: list[list[str]], folder: Path
     check_least(parse_memory(args.max_memory), cases, plans, configuration, channels, classes, factor)
 
 
-def _check_previous_stage(images: Images, predictor: FilesPredictor, given: str | None) -> None:
+def _check_previous_stage(
+    is_file: bool, cases: Sequence[Sequence[str]], predictor: FilesPredictor, given: str | None
+) -> None:
     previous_stage = predictor.configuration_manager.previous_stage_name
     if previous_stage is None:
         if given is not None:
@@ -187,12 +199,12 @@ def _check_previous_stage(images: Images, predictor: FilesPredictor, given: str 
             f"the cascade needs the predictions of {previous_stage} for these images: make them with that "
             "configuration's model and give their folder with -prev_stage_predictions"
         )
-    if images.is_file:
+    if is_file:
         if not os.path.isfile(given):
             raise UserError(f"-prev_stage_predictions {given} is no file: give the {previous_stage} of this image")
         return
     ending = predictor.dataset_json["file_ending"]
-    for files in images.cases:
+    for files in cases:
         name = case_name(files, ending) + ending
         if not os.path.isfile(os.path.join(given, name)):
             raise UserError(f"-prev_stage_predictions {given} has no {name}, the {previous_stage} of an input image")

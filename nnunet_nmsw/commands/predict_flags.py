@@ -74,8 +74,7 @@ def check_flags(args: argparse.Namespace) -> None:
             "--orientation turns labels back and no probabilities: leave out --save_probabilities, or turn the images "
             "yourself"
         )
-    if args.calibrate is not None and args.calibration is not None:
-        raise UserError("--calibrate makes the file that --calibration takes: give one of them")
+    _check_calibration(args)
     if args.explore < 0:
         raise UserError(f"--explore is {args.explore}: give a number of patches, 0 or more")
     if args.global_model is not None and args.max_memory is not None:
@@ -96,7 +95,27 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--engine ray works on GPUs or processors: give -device cuda or -device cpu")
     if args.cores_per_worker is not None and args.cores_per_worker < 1:
         raise UserError(f"--cores_per_worker is {args.cores_per_worker}: give 1 or more")
+    args.max_drop = DEFAULT_MAX_DROP if args.max_drop is None else args.max_drop
     check_max_drop(args.max_drop, DEFAULT_MAX_DROP)
+
+
+def _check_calibration(args: argparse.Namespace) -> None:
+    """See that nothing is asked for that a calibration, or a prediction with one, does not do."""
+    if args.calibration is not None and args.max_drop is not None:
+        raise UserError("--max_drop beside --calibration: that file has its threshold, give --max_drop to --calibrate")
+    if args.calibrate is None:
+        return
+    if args.calibration is not None:
+        raise UserError("--calibrate makes the file that --calibration takes: give one of them")
+    for flag, is_given in {
+        "-num_parts": args.num_parts != 1,
+        "--engine ray": args.engine == "ray",
+        "--continue_prediction": args.continue_prediction,
+        "--save_patches": args.save_patches,
+        "-prev_stage_predictions": args.prev_stage_predictions is not None,
+    }.items():
+        if is_given:
+            raise UserError(f"--calibrate writes one file and predicts nothing: leave out {flag}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,7 +161,6 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--max_drop",
         type=float,
-        default=DEFAULT_MAX_DROP,
         metavar="DICE",
         help="with -k auto: Dice (of 1) that may be lost on the validation cases for fewer patches. "
         f"Default: {DEFAULT_MAX_DROP}",

@@ -15,11 +15,12 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_nmsw.documents import SPLITS, SUMMARY, read_json
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.files import sha256_of
 from nnunet_nmsw.flags import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.model_folder import checked_folder, read_configuration, read_document
+from nnunet_nmsw.inference.openvino_models import digest_of_weights
 from nnunet_nmsw.model.by_trainer import predicts_benefits
 from nnunet_nmsw.model.plans import settings_of
+from nnunet_nmsw.model.safe_loading import read_checkpoint
 from nnunet_nmsw.selection.calibration import calibration_files, threshold_of_folds
 from nnunet_nmsw.settings import PLANS_KEY
 
@@ -103,8 +104,14 @@ class Model:
         return threshold_of_folds(self.folder, self.calibrating_folds(fold), DEFAULT_MAX_DROP)
 
     def fingerprints(self, folds: Sequence[int]) -> dict[str, str]:
-        """SHA-256 of each fold's checkpoint: results of another training must not be mixed with these."""
-        return {f"{self.role}, fold {fold}": sha256_of(self.checkpoint_file(fold)) for fold in folds}
+        """Digest of each fold's weights: results of another training must not be mixed with these.
+
+        Not of the file: a validation later writes its calibration into it.
+        """
+        return {f"{self.role}, fold {fold}": digest_of_weights(self._weights(fold)) for fold in folds}
+
+    def _weights(self, fold: int) -> dict[str, Any]:
+        return dict(read_checkpoint(self.checkpoint_file(fold), self.trusted, mmap=True)["network_weights"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +182,8 @@ def find_models(args: argparse.Namespace, dataset: str) -> list[Model]:
     if PLANS_KEY in baseline.configuration and "downsampling_factor" in baseline.configuration[PLANS_KEY]:
         raise UserError(f"the baseline {baseline.folder} was trained with NMSW: name a stock trainer with -tr_baseline")
     _check_folds(baseline, args.f)
-    if len(baseline.configuration["patch_size"]) != 3 or "previous_stage" in baseline.configuration:
-        raise UserError(f"the baseline {baseline.folder} must be a 3D configuration without a previous stage")
+    if len(baseline.configuration["patch_size"]) != 3:
+        raise UserError(f"the baseline {baseline.folder} must be a 3D configuration")
     for key in ("labels", "channel_names"):
         ours, theirs = nmsw.json("dataset.json").get(key), baseline.json("dataset.json").get(key)
         if ours != theirs:
@@ -255,6 +262,12 @@ def _folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
 
 
 def _check_folds(model: Model, folds: Sequence[int]) -> None:
+    previous = model.configuration.get("previous_stage")
+    if previous is not None:
+        raise UserError(
+            f"{model.folder} is the second stage of a cascade, and nmsw_compare has no predictions of {previous}: "
+            "compare first stages, or predict with both stages and take nnUNetv2_evaluate_folder"
+        )
     for fold in folds:
         if not model.checkpoint_file(fold).is_file():
             raise UserError(

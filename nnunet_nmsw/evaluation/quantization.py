@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nnunet_nmsw.documents import SPLITS, read_json
 from nnunet_nmsw.errors import UserError, reason
+from nnunet_nmsw.files import written_whole
 from nnunet_nmsw.flags import INT8, OPENVINO
 from nnunet_nmsw.inference.networks import Ensemble
 from nnunet_nmsw.inference.openvino_branches import OpenVINO, OpenVINOBranch, backend_named
@@ -126,6 +127,11 @@ class QuantizedFold:
         Raises:
             UserError: it loses more either way, or cannot be written.
         """
+        try:
+            with written_whole(folder):  # see before long work that it can be written into
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {reason(error)}") from error
         patches, in_float32 = self.patches(num_cases), self.dice()
         tried = []
         for floating_ends in (False, True):

@@ -9,7 +9,7 @@ import os
 import signal
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from nnunet_nmsw.console import follow_parent
 from nnunet_nmsw.errors import Failures, UserError
-from nnunet_nmsw.evaluation.methods import timed_methods
+from nnunet_nmsw.evaluation.machine import machine
+from nnunet_nmsw.evaluation.methods import Method, timed_methods
 from nnunet_nmsw.evaluation.metrics import case_metrics
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.predicted import Prediction, Shown
@@ -31,7 +32,7 @@ from nnunet_nmsw.evaluation.stock_models import StockModels
 from nnunet_nmsw.evaluation.stock_predictions import StockModelsPredictor
 from nnunet_nmsw.evaluation.store import Comparison
 from nnunet_nmsw.evaluation.timing import TimingTask, measure_in_new_process, measurement_order, timed_cases
-from nnunet_nmsw.files import write_json, written_whole
+from nnunet_nmsw.files import temporary_folder, write_json, written_whole
 from nnunet_nmsw.inference.export import write_labels, write_logits
 
 
@@ -70,7 +71,7 @@ def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: i
     # The processes take the arrays of predictions from files in the folder, and leave nothing there.
     with (
         bar,
-        written_whole(comparison.folder) as waiting,
+        temporary_folder(comparison.folder) as waiting,
         ProcessPoolExecutor(processes, mp_context=context, initializer=_start_export_process) as pool,
     ):
         for fold in sorted({case.fold for case in todo}):
@@ -100,14 +101,23 @@ def run_timing(comparison: Comparison, progress: bool) -> None:
     (comparison.folder / "timing").mkdir(exist_ok=True)
     models = {model.role: model for model in comparison.models}
     timed = timed_methods(comparison.methods, comparison.primary)
-    todo = [
-        (file, method)
-        for number, method in measurement_order(timed, comparison.rounds)
-        if not (file := comparison.timing_file(number, method)).is_file()
-    ]
+    here = machine(comparison.device)
+    todo = _to_measure(comparison, measurement_order(timed, comparison.rounds), here)
     for file, method in tqdm(todo, desc="time and memory", disable=not progress or not todo):
         task = TimingTask(method, models[method.model], cases, comparison.device)
-        write_json(file, {"method": method.key, "cases": measure_in_new_process(task)})
+        write_json(file, {"method": method.key, "machine": here, "cases": measure_in_new_process(task)})
+
+
+def _to_measure(comparison: Comparison, order: Iterable[tuple[int, Method]], here: str) -> list[tuple[Path, Method]]:
+    """What rounds lack, with their file. The methods of a round are compared, so one machine measures all of them."""
+    rounds: dict[int, list[tuple[Path, Method]]] = {}
+    for number, method in order:
+        rounds.setdefault(number, []).append((comparison.timing_file(number, method), method))
+    todo = []
+    for of_round in rounds.values():
+        if not all(file.is_file() for file, _ in of_round):
+            todo += [(file, method) for file, method in of_round if comparison.measured_on(file) != here]
+    return todo
 
 
 def _predictors(comparison: Comparison, fold: int) -> Sequence[FoldPredictor] | Sequence[StockModelsPredictor]:
@@ -177,7 +187,11 @@ def _export_task(
     os.close(opened)
     array = prediction.segmentation if prediction.logits_CDHW is None else prediction.logits_CDHW.numpy()
     assert array is not None
-    np.save(file, array)
+    try:
+        np.save(file, array)
+    except OSError:  # the disk is full, say, and the other cases need the room
+        os.unlink(file)
+        raise
     return ExportTask(
         prediction.method.key,
         file,

@@ -25,7 +25,6 @@ from nnunet_nmsw.inference.cases import Case
 from nnunet_nmsw.inference.claims import FinePrediction, covered
 from nnunet_nmsw.inference.model_set import ModelSetPredictor
 from nnunet_nmsw.inference.set_calibration import SetCalibration
-from nnunet_nmsw.inference.set_cases import COARSE_LOGITS
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.selection.calibration import Measured, calibration_of, mean_dice, threshold_of
 from nnunet_nmsw.volume.interpolation import nearest_axis, upsample_window
@@ -106,13 +105,11 @@ def calibrate(
     Args:
         predictor: of the set, without a calibration. It has the calibration afterwards.
         cases: with references, in which a fine model has a class. They are predicted with as many patches as the
-            predictor is told, and keep the coarse model's logits.
+            predictor is told, several times: better with the coarse model's logits under `COARSE_LOGITS`.
         max_drop: Dice, of 1, that "auto" may lose for fewer patches.
         tell: is given lines on the progress.
     """
     num_patches, predictor.calibration = predictor.num_patches, SetCalibration({}, None)
-    for labelled in cases:
-        labelled.case[COARSE_LOGITS] = predictor.coarse_logits(labelled.case).half()  # as nnU-Net gives them
     observed: list[dict[int, Observed]] = []
     before = []
     for labelled in cases:

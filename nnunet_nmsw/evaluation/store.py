@@ -132,6 +132,7 @@ class Comparison:
         """
         folds = sorted({case.fold for case in self.cases})
         settings: dict[str, Any] = {
+            "version": version("nnunet-nmsw"),  # predictions change with it
             "dataset": self.dataset,
             "models": {model.role: model.name for model in self.models},
             "checkpoints": {key: digest for model in self.models for key, digest in model.fingerprints(folds).items()},
@@ -230,18 +231,21 @@ class Comparison:
             raise UserError(f"{file} is broken: it has no methods.{missing[0]}; delete it, and {AGAIN}")
         return record
 
+    def measured_on(self, timing_file: Path) -> str | None:
+        """The machine of a measurement; None where there is none, or none that says so."""
+        if not timing_file.is_file():
+            return None
+        machine: str | None = read_json(timing_file, TIMING, f"delete it, and {AGAIN}").get("machine")
+        return machine
+
     def timings(self) -> Iterator[dict[str, Any]]:
-        """Time and memory: `method`, `round`, and the keys of `timing.measure`, one entry a case."""
+        """Time and memory: `method`, `round`, `machine`, and the keys of `timing.measure`, one entry a case."""
         for number, method in measurement_order(self.methods, self.rounds if self.timed_cases else 0):
             file = self.timing_file(number, method)
             if file.is_file():
-                for entry in read_json(file, TIMING, f"delete it, and {AGAIN}")["cases"]:
-                    yield {"method": method.key, "round": number, **entry}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {name: version(name) for name in ("nnunet-nmsw", "nnunetv2", "torch", "monai")}
+                timing = read_json(file, TIMING, f"delete it, and {AGAIN}")
+                for entry in timing["cases"]:
+                    yield {"method": method.key, "round": number, "machine": timing.get("machine"), **entry}
 
 
 def _is_part(file: Path) -> bool:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import random
 import signal
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,6 +30,7 @@ from nnunet_nmsw.evaluation.models import Model
 from nnunet_nmsw.evaluation.stock_models import StockModels
 from nnunet_nmsw.evaluation.stock_predictions import spend
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts
+from nnunet_nmsw.files import temporary_folder
 from nnunet_nmsw.inference.device import prepare_device
 from nnunet_nmsw.inference.files import FilesPredictor
 from nnunet_nmsw.inference.loading import load_model
@@ -88,12 +87,17 @@ def measure_in_new_process(task: TimingTask) -> list[dict[str, Any]]:
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, task).result()
+    # The folder is this process's, which removes it where the other one is killed.
+    with temporary_folder() as folder, ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, task, folder).result()
 
 
-def measure(task: TimingTask) -> list[dict[str, Any]]:
+def measure(task: TimingTask, folder: Path) -> list[dict[str, Any]]:
     """Predict each case twice, once to warm up, and say what the second took.
+
+    Args:
+        task: what is measured.
+        folder: empty, for predictions.
 
     Returns:
         One entry a case: `case`, `network_seconds`, `total_seconds` from file to file, `host_peak_bytes` of the process
@@ -104,9 +108,9 @@ def measure(task: TimingTask) -> list[dict[str, Any]]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is told of once, by the parent
     device = prepare_device(task.device)
     # nnU-Net tells of every trainer it looks at and of every case; the progress bar is the parent's.
-    with contextlib.redirect_stdout(None), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    with contextlib.redirect_stdout(None), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        output = os.path.join(folder, "prediction")
+        output = str(folder / "prediction")
         entries: dict[str, dict[str, Any]] = {}
         for predictor in _predictors(task, device):
             for case in task.cases:

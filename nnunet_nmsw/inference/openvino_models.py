@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.files import written_whole
+from nnunet_nmsw.files import remove_leftovers, written_whole
 from nnunet_nmsw.inference.device import is_out_of_memory
 from nnunet_nmsw.model.strides import UNKNOWN_STRIDE, total_stride
 
@@ -36,6 +36,9 @@ FIXED = "sizes are fixed"
 
 TOLERANCE = 1e-3
 """Of the largest logit: a branch that differs more from PyTorch at another size was not converted with free axes."""
+
+MOST_SIZES = 16
+"""Of a branch whose axes are fixed, in the cache."""
 
 IMPOSSIBLE = (RuntimeError, TypeError, ValueError, AssertionError)
 """What is raised where a branch does not take a size, or OpenVINO does not take a branch."""
@@ -124,6 +127,7 @@ class Converted:
         if model is None:
             model = converted(self.branch, shape)
             keep(model, folder)
+            remove_oldest(self.cache.glob(f"{self.name}_*x*"))
         return model
 
 
@@ -204,6 +208,7 @@ def keep(model: Any, folder: Path) -> None:
         folder: of its files.
     """
     try:
+        remove_leftovers(folder.parent)
         with written_whole(folder, last=DIGEST) as unfinished:
             if model is not None:
                 import_openvino().save_model(model, str(unfinished / MODEL), compress_to_fp16=False)
@@ -212,22 +217,44 @@ def keep(model: Any, folder: Path) -> None:
         print(f"the converted network is not kept in {folder} ({reason(error)})")
 
 
+def remove_oldest(folders: Iterable[Path]) -> None:
+    """Keep the last `MOST_SIZES` of some folders of the cache: each has a copy of the branch's weights."""
+
+    def age(folder: Path) -> float:
+        try:
+            return -folder.stat().st_mtime
+        except OSError:  # another process has just removed it
+            return 0.0
+
+    for folder in sorted(folders, key=age)[MOST_SIZES:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def is_known_as_fixed(folder: Path) -> bool:
     """Whether the cache says that the axes of a branch cannot be free."""
-    return (folder / DIGEST).is_file() and (folder / DIGEST).read_text() == FIXED
+    return _digest_in(folder) == FIXED
 
 
 def read(folder: Path) -> Any:
     """A model from the cache; None where there is none. A broken one is removed."""
-    if not (folder / DIGEST).is_file() or is_known_as_fixed(folder):
+    digest = _digest_in(folder)
+    if digest in (None, FIXED):
         return None
     try:
-        if (folder / DIGEST).read_text() == digest_of(folder):
+        if digest == digest_of(folder):
             return import_openvino().Core().read_model(str(folder / MODEL))
     except (OSError, RuntimeError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+def _digest_in(folder: Path) -> str | None:
+    """What the cache says of a branch; None where it has none, or a cache that this user cannot read."""
+    try:
+        return (folder / DIGEST).read_text()
+    except OSError:
+        return None
 
 
 def digest_of(folder: Path, names: Sequence[str] = (MODEL, WEIGHTS)) -> str:

@@ -162,6 +162,9 @@ def read_images(predictor: OfPlans, files: list[str]) -> tuple[np.ndarray, dict[
     reader = predictor.plans_manager.image_reader_writer_class()
     image, properties, not_finite = read_image(reader, files)
     check_channels(predictor, image, ", ".join(files))
+    axes = len(properties.get("sitk_stuff", {}).get("spacing", image.shape[1:]))
+    if axes > 3:  # which nnU-Net's reader takes for channels, and its writer does not know
+        raise UserError(f"cannot use {', '.join(files)}: it has {axes} axes, give each channel as a file of three")
     # The sum of numbers is a number, unless it is too large; and it takes no memory.
     with np.errstate(over="ignore", invalid="ignore"):
         suspicious = not np.isfinite(image.sum(dtype=np.float64))

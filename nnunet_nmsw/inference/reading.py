@@ -15,6 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunet_nmsw.console import printable
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import check_whole
 
@@ -41,7 +42,7 @@ def read_ahead(inputs: Sequence[str]) -> None:
         files = _first_case(inputs[0])
     else:
         files = tuple(inputs) if all(os.path.isfile(file) and file.endswith(HEADERS) for file in inputs) else ()
-    if not files:
+    if not files or any(printable(file) != file for file in files):  # ITK ends the process at names that are not UTF-8
         return
     thread = ThreadPoolExecutor(1, "reading ahead")
     _ahead[files] = thread.submit(_read, SimpleITKIO().read_images, files)

@@ -1,13 +1,18 @@
 """The models of a comparison."""
 
+import json
+
 import pytest
+import torch
+from untrained import write_image, write_model
 
 from nnunet_nmsw.errors import UserError
+from nnunet_nmsw.evaluation import run
 from nnunet_nmsw.evaluation.methods import build_methods
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.store import Comparison
 from nnunet_nmsw.files import write_json
-from nnunet_nmsw.selection.calibration import FILE, calibration_of
+from nnunet_nmsw.selection.calibration import CALIBRATION_KEY, FILE, calibration_of
 
 
 def calibrate(model: Model, fold: int | str, dice_by_threshold: dict[float, float]) -> None:
@@ -64,3 +69,47 @@ def test_cases_are_done_with_the_threshold_of_their_fold(tmp_path):
     assert comparison("auto").missing() == []
     write_json(file, record)
     assert comparison("10%").missing() == []
+
+
+def test_a_validation_that_comes_later_is_no_other_training(tmp_path):
+    model = Model("nmsw", write_model(tmp_path), "nnUNetTrainerNMSW", "checkpoint_final.pth")
+    before = model.fingerprints([0])
+    checkpoint = torch.load(model.checkpoint_file(0), weights_only=False)
+    torch.save({**checkpoint, CALIBRATION_KEY: {"cases": 1}}, model.checkpoint_file(0))
+    assert model.fingerprints([0]) == before
+    name, weights = next(iter(checkpoint["network_weights"].items()))
+    checkpoint["network_weights"][name] = weights + 1
+    torch.save(checkpoint, model.checkpoint_file(0))
+    assert model.fingerprints([0]) != before
+
+
+def test_one_machine_measures_a_round(tmp_path, monkeypatch):
+    """Times of a round are compared with each other."""
+    model = Model("nmsw", write_model(tmp_path / "a__b__3d_fullres"), "nnUNetTrainerNMSW", "checkpoint_final.pth")
+    write_image(image := tmp_path / "case_0000.nii.gz")
+    case, methods = Case("case", 0, (str(image),), "case.nii.gz"), build_methods(False, ["10%"], [False])
+    comparison = Comparison(tmp_path, "Dataset", [model], methods, [case], 2.0, "cpu", timed_cases=1, rounds=2)
+    measured = []
+
+    def measure(task):
+        if len(measured) == interrupted_after:
+            raise KeyboardInterrupt
+        measured.append((here, task.method.key))
+        return []
+
+    monkeypatch.setattr(run, "measure_in_new_process", measure)
+    monkeypatch.setattr(run, "machine", lambda device: here)
+    number = len(run.timed_methods(methods, comparison.primary))
+    assert number > 1
+    here, interrupted_after = "one", number + 1
+    with pytest.raises(KeyboardInterrupt):
+        run.run_timing(comparison, False)
+    here, interrupted_after = "other", None
+    run.run_timing(comparison, False)
+    rounds = {}
+    for file in (tmp_path / "timing").iterdir():
+        rounds.setdefault(file.stem[-1], []).append(json.loads(file.read_text())["machine"])
+    assert rounds == {"0": number * ["one"], "1": number * ["other"]}
+    before = len(measured)
+    run.run_timing(comparison, False)
+    assert len(measured) == before

@@ -94,9 +94,16 @@ FLAGS = {
     "-i broken_link": "a link to a file that is missing",
     "-o {model}/plans.json": "is a file",
     "-o {model}/plans.json/x": "is a file",
+    "-o EMPTY": "-o is empty",
     "-o out.nii.gz": "give a folder for the predictions",
     "--calibrate x": "--calibrate is for a set",
     "--calibration x": "--calibration is for a set",
+    "--calibration x --max_drop 0.1": "--max_drop beside --calibration",
+    "--calibrate x -num_parts 2": "leave out -num_parts",
+    "--calibrate x --engine ray": "leave out --engine ray",
+    "--calibrate x --continue_prediction": "leave out --continue_prediction",
+    "--calibrate x --save_patches": "leave out --save_patches",
+    "--calibrate x -prev_stage_predictions y": "leave out -prev_stage_predictions",
     "--orientation RAS --save_probabilities": "--orientation turns labels back",
     "--explore 3": "--explore is for a set",
     "--explore -1": "--explore is -1",
@@ -127,6 +134,7 @@ def test_flags_are_refused_in_one_line(images, untrained, tmp_path, monkeypatch,
     for flag, value in defaults.items():
         if flag not in given:
             given += [flag, value]
+    given = [word.removeprefix("EMPTY") for word in given]
     assert FLAGS[flags] in refused(given, capfd)
     assert not Path("out").exists()
 

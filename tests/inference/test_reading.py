@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +80,16 @@ def test_a_folder_without_images_is_nothing_to_read(tmp_path, reads):
     (tmp_path / "file.txt").write_text("")
     reading.read_ahead([str(tmp_path)])
     reading.read_ahead([str(tmp_path / "file.txt")])
+    assert reads == []
+
+
+def test_a_name_that_ends_itk_is_left_to_who_refuses_it(tmp_path, reads):
+    """ITK ends the process where a name is not UTF-8."""
+    name = os.fsdecode(bytes(tmp_path / "a") + b"\xff_0000.nii.gz")
+    Path(name).write_bytes(b"")
+    reading.read_ahead([str(tmp_path)])
+    reading.read_ahead([name])
+    assert not reading._ahead
     assert reads == []
 
 

@@ -29,8 +29,8 @@ def test_each_threshold_is_calibrated_by_what_a_prediction_with_it_is_like():
     counts = [len(predicted.windows[0].starts) for predicted in predictions.values()]
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) > 2
-    for threshold, (labels_DHW, windows) in predictions.items():
-        case = PreprocessedCase("case", volume_CDHW, labels_DHW[None], {})
+    for threshold, predicted in predictions.items():
+        case = PreprocessedCase("case", volume_CDHW, predicted.segmentation[None], {})
         measured = calibrate(network, iter([case]), LabelEncoding(3), torch.device("cpu"))
         dice_of = {}
         for of_threshold, ((count, dice),) in measured.items():

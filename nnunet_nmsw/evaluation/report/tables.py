@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from nnunet_nmsw.evaluation.machine import GIB
 from nnunet_nmsw.evaluation.metrics import METRICS
 from nnunet_nmsw.evaluation.report.facts import case_facts, why
 from nnunet_nmsw.evaluation.report.results import MethodResult, Results, Spread
 from nnunet_nmsw.evaluation.statistics import PairedDifference
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

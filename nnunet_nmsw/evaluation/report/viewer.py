@@ -17,6 +17,7 @@ from scipy import ndimage
 from nnunet_nmsw.evaluation.methods import Method
 from nnunet_nmsw.evaluation.models import Case
 from nnunet_nmsw.evaluation.store import Comparison
+from nnunet_nmsw.inference.reading import read_image, read_segmentation
 
 MAX_SLICES = 80
 MAX_SIDE = 256
@@ -85,7 +86,7 @@ def show_case(
         text: what to say about the case.
     """
     reader = comparison.nmsw.plans.image_reader_writer_class()
-    data, properties = reader.read_images(list(case.images))
+    data, properties, _ = read_image(reader, case.images)
     image = data[0]
     _, y_spacing, x_spacing = properties["spacing"]
     every = max(1, math.ceil(image.shape[0] / MAX_SLICES))
@@ -128,7 +129,7 @@ def show_case(
 
 
 def _labels(file: str, reader: BaseReaderWriter) -> np.ndarray:
-    labels: np.ndarray = reader.read_seg(file)[0][0]
+    labels: np.ndarray = read_segmentation(reader, file)[0]
     return labels
 
 

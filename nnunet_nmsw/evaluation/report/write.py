@@ -6,8 +6,6 @@ import base64
 import dataclasses
 import html
 import math
-import os
-import platform
 import re
 import shlex
 import sys
@@ -15,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from markupsafe import Markup
 
+from nnunet_nmsw.evaluation.machine import machine, versions
 from nnunet_nmsw.evaluation.report.plots import Plot, shown_methods, write_plots
 from nnunet_nmsw.evaluation.report.reached_table import reached_in_words, reached_table
 from nnunet_nmsw.evaluation.report.results import MethodResult, Results, gather
 from nnunet_nmsw.evaluation.report.tables import (
-    GIB,
     accuracy_table,
     case_table,
     class_table,
@@ -33,7 +30,7 @@ from nnunet_nmsw.evaluation.report.tables import (
 from nnunet_nmsw.evaluation.report.viewer import CLASS_COLOURS, ShownCase, show_case
 from nnunet_nmsw.evaluation.statistics import verdict
 from nnunet_nmsw.evaluation.stock_models import StockModels
-from nnunet_nmsw.evaluation.store import Comparison, versions
+from nnunet_nmsw.evaluation.store import Comparison
 from nnunet_nmsw.files import write_json, write_text
 
 
@@ -67,7 +64,7 @@ def write_report(comparison: Comparison, margin: float, cases_shown: int) -> lis
         "first": [main_table(results), case_table(results)],
         "tables": tables,
         "margin": margin,
-        "machine": machine(comparison.device),
+        "machine": machine_of(comparison),
         "versions": versions(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -159,20 +156,10 @@ def _what_patches_bring(results: Results) -> list[str]:
     return [f"{text}; at most as many bring {', '.join(others)}." if others else f"{text}."]
 
 
-def machine(device: str) -> str:
-    """Processor, memory and device in words."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        models = [
-            line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line
-        ]
-        name = models[0] if models else name
-    text = f"{os.cpu_count()} cores of {name}"
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        text += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB"
-    accelerator = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU"}.get(device, lambda: "no GPU used")
-    return f"{text}, {accelerator()}"
+def machine_of(comparison: Comparison) -> str:
+    """Where times were measured; this machine where none were."""
+    measured = dict.fromkeys(entry["machine"] for entry in comparison.timings() if entry.get("machine"))
+    return "; ".join(measured) or machine(comparison.device)
 
 
 def _shown_cases(results: Results, number: int) -> list[ShownCase]:
