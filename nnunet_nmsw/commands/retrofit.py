@@ -112,8 +112,16 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--no_compare leaves out what -o and --compare are for: leave these out, too")
     if not args.no_compare:
         # Those that are known only when the model has been read cannot be wrong.
-        compare.read_flags([*args.compare, "-d", "", "-f", "0", "-o", str(args.o or "comparison")])
+        flags = compare.read_flags([*args.compare, "-d", "", "-f", "0", "-o", str(args.o or "comparison")])
         require_extra("nmsw_retrofit (or give --no_compare)", "compare", compare.NEEDED)
+        if flags.num_parts != 1:
+            raise UserError("--compare -num_parts leaves the report unfinished: leave it out")
+        if args.o is not None:
+            with importing():
+                from nnunet_nmsw.commands.images import check_output
+                from nnunet_nmsw.evaluation.store import check_report_folder
+            check_report_folder(args.o)
+            check_output(str(args.o))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -154,8 +154,7 @@ class Comparison:
                     "give a new folder with -o, or the flags it was made with"
                 )
             settings["checkpoints"] = checkpoints
-        elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_part, self.folder.iterdir()))):
-            raise UserError(f"{self.folder} is there and holds no comparison: give an empty or new folder with -o")
+        check_report_folder(self.folder)
         try:
             write_json(file, settings)
             self.remove_leftovers()
@@ -246,6 +245,18 @@ class Comparison:
                 timing = read_json(file, TIMING, f"delete it, and {AGAIN}")
                 for entry in timing["cases"]:
                     yield {"method": method.key, "round": number, "machine": timing.get("machine"), **entry}
+
+
+def check_report_folder(folder: Path) -> None:
+    """See that a folder is new or empty, or holds a comparison.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"-o {folder} is a file: give a folder")
+    if folder.exists() and not (folder / SETTINGS_FILE).is_file() and not all(map(_is_part, folder.iterdir())):
+        raise UserError(f"{folder} is there and holds no comparison: give an empty or new folder with -o")
 
 
 def _is_part(file: Path) -> bool:

@@ -269,7 +269,7 @@ class nnUNetTrainerNMSW(TrainerHooks):
         """Loss and pseudo Dice of the fused prediction of one volume, with the windows that inference would take."""
         step = self.step_of(batch, self.no_augmentation).to(self.device, non_blocking=True)
         with mixed_precision(self.device):
-            loss = self.network(step).loss
+            loss = self.nmsw_network(step).loss  # what wraps it waits for processes that may have no case left
         labels_DHW = predicted_in_training(self.nmsw_network, step, self.device)
         hits = self.encoding.hits(step.volume.labels_11DHW[0, 0].clamp_min(0), labels_DHW)
         names = ("tp_hard", "fp_hard", "fn_hard")

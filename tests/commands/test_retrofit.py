@@ -234,6 +234,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, str, str]] = {
     "no gpu": (None, "-num_gpus 0", "-num_gpus is 0"),
     "flags of compare": (None, "--compare -rounds 0", "-rounds is 0"),
     "unknown flags of compare": (None, "--compare --unknown", "unrecognized arguments: --unknown"),
+    "parts of a comparison": (None, "--compare -num_parts 2", "leaves the report unfinished"),
+    "report in a folder of something else": (None, f"-o {RAW}", "holds no comparison"),
     "compare or not": (None, "--no_compare --compare -k all", "--no_compare leaves out"),
     "dataset": (None, "-d 123", "-d 123: no such dataset"),
     "fold": (None, "-f 3", "there is no checkpoint"),

@@ -142,6 +142,15 @@ def test_broken_documents_are_named(folders, document, text, capfd):
     assert not (folders / "report").exists()
 
 
+def test_the_second_stage_of_a_cascade_is_refused(folders, capfd):
+    plans = folders / NMSW / "plans.json"
+    content = json.loads(plans.read_text())
+    content["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    plans.write_text(json.dumps(content))
+    assert "is the second stage of a cascade" in refused("-d 1 -f 0 -o report -k 2", capfd)
+    assert not (folders / "report").exists()
+
+
 def test_a_missing_image_is_named(folders, capfd):
     (folders / "nnUNet_raw" / DATASET / "labelsTr" / "a.nii.gz").unlink()
     assert "misses a file" in refused("-d 1 -f 0 -o report -k 2", capfd)

@@ -171,6 +171,18 @@ def test_voxels_that_are_no_numbers_are_told(tmp_path, value, ending, capsys):
     assert (output / f"good{ending}").is_file()
 
 
+@pytest.mark.parametrize("ending", ["nrrd", "mha"])
+def test_a_fourth_axis_of_one_voxel_is_no_channel(untrained, tmp_path, ending):
+    """nnU-Net's reader takes it for the channel, and its writer fails after the prediction."""
+    predictor = NMSWPredictor(2, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(untrained), (0,))
+    file = str(tmp_path / f"a_0000.{ending}")
+    sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(np.ones((8, 9, 10), np.float32))]), file)
+    error = preprocessed(predictor, [file], None, None)["error"]
+    assert isinstance(error, UserError)
+    assert "it has 4 axes" in str(error)
+
+
 @pytest.mark.parametrize("name", ["..", "", "."])
 def test_names_that_no_file_can_have_are_refused(images, untrained, tmp_path, name):
     write_image(images / "x_0000.nii.gz", 1)

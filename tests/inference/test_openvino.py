@@ -158,3 +158,29 @@ def test_usage_is_not_reported():
     code += "print(sys.modules['openvino_telemetry'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "None"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_a_cache_that_cannot_be_read_is_none(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    _reads_nothing(tmp_path / "closed" / "branch")
+
+
+def test_what_is_no_cache_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    _reads_nothing(tmp_path / "file" / "branch")
+    _reads_nothing(tmp_path / "missing")
+
+
+def _reads_nothing(folder):
+    assert openvino_models.read(folder) is None
+    assert not openvino_models.is_known_as_fixed(folder)
+
+
+def test_the_last_sizes_of_a_branch_are_kept(tmp_path):
+    folders = [tmp_path / f"branch_{number}x1" for number in range(openvino_models.MOST_SIZES + 3)]
+    for age, folder in enumerate(folders):
+        folder.mkdir()
+        os.utime(folder, (age, age))
+    openvino_models.remove_oldest(tmp_path.glob("branch_*x*"))
+    assert sorted(tmp_path.iterdir()) == sorted(folders[3:])
