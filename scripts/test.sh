@@ -13,4 +13,4 @@ ruff format --check .
 mypy
 # Files of tests are shared out to two processes. Threads of these that wait by spinning would starve the other.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+pytest --timeout 1800 -n 2 --dist loadfile --no-loadscope-reorder "$@"

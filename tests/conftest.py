@@ -1,9 +1,13 @@
 """Fixtures that tests of all kinds share, options, and the document of `compatibility.py`."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import surroundings  # noqa: F401 - before nnU-Net is imported
+import torch
 from commands import DATASET, TRAINER, run_executable, write_tiny_plans
 from compatibility import Document, check_markers
 from hypothesis import settings
@@ -12,8 +16,9 @@ from tiny import build_network
 from nnunet_nmsw.demo.phantom import write_dataset
 from nnunet_nmsw.model.network import NMSWNetwork
 
-settings.register_profile("no timings", deadline=None)
-settings.load_profile("no timings")
+# The same examples everywhere, whatever a variable `CI` or a database of earlier failures says.
+settings.register_profile("the same", deadline=None, derandomize=True, database=None)
+settings.load_profile("the same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +44,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Whatever tests ran before in this process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - which nnU-Net draws from
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Commands set their number, and sums are rounded by it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

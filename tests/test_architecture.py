@@ -36,6 +36,7 @@ CORE = (
     "inference/networks.py",
     "inference/planes.py",
 )
+MODULES = {file.stem for file in PACKAGE.iterdir()}
 LARGEST_FILE, MOST_ARGUMENTS = 300, 7
 OTHERWISE_NAMED = {"PIL": "pillow", "skimage": "scikit-image"}
 """Distributions by module. Python 3.10 does not know those of all modules."""
@@ -51,7 +52,10 @@ def name_of(file: Path) -> str:
 def imported(file: Path) -> Iterator[str]:
     """Modules of this package that a file imports, when it is imported or later."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nnunet_nmsw"):
+        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
+            names = (alias.name for alias in node.names)
+            yield from (f"{PACKAGE.name}.{name}" for name in names if name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE.name}."):
             yield str(node.module)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("nnunet_nmsw"))

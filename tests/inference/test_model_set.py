@@ -215,6 +215,12 @@ GEOMETRIES = {
     "transposed": {"transpose_forward": [1, 2, 0], "transpose_backward": [2, 0, 1]},
     "cropped": {"border": 3},
     "thick slices": {"spacing": [3.0, 1.0, 1.0], "shape": (9, 20, 20)},
+    "transposed thick slices": {
+        "transpose_forward": [1, 2, 0],
+        "transpose_backward": [2, 0, 1],
+        "spacing": [3.0, 1.0, 1.0],
+        "shape": (9, 20, 20),
+    },
     "of another spacing": {"spacing": [1.7, 0.8, 1.3]},
 }
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
@@ -48,7 +48,14 @@ def differences(labels: torch.Tensor, logits: np.ndarray, encoding: LabelEncodin
     return int(((labels != expected).numpy() & (margin > 1e-4)).sum())
 
 
+AS_IT_IS = {"factor": (2, 2, 2), "num_windows": (3, 2), "separate": None, "planes_at_once": 4, "seed": 1}
+
+
 @settings(max_examples=40)
+@example(inside=(20, 17, 26), target=(20, 17, 26), regions=False, **AS_IT_IS)  # which is not resampled
+@example(inside=(20, 17, 26), target=(20, 17, 26), regions=True, **AS_IT_IS)
+@example(inside=(20, 17, 26), target=(20, 34, 13), regions=False, **AS_IT_IS)
+@example(inside=(20, 17, 26), target=(40, 17, 26), regions=False, **AS_IT_IS)
 @given(
     inside=st.tuples(*[st.integers(1, 30)] * 3),
     target=st.tuples(*[st.integers(1, 40)] * 3),

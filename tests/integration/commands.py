@@ -57,11 +57,16 @@ def run(
         server = command_server()
         assert server.stdin is not None
         assert server.stdout is not None
-        print(json.dumps(request), file=server.stdin, flush=True)
-        process = int(server.stdout.readline())
-        if meanwhile is not None:
-            meanwhile(process)
-        status = int(server.stdout.readline())
+        try:
+            print(json.dumps(request), file=server.stdin, flush=True)
+            process = int(server.stdout.readline())
+            if meanwhile is not None:
+                meanwhile(process)
+            status = int(server.stdout.readline())
+        except BaseException:  # the next test would read what answers this one
+            server.kill()
+            command_server.cache_clear()
+            raise
         stdout, stderr = (Path(file).read_text() for file in files.values())
     if check and status:
         pytest.fail(f"{command}\n{stdout[-3000:]}\n{stderr[-3000:]}")

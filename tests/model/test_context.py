@@ -40,7 +40,7 @@ def coarse_of(network: NMSWNetwork, volume_1CDHW: Tensor, encoding: LabelEncodin
     return network.coarse(downsample(volume_1CDHW, FACTOR), encoding)
 
 
-@pytest.mark.parametrize("encoding", [LabelEncoding(3), LabelEncoding(4, ((1, 2), (2,), (3,)), (1, 2, 3))])
+@pytest.mark.parametrize("encoding", [LabelEncoding(3), LabelEncoding(4, None, ((1, 2), (2,), (3,)), (1, 2, 3))])
 def test_the_context_of_a_window_is_that_of_the_volume_there(encoding):
     network = with_context().eval()
     volume, starts = torch.randn(1, 1, 17, 12, 16), torch.tensor([[0, 0, 0], [9, 4, 8], [3, 1, 5]])
