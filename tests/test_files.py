@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_nmsw import files
 from nnunet_nmsw.files import PREFIX, check_whole, remove_leftovers, write_json, written_whole
 
 FORMATS = [(".nii.gz", True), (".nii", False), (".mha", True), (".gipl", False)]
@@ -38,6 +40,22 @@ def test_what_is_not_compressed_may_be_named_so(tmp_path):
     (tmp_path / "image.nii.gz").write_bytes(content[:-100])
     with pytest.raises(OSError, match="cut off"):
         check_whole(tmp_path / "image.nii.gz")
+
+
+@pytest.mark.parametrize("kind", ["Nifti1Image", "Nifti2Image"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_voxels_that_are_no_numbers_are_counted_block_by_block(tmp_path, monkeypatch, kind, order, ending, dtype):
+    monkeypatch.setattr(files, "BLOCK", 101)  # which no voxel's size divides
+    array = np.random.default_rng(0).normal(size=(9, 10, 11)).astype(dtype)
+    file = tmp_path / f"image{ending}"
+    of_order = getattr(nibabel, kind)(array, np.eye(4)).header.as_byteswapped(order)
+    nibabel.save(getattr(nibabel, kind)(array, np.eye(4), of_order), file)
+    assert check_whole(file) == 0
+    array.flat[[0, 500, 989]] = np.nan, np.inf, -np.inf
+    nibabel.save(getattr(nibabel, kind)(array, np.eye(4), of_order), file)
+    assert check_whole(file) == 3
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])

@@ -217,7 +217,10 @@ def find_cases(dataset: str, folds: Sequence[int], models: Sequence[Model]) -> l
     for fold, names in held_out.items():
         for name in names:
             if name not in files:
-                raise UserError(f"images of validation case {name} of fold {fold} are missing in {raw / 'imagesTr'}")
+                raise UserError(
+                    f"images of validation case {name} of fold {fold} are missing in {raw / 'imagesTr'}, and {splits} "
+                    "names it"
+                )
             if name in {case.name for case in cases}:
                 raise UserError(f"{splits} has case {name} in the validation set of more than one of the folds {folds}")
             images, reference = files[name]["images"], files[name]["label"]

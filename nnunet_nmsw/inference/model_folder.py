@@ -257,7 +257,10 @@ def initialize(
         if trust:  # it is the user's own code, perhaps
             traceback.print_exception(error)
         # Plans and checkpoint are anybody's, and so is what nnU-Net and networks raise for them.
-        raise UserError(f"cannot load {checkpoint} of folds {list(folds)} in {folder}: {reason(error)}") from error
+        raise UserError(
+            f"cannot load {checkpoint} of folds {list(folds)} in {folder}, or plans.json and dataset.json there are of "
+            f"another model: {reason(error)}"
+        ) from error
     for file, weights in zip(read, predictor.list_of_parameters, strict=True):
         check_finite(weights, file)
     return {file: trained.get(CALIBRATION_KEY) for file, trained in read.items()}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,10 +63,11 @@ FOLLOWING = """
 import os, subprocess, sys, time
 from nnunet_nmsw.console import follow_parent
 if len(sys.argv) == 1:
-    child = subprocess.Popen([sys.executable, __file__, "child"])
+    child = subprocess.Popen([sys.executable, __file__, __file__ + ".ready"])
     print(child.pid, flush=True)
     time.sleep(60)
 follow_parent()
+open(sys.argv[1], "w").close()
 time.sleep(60)
 """
 
@@ -76,7 +78,9 @@ def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    time.sleep(2)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not Path(f"{script}.ready").exists():  # before, its parent could be another one
+        time.sleep(0.1)
     assert is_running(child)
     parent.kill()
     parent.wait()

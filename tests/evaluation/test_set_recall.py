@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_sets import COARSE, FINE, case_of, noise, stock_logits, the_set, write_models
@@ -61,6 +60,8 @@ def test_the_objects_are_those_of_the_models_own_sliding_windows(models, image, 
             of_class = found[COARSE.index(label) + 1]
             expected = Reached.of(own == number, here)
             # nnU-Net adds its windows up in half precision, which decides on a few voxels of noise.
-            assert torch.tensor(of_class).float().allclose(torch.tensor(expected).float(), rtol=0.02, atol=3)
+            assert abs(of_class.objects - expected.objects) <= 1
+            assert abs(of_class.reached - expected.reached) <= 1
+            assert of_class[2:] == pytest.approx(expected[2:], rel=0.02, abs=3)
             if num_patches == "all":
                 assert of_class.reached == of_class.objects

@@ -68,11 +68,13 @@ def kill(process: int, number: int, group: bool) -> None:
         (os.killpg if group else os.kill)(process, number)
 
 
-def random_kill(random_: random.Random, folder: Path, files: int, seconds: float) -> Callable[[int], None]:
-    """A kill at a random time, or right behind a random file."""
+def random_kill(random_: random.Random, folder: Path, files: int, seconds: float, kills: int) -> Callable[[int], None]:
+    """A kill at a random time, or right behind a random file; of a single kill always the latter, which takes place."""
+    if kills == 1:
+        return kill_behind_a_file(folder, random_.randint(1, files), 600)
     if random_.random() < 0.5:
         return after(random_.uniform(0, seconds))
-    return kill_behind_a_file(folder, random_.randint(1, files), 2 * seconds)
+    return kill_behind_a_file(folder, random_.randint(1, 3 * files), 2 * seconds)
 
 
 OF_NNUNET = ("progress.png", "debug.json", "summary.json", "plans.json", "dataset.json", "dataset_fingerprint.json")

@@ -138,7 +138,7 @@ def test_broken_documents_are_named(folders, document, text, capfd):
     (folders / document).write_bytes(text)
     k = "auto" if "automatic" in document else "2"
     message = refused(f"-d 1 -f 0 -o report -k {k}", capfd)
-    assert Path(document).name in message or "is missing" in message or "are missing" in message
+    assert Path(document).name in message, message
     assert not (folders / "report").exists()
 
 

@@ -292,7 +292,7 @@ def test_broken_documents_are_named(images, untrained, tmp_path, document, key, 
     flags = ["-i", str(images), "-o", str(tmp_path / "out"), "-m", str(model), "-device", "cpu", "-npp", "0"]
     message = refused([*flags, *(["-k", "auto"] if "automatic" in document else [])], capfd)
     # Some values only show in the network that is built of them, or in the image that is read.
-    assert any(word in message for word in (Path(document).name, "in the plans", str(model), "cannot "))
+    assert Path(document).name in message or "in the plans" in message, message
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 

@@ -42,12 +42,12 @@ def test_kills_of_a_prediction(many_images, untrained, tmp_path, flags, pytestco
     run(f"{predict} -o whole", tmp_path)
     expected = labels_of(tmp_path / "whole")
     assert len(expected) == CASES
-    random_ = random.Random(len(flags))
+    random_, kills = random.Random(len(flags)), pytestconfig.getoption("kills")
     killed = 0
-    for number in range((pytestconfig.getoption("kills") + 1) // 2):
+    for number in range((kills + 1) // 2):
         output = tmp_path / f"out{number}"
         for _ in range(2):  # the second goes on where the first was killed
-            with_files = random_kill(random_, output, 3 * CASES, 1.5)
+            with_files = random_kill(random_, output, CASES, 1.5, kills)
             result = run(f"{predict} -o {output} --continue_prediction", tmp_path, check=False, meanwhile=with_files)
             killed += result.returncode == -signal.SIGKILL
             check_files(output)
@@ -62,7 +62,8 @@ def test_kills_of_a_prediction(many_images, untrained, tmp_path, flags, pytestco
         assert all(np.array_equal(labels, expected[name]) for name, labels in labels_of(output).items())
         assert not list(output.rglob(f"{PREFIX}*"))
         shutil.rmtree(output)
-    print(f"killed {killed} of {2 * ((pytestconfig.getoption('kills') + 1) // 2)} calls")
+    assert killed == 2 or kills > 1
+    print(f"killed {killed} of {2 * ((kills + 1) // 2)} calls")
 
 
 TRAIN = "nnUNetv2_train 998 3d_fullres 0 -p nnUNetPlans_small -tr nnUNetTrainerNMSW_mortal -device cpu"
@@ -87,8 +88,9 @@ def test_kills_of_a_training(preprocessed, pytestconfig):
     random_, killed, kills = random.Random(1), 0, pytestconfig.getoption("kills")
     while killed < kills:
         for _ in range(min(5, kills - killed)):
-            watch = random_kill(random_, preprocessed / fold, 12, 6.0)
-            run(f"{TRAIN} --c", preprocessed, check=False, meanwhile=watch, nnUNet_n_proc_DA="0")
+            watch = random_kill(random_, preprocessed / fold, 4, 6.0, kills)
+            result = run(f"{TRAIN} --c", preprocessed, check=False, meanwhile=watch, nnUNet_n_proc_DA="0")
+            assert result.returncode == -signal.SIGKILL or kills > 1
             killed += 1
             check_files(preprocessed / fold, OF_NNUNET)
             for file in (preprocessed / fold).glob("checkpoint_*.pth"):
@@ -122,8 +124,9 @@ def test_kills_of_a_comparison(compared, pytestconfig):
     for number in range((kills + 1) // 2):
         report = compared / f"report{number}"
         for _ in range(min(2, kills - 2 * number)):
-            watch = random_kill(random_, report, 20, 8.0)
-            run(f"{command} -o {report}", compared, check=False, meanwhile=watch)
+            watch = random_kill(random_, report, 7, 8.0, kills)
+            result = run(f"{command} -o {report}", compared, check=False, meanwhile=watch)
+            assert result.returncode == -signal.SIGKILL or kills > 1
             check_files(report)
         run(f"{command} -o {report}", compared)
         assert files_of(report) == files_of(compared / "whole")
