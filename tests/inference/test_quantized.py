@@ -63,6 +63,19 @@ def test_a_quantised_model_predicts_nearly_the_same(preprocessed, model, tmp_pat
         assert 2 * (integers[floating > 0] > 0).sum() / ((floating > 0).sum() + (integers > 0).sum()) > 0.5
 
 
+def test_integers_are_what_computes(preprocessed, model):
+    main(["-m", str(model), "--max_drop", "1"])
+    volume_CDHW = torch.randn(1, 24, 28, 32, generator=torch.Generator().manual_seed(0))
+    logits = {}
+    for precision in ("float32", "int8"):
+        predictor = nmsw(num_patches="all", backend="openvino", precision=precision)
+        predictor.initialize_from_trained_model_folder(str(model), (0,))
+        logits[precision] = predictor.predict_case_logits({"data": volume_CDHW}).logits_CDHW.float()
+    difference = (logits["int8"] - logits["float32"]).abs().mean()
+    print("difference", difference, logits["float32"].std())
+    assert 0 < difference < 0.2 * logits["float32"].std()
+
+
 def test_what_does_not_belong_together_is_refused(preprocessed, model):
     main(["-m", str(model), "--max_drop", "1"])
     predictor = nmsw(backend="openvino", precision="int8")

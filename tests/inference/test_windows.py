@@ -65,3 +65,19 @@ def test_voxels_are_those_of_the_file(tmp_path, reader):
             # nibabel counts millimetres RAS, and the JSON LPS.
             centre = image.affine @ [*((first + last) / 2), 1]
             np.testing.assert_allclose(window["centre_mm_lps"], centre[:3] * [-1, -1, 1], atol=1e-3)
+
+
+def test_ranks_beyond_those_of_a_byte_share_the_last(tmp_path):
+    shape, number = (4, 5, 300), 300
+    properties = {
+        "spacing": [1.0] * 3,
+        "sitk_stuff": {"spacing": (1.0,) * 3, "origin": (0.0,) * 3, "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)},
+        "shape_before_cropping": shape,
+        "bbox_used_for_cropping": [[0, n] for n in shape],
+        "shape_after_cropping_and_before_resampling": shape,
+    }
+    starts = np.stack([[0, 0, x] for x in range(number)])
+    chosen = ChosenWindows(starts, np.linspace(1, 0, number), (4, 5, 1), shape, number)
+    write_windows(tmp_path, "case", [chosen], properties, PlansManager(make_plans()), ".nii.gz")
+    overlay = np.asarray(nibabel.load(tmp_path / "case.nii.gz").dataobj)
+    assert overlay[:, 0, 0].tolist() == [min(rank, 255) for rank in range(1, number + 1)]

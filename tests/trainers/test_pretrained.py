@@ -7,7 +7,7 @@ import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from tiny import build_network, make_plans, make_trainer
+from tiny import DATASET_JSON, build_network, make_plans, make_trainer
 from torch import nn
 
 from nnunet_nmsw.errors import UserError
@@ -124,3 +124,44 @@ def test_the_trainer_loads_them_before_it_compiles_and_trains(tmp_path, monkeypa
     assert {name for name in network.state_dict() if name.startswith("local_branch.encoder.")} <= loaded
     trainer._unwrap_pretrained()
     assert trainer.network is network
+
+
+def stock_checkpoint(folder, plans=None, **of_dataset):
+    """A checkpoint of the tiny stock model, as nnU-Net saves it."""
+    dataset = {**DATASET_JSON, **of_dataset}
+    init_args = {"plans": plans or make_plans(), "configuration": "3d_fullres", "fold": 0, "dataset_json": dataset}
+    file = folder / "stock.pth"
+    weights = other_weights(build_network().local_branch)
+    content = {"network_weights": weights, "init_args": init_args, "inference_allowed_mirroring_axes": (0,)}
+    torch.save({**content, "trainer_name": "nnUNetTrainer"}, file)
+    return file
+
+
+def retrofit(fold=0):
+    plans = {**make_plans(), "continue_training": False}
+    trainer = nnUNetTrainerNMSW_retrofit(plans, "3d_fullres", fold, DATASET_JSON, torch.device("cpu"))
+    trainer.initialize()
+    return trainer
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.parametrize("what", ["labels", "spacing", "normalization_schemes"])
+def test_a_retrofit_of_a_model_of_another_task_is_refused(tmp_path, what):
+    plans = make_plans()
+    changed = {"spacing": [1.0, 1.0, 2.0], "normalization_schemes": ["CTNormalization"]}
+    if what in changed:
+        plans["configurations"]["3d_fullres"][what] = changed[what]
+    labels = {"labels": {"background": 0, "lesion": 1, "organ": 2}} if what == "labels" else {}
+    with pytest.raises(UserError, match=f"was trained with other {what.replace('_', ' ')}"):
+        retrofit().load_pretrained_weights(stock_checkpoint(tmp_path, plans, **labels))
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.parametrize("fold", [0, 1])
+def test_a_retrofit_mirrors_as_its_stock_model_and_tells_of_another_fold(tmp_path, capsys, fold):
+    trainer = retrofit(fold)
+    trainer.load_pretrained_weights(stock_checkpoint(tmp_path))
+    assert all((weight == 0.25).all() for weight in trainer.nmsw_network.local_branch.state_dict().values())
+    *_, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert axes == trainer.inference_allowed_mirroring_axes == (0,)
+    assert ("has seen cases that fold 1 validates on" in capsys.readouterr().out) == (fold == 1)
