@@ -1,12 +1,18 @@
 """What a validation says of a model."""
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from predictors import nmsw
-from tiny import build_network, initialized
+from tiny import build_network, initialized, make_plans, make_trainer
 
 from nnunet_nmsw.selection.calibration import THRESHOLDS
 from nnunet_nmsw.trainers.cases import PreprocessedCase
-from nnunet_nmsw.trainers.validation import calibrate
+from nnunet_nmsw.trainers.validation import _save_for_next_stages, calibrate
 from nnunet_nmsw.volume.labels import LabelEncoding
 
 
@@ -44,3 +50,29 @@ def test_each_threshold_is_calibrated_by_what_a_prediction_with_it_is_like():
 def counts_differ(predictions, one, other):
     """Whether predictions of two thresholds have other numbers of windows."""
     return len(predictions[one].windows[0].starts) != len(predictions[other].windows[0].starts)
+
+
+@pytest.mark.usefixtures("folders")
+def test_the_next_stage_gets_what_was_predicted_in_its_resolution(tmp_path):
+    plans = make_plans()
+    plans["configurations"]["next"] = {"inherits_from": "3d_fullres", "data_identifier": "of_next"}
+    plans["configurations"]["3d_fullres"] |= {"next_stage": "next", "spacing": [2.0] * 3}
+    trainer = make_trainer(plans)
+    folder = Path(trainer.preprocessed_dataset_folder_base, "of_next")
+    folder.mkdir(parents=True)
+    data = np.zeros((1, 12, 14, 16), np.float32)
+    nnUNetDatasetBlosc2.save_case(data, data.astype(np.int16), {}, str(folder / "case"))
+    labels = torch.zeros(6, 7, 8, dtype=torch.int64)
+    labels[1:3, 2:6, 1:4], labels[4:, :3, 5:] = 1, 2
+    logits_CDHW = 10 * F.one_hot(labels, 3).permute(3, 0, 1, 2).float()
+    properties = {"spacing": [1.0] * 3, "shape_after_cropping_and_before_resampling": (12, 14, 16)}
+    case = {"ofile": str(tmp_path / "validation" / "case"), "data_properties": properties}
+    _save_for_next_stages(trainer, case, logits_CDHW)
+    predicted = Path(trainer.output_folder_base, "predicted_next_stage", "next")
+    assert [file.stem for file in predicted.iterdir()] == ["case"]
+    cases = nnUNetDatasetBlosc2(str(folder), folder_with_segs_from_previous_stage=str(predicted))
+    _, _, previous, _ = cases.load_case("case")
+    expected = F.interpolate(labels[None, None].float(), (12, 14, 16), mode="nearest-exact")[0, 0].numpy()
+    assert previous.shape == expected.shape
+    assert (previous[:] == expected).mean() > 0.97  # but for the borders, which are interpolated
+    assert (previous[:] > 0).sum() > 0.7 * (expected > 0).sum()
