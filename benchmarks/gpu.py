@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measuring import measured_on
 
 from nnunet_nmsw._register import register
 
@@ -124,8 +124,7 @@ class Results:
 
     def __init__(self, file: Path, device: torch.device) -> None:
         self.file = file
-        name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-        self.content: dict[str, Any] = {"command": sys.argv, "device": name, "torch": torch.__version__, "rows": []}
+        self.content: dict[str, Any] = {"command": sys.argv, **measured_on(device), "rows": []}
 
     def keep(self, **row: Any) -> None:
         """Add a measurement."""

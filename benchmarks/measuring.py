@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from nnunet_nmsw.evaluation.machine import machine
+
+FAST = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+"""Of /proc/cpuinfo, what decides how fast a type of numbers is."""
 
 MARK = "RESULT "
 """Before the line of a process that holds what it measured; libraries print, too."""
@@ -32,10 +38,35 @@ def in_new_process(script: str, *arguments: str, **environment: str) -> dict[str
 
 def write_results(file: Path, results: dict[str, Any], device: torch.device | None = None) -> None:
     """Write results into a JSON file, with the command and the machine; with the GPU's name where the device is one."""
-    machine = {"cores": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__}
-    if device is not None and device.type == "cuda":
-        machine["device"] = torch.cuda.get_device_name()
-    file.write_text(json.dumps({"command": sys.argv, "machine": machine, **results}, indent=1))
+    file.write_text(json.dumps({"command": sys.argv, "machine": measured_on(device), **results}, indent=1))
+
+
+def measured_on(device: torch.device | None = None) -> dict[str, Any]:
+    """What numbers depend on: the machine, fast types that its processor has, threads, versions, and the commit."""
+    information = Path("/proc/cpuinfo")
+    flags = set(information.read_text().split()) if information.is_file() else set()
+    return {
+        "machine": machine("cpu" if device is None else device.type),
+        "processor": [name for name in FAST if name in flags],
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("nnunet-nmsw", "nnunetv2", "torch", "openvino")},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """What is measured, where it is a repository."""
+    if shutil.which("git") is None:
+        return None
+    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).resolve().parent
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Every row of "From file to file" in docs/performance.md: models, images and measurements. About 100 minutes on two
-# cores that do nothing else. What is there is not made again.
+# cores that do nothing else. What is in WORK is not made again. In the end all rows go into docs/performance: of one
+# machine and version.
 #
 #     benchmarks/prediction_rows.sh WORK        # folder of models and images
 #
 # BTCV_IMAGES and BTCV_MODEL, if set: a folder of scans of BTCV, and an NMSW model of 14 classes that was trained on them.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-rows=$here/../docs/performance
-mkdir -p "$1"
+mkdir -p "$1/rows"
 cd "$1"
 export nnUNet_raw=$PWD/raw nnUNet_preprocessed=$PWD/preprocessed nnUNet_results=$PWD/results nnUNet_compile=f
 export nnUNet_n_proc_DA=1 OMP_WAIT_POLICY=PASSIVE
@@ -39,7 +39,7 @@ P
 widened() { [ -d "$2" ] || python "$here/synthetic.py" --widen "$1" -o "$2" "${@:3}"; }
 # One JSON file. NAME MODEL IMAGES FLAGS...
 row() {
-    local file=$rows/prediction_$1.json
+    local file=rows/prediction_$1.json
     [ -f "$file" ] && return
     # What OpenVINO converts is kept: not measured.
     for precision in float32 bfloat16; do
@@ -78,3 +78,4 @@ row large_3 SMALL $organs --disable_tta
 row large_30 SMALL_30 $organs --disable_tta
 row medium_118 SMALL_118 $organs --disable_tta --magnify 0.5
 row ten_small_30 SMALL_30 raw/Dataset935_Organs30/imagesTs --disable_tta -cases 10
+cp rows/*.json "$here/../docs/performance/"
