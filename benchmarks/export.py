@@ -37,7 +37,6 @@ from nnunet_nmsw.volume.windows import Shape, WindowGrid, window_slices
 METHODS = ("stock", "planes")
 IMAGE_SPACING = 0.8
 """In mm, isotropic."""
-CHUNK = 1 << 20
 
 
 def main() -> None:

@@ -92,6 +92,11 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
     folder = args.o / dataset.folder / f"{args.epochs}_epochs"
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / f"{name}__seed_{seed}.json"
+    fold = seed if args.folds else 0
+    if results.is_file():
+        there, asked = json.loads(results.read_text()).get("run"), {"fold": fold, "steps": args.steps}
+        if there not in (None, asked):
+            raise SystemExit(f"{results} is a run of {there}, and asked for is {asked}: give another folder with -o")
     if results.is_file() != args.evaluate or (args.end and time.monotonic() > args.end):
         return
     plans = f"nnUNetPlans_{name}_{seed}{dataset.variant}"
@@ -101,7 +106,7 @@ def train_and_evaluate(dataset_id: int, name: str, seed: int, arm: Arm, args: ar
     results_of_nnunet = args.o / "models" / f"{args.epochs}_epochs"
     environment = environment_of(results_of_nnunet, args.jobs)
     command = [sys.executable, str(HERE / "ablation_run.py"), "-d", str(dataset.number), "-o", str(results)]
-    command += values_of_flags(args, arm.trainer, plans, seed if args.folds else 0, seed)
+    command += values_of_flags(args, arm.trainer, plans, fold, seed)
     command += ["--evaluate"] if args.evaluate else []
     command += [] if name in SELECTION_ARMS else ["--own_selection"]
     command += [] if dataset.mirrors else ["--no_mirroring"]

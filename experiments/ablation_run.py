@@ -62,6 +62,7 @@ def main() -> None:
         results["training"] = {name: logging[f"nmsw_{name}"] for name in LOGGED if f"nmsw_{name}" in logging}
         ends, starts = (np.array(logging[f"epoch_{what}_timestamps"]) for what in ("end", "start"))
         results["bfloat16"] = in_bfloat16(args.device)
+        results["run"] = {"fold": args.f, "steps": args.steps}
         results["seconds_of_training"] = float((ends - starts).sum())
     unfinished = args.o.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=1))

@@ -105,7 +105,7 @@ ARMS = {
     "factor_4": Arm(settings={"downsampling_factor": [4, 4, 4]}),
     "batch_norm": Arm(settings={"global_architecture": BATCH_NORM}),
 }
-PICKED_BY_TOP_K = ("paper", "paper_adamw", "paper_2_2")
+PICKED_BY_TOP_K = ("paper", "paper_2_2")
 """Arms whose windows are picked by top-k."""
 
 SELECTION_ARMS = ("default",)

@@ -74,6 +74,7 @@ class Study:
         self.end = time.monotonic() + 60 * args.minutes if args.minutes else None
         self.backbone = "" if args.backbone == UNET else f"_{args.backbone}"
         self.results = args.o / "models" / f"{args.epochs}_epochs"
+        self.starts = args.o / "models" / f"{args.start_epochs or args.epochs}_epochs"
         self.environment = environment_of(self.results, args.jobs)
 
     def plans_of(self, dataset: Dataset, arm: str) -> str:
@@ -107,7 +108,7 @@ class Study:
         command += values_of_flags(args, self.trainer(name), self.plans_of(dataset, name), fold, fold)
         command += [] if dataset.mirrors else ["--no_mirroring"]
         if arm.start is not None:
-            start = self.checkpoint(dataset, arm.start, fold)
+            start = self.starts / self.checkpoint(dataset, arm.start, fold).relative_to(self.results)
             if not start.is_file():
                 print(f"{dataset.folder} {name} fold {fold} waits for {arm.start}", flush=True)
                 return
@@ -149,7 +150,7 @@ class Study:
             command += ["-tr", self.trainer(LOWRES), "-c", "3d_fullres"]
         else:
             command += ["nmsw_predict", "--global_model", str(self.model(dataset, LOWRES)), "-k", name]
-            command += ["--local_model", str(self.model(dataset, STOCK))]
+            command += ["--local_model", str(self.model(dataset, STOCK)), "--backend", "pytorch"]
         command += ["-f", str(fold), "--disable_tta", "-device", args.device, "-npp", "1", "-nps", "1"]
         self.call(command, folder.with_suffix(".log"))
 
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("-backbone", default=UNET, choices=BACKBONES, help="network of both branches")
     parser.add_argument("-folds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("-epochs", type=int, required=True, help="of a training")
+    parser.add_argument("-start_epochs", type=int, help="of the models that retrofits start from. Default: -epochs")
     parser.add_argument("-steps", type=int, default=STEPS, help="of an epoch")
     parser.add_argument("-jobs", type=int, default=1, help="trainings at the same time")
     parser.add_argument("--minutes", type=float, help="stop after these. The same command goes on where it stopped")
