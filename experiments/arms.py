@@ -6,6 +6,7 @@ runs. Each changes one thing; a trainer of your own is made in the same way.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from nnunet_nmsw.model.context import Context
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
 from nnunet_nmsw.model.network import NMSWNetwork, Parts
+from nnunet_nmsw.selection.budget import Budget
+from nnunet_nmsw.selection.draw import Draw, PlackettLuce
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.selection.sampler import BenefitSampler
 from nnunet_nmsw.trainers import nnUNetTrainerNMSW
@@ -26,7 +29,7 @@ from nnunet_nmsw.trainers.builder import network_builder
 from nnunet_nmsw.trainers.step import TrainingStep
 from nnunet_nmsw.trainers.views import TrainingVolume, Transform
 from nnunet_nmsw.volume.labels import LabelEncoding
-from nnunet_nmsw.volume.windows import Shape
+from nnunet_nmsw.volume.windows import Shape, WindowGrid
 
 
 class FreeMap(BenefitSampler):
@@ -41,6 +44,25 @@ class SampledFused(BenefitSampler):
     """The random windows of a step train the local branch alone."""
 
     fuses_random_windows = False
+
+
+class Jittered(PlackettLuce):
+    """Moves each drawn window by up to half of the step between windows."""
+
+    def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> Draw:
+        """See the parent."""
+        draw = super().choose(coarse, grid, budget)
+        patch_3 = torch.tensor(grid.patch_size)
+        reach_3 = patch_3 * grid.tile_step_size / 2
+        moved_K3 = draw.starts_K3 + ((2 * torch.rand(draw.starts_K3.shape) - 1) * reach_3).round().long()
+        moved_K3 = torch.minimum(moved_K3.clamp_min(0), torch.tensor(grid.volume_shape) - patch_3)
+        return dataclasses.replace(draw, starts_K3=moved_K3)
+
+
+class JitteredDraw(BenefitSampler):
+    """Windows of a step lie between the grid's positions, too."""
+
+    in_training = Jittered(by_spread=True)
 
 
 class WithoutDropout(Context):
@@ -84,6 +106,7 @@ PARTS = {
     **{name: Parts(BenefitSampler(), context=context) for name, context in CONTEXTS.items()},
     "free_map": Parts(FreeMap()),
     "sampled_fused": Parts(SampledFused()),
+    "jittered": Parts(JitteredDraw()),
     "class_weights": Parts(BenefitSampler(), CLASS_WEIGHTS),
 }
 """By name of the arm."""
@@ -97,6 +120,22 @@ def trainer_of(name: str, parts: Parts) -> type[nnUNetTrainerNMSW]:
 
 
 globals().update({(trainer := trainer_of(name, parts)).__name__: trainer for name, parts in PARTS.items()})
+
+
+class nnUNetTrainerNMSW_uniform(nnUNetTrainerNMSW):
+    """No random window is drawn for its foreground: the windows that are drawn by their scores hold some."""
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """See the parent."""
+        self.oversample_foreground_percent = 0.0
+        loaders: tuple[Any, Any] = super().get_dataloaders()
+        return loaders
+
+
+class nnUNetTrainerNMSW_uniform_jittered(nnUNetTrainerNMSW_uniform):
+    """And windows that are drawn lie between the grid's positions, too."""
+
+    build_network_architecture = network_builder(lambda settings: PARTS["jittered"])
 
 
 class LocalStep(TrainingStep):

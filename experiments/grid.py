@@ -85,6 +85,8 @@ ARMS = {
     "paper_2_2": Arm("nnUNetTrainerNMSW_paper", {"sampled_windows": 2, "random_windows": 2}),
     # the default with one thing changed: trainers of arms.py,
     **{name: Arm(f"nnUNetTrainerNMSW_{name}") for name in PARTS},
+    "uniform": Arm("nnUNetTrainerNMSW_uniform"),
+    "uniform_jittered": Arm("nnUNetTrainerNMSW_uniform_jittered"),
     # what the local branch is told of the volume,
     "context": Arm(settings={"context_channels": 4}),
     "context_4": Arm(settings={**ONE_EACH, "context_channels": 4}),
