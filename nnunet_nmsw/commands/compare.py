@@ -81,7 +81,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     from nnunet_nmsw.evaluation.about import about, remarks
     from nnunet_nmsw.evaluation.methods import build_methods
     from nnunet_nmsw.evaluation.models import dataset_name, find_cases, find_models
-    from nnunet_nmsw.evaluation.store import Comparison
+    from nnunet_nmsw.evaluation.store import Comparison, began_with_auto
     from nnunet_nmsw.inference.device import prepare_device
     from nnunet_nmsw.inference.openvino_branches import backend_named
     from nnunet_nmsw.selection.calibration import NO_BENEFITS
@@ -91,7 +91,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     dataset = dataset_name(args.d)
     models = find_models(args, dataset)
     if args.k is None and models[-1].predicts_benefits and models[-1].calibrated_folds():
-        given.append("auto")
+        given += ["auto"] * began_with_auto(args.o)  # folds may have been calibrated since
     num_patches = list(dict.fromkeys(given))
     if "auto" in num_patches:
         if not models[-1].predicts_benefits:
@@ -125,9 +125,10 @@ def _run(comparison: Comparison, args: argparse.Namespace) -> None:
             "call once more without -num_parts and -part_id: that measures time and writes the report."
         )
         return
-    run_timing(comparison, progress)
+    failures = run_timing(comparison, progress)
     answer = write_report(comparison, args.margin, args.cases_shown)
     print(f"Report: {args.o / 'index.html'}", *answer, sep="\n")
+    failures.raise_any()
 
 
 def read_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:

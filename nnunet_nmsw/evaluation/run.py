@@ -93,10 +93,15 @@ def run_cases(comparison: Comparison, num_parts: int, part_id: int, processes: i
     failures.raise_any()
 
 
-def run_timing(comparison: Comparison, progress: bool) -> None:
-    """Measure what is not there yet of time and memory."""
+def run_timing(comparison: Comparison, progress: bool) -> Failures:
+    """Measure what is not there yet of time and memory.
+
+    Returns:
+        What could not be measured.
+    """
+    failures = Failures()
     if not comparison.timed_cases:
-        return
+        return failures
     cases = timed_cases(comparison.cases, comparison.timed_cases)
     (comparison.folder / "timing").mkdir(exist_ok=True)
     models = {model.role: model for model in comparison.models}
@@ -105,7 +110,13 @@ def run_timing(comparison: Comparison, progress: bool) -> None:
     todo = _to_measure(comparison, measurement_order(timed, comparison.rounds), here)
     for file, method in tqdm(todo, desc="time and memory", disable=not progress or not todo):
         task = TimingTask(method, models[method.model], cases, comparison.device)
-        write_json(file, {"method": method.key, "machine": here, "cases": measure_in_new_process(task)})
+        try:
+            measured = measure_in_new_process(task)
+        except Exception as error:  # noqa: BLE001 - `Failures` tells apart what is the machine's fault
+            failures.add(f"cannot measure the time of {method.name}", error)
+            continue
+        write_json(file, {"method": method.key, "machine": here, "cases": measured})
+    return failures
 
 
 def _to_measure(comparison: Comparison, order: Iterable[tuple[int, Method]], here: str) -> list[tuple[Path, Method]]:

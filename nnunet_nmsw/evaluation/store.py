@@ -247,6 +247,16 @@ class Comparison:
                     yield {"method": method.key, "round": number, "machine": timing.get("machine"), **entry}
 
 
+def began_with_auto(folder: Path) -> bool:
+    """Whether the comparison of a folder has the number of patches "auto", or there is none yet.
+
+    Raises:
+        UserError: its settings are broken.
+    """
+    file = folder / SETTINGS_FILE
+    return not file.is_file() or any("_auto" in key for key in read_json(file, COMPARISON, ANEW)["methods"])
+
+
 def check_report_folder(folder: Path) -> None:
     """See that a folder is new or empty, or holds a comparison.
 

@@ -10,7 +10,7 @@ from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.evaluation import run
 from nnunet_nmsw.evaluation.methods import build_methods
 from nnunet_nmsw.evaluation.models import Case, Model
-from nnunet_nmsw.evaluation.store import Comparison
+from nnunet_nmsw.evaluation.store import Comparison, began_with_auto
 from nnunet_nmsw.files import write_json
 from nnunet_nmsw.selection.calibration import CALIBRATION_KEY, FILE, calibration_of
 
@@ -113,3 +113,36 @@ def test_one_machine_measures_a_round(tmp_path, monkeypatch):
     before = len(measured)
     run.run_timing(comparison, False)
     assert len(measured) == before
+
+
+def test_what_cannot_be_measured_leaves_the_other_times(tmp_path, monkeypatch, capsys):
+    model = Model("nmsw", write_model(tmp_path / "a__b__3d_fullres"), "nnUNetTrainerNMSW", "checkpoint_final.pth")
+    write_image(image := tmp_path / "case_0000.nii.gz")
+    case, methods = Case("case", 0, (str(image),), "case.nii.gz"), build_methods(False, ["10%"], [False])
+    comparison = Comparison(tmp_path, "Dataset", [model], methods, [case], 2.0, "cpu", timed_cases=1, rounds=1)
+    tried = []
+
+    def measure(task):
+        tried.append(task.method.key)
+        if len(tried) == 1:
+            raise RuntimeError("CUDA out of memory")
+        return []
+
+    monkeypatch.setattr(run, "measure_in_new_process", measure)
+    failures = run.run_timing(comparison, False)
+    assert len(list((tmp_path / "timing").iterdir())) == len(tried) - 1 > 0
+    assert "cannot measure the time of" in capsys.readouterr().out
+    with pytest.raises(UserError, match="CUDA out of memory"):
+        failures.raise_any()
+
+
+def test_a_comparison_without_auto_stays_without(tmp_path):
+    """A fold may be calibrated between two calls of the same command."""
+    assert began_with_auto(tmp_path)
+    model = Model("nmsw", write_model(tmp_path / "a__b__3d_fullres"), "nnUNetTrainerNMSW", "checkpoint_final.pth")
+    case = Case("case", 0, ("case_0000.nii.gz",), "case.nii.gz")
+    for num_patches in (["10%"], ["10%", "auto"]):
+        folder = tmp_path / str(len(num_patches))
+        methods = build_methods(False, num_patches, [False])
+        Comparison(folder, "Dataset", [model], methods, [case], 2.0, "cpu").open()
+        assert began_with_auto(folder) == ("auto" in num_patches)

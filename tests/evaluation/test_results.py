@@ -115,6 +115,25 @@ def test_means_differences_and_counts(results):
     assert math.isnan(theirs.difference.p_holm)
 
 
+@pytest.mark.parametrize("lost", [{1}, {0, 1, 2}])
+def test_rounds_without_the_reference_have_no_ratio(results, tmp_path, lost):
+    class Lacking(MadeUp):
+        def timings(self):
+            for entry in super().timings():
+                if not (entry["method"] == REFERENCE.key and entry["round"] in lost):
+                    yield entry
+
+    found = gather(Lacking(tmp_path))
+    cost = found.of(PRIMARY).cost
+    if len(lost) == 3:
+        assert cost is None
+    else:
+        assert cost.total_ratio.median == pytest.approx(1.2 / 3)
+        assert cost.network_seconds.median == pytest.approx((0.2 + 0.6) / 2)
+    write_report_of = accuracy_table(found), main_table(found)
+    assert all(table.rows for table in write_report_of)
+
+
 def test_ratios_are_of_the_same_round(results):
     cost = results.of(PRIMARY).cost
     assert cost.network_seconds.median == pytest.approx(0.4)

@@ -246,6 +246,7 @@ def _costs(timings: pd.DataFrame, reference: Method) -> dict[str, Cost]:
         return {}
     at = timings.set_index(["round", "case"])
     base = at[at["method"] == reference.key]
+    at = at[at.index.isin(base.index)]  # what could not be measured has no ratio
     costs = {}
     for key, rows in at.groupby("method", sort=False):
         peaks = {name: rows[name].max() for name in ("host_peak_bytes", "device_peak_bytes")}
