@@ -80,6 +80,8 @@ def preprocessed(workspace: Path, tmp_path: Path) -> Path:
 
 def test_kills_of_a_training(preprocessed, pytestconfig):
     """Checkpoints and pictures are whole at any time, and the training ends as if nothing had been."""
+    if pytestconfig.getoption("kills") == 1:
+        pytest.skip("test_continue.py stops trainings at exact points; --kills 2 and more kills them at random ones")
     fold = f"nnUNet_results/{DATASET}/nnUNetTrainerNMSW_mortal__nnUNetPlans_small__3d_fullres/fold_0"
     run(TRAIN, preprocessed, nnUNet_n_proc_DA="0")
     whole = preprocessed / fold
@@ -89,8 +91,7 @@ def test_kills_of_a_training(preprocessed, pytestconfig):
     while killed < kills:
         for _ in range(min(5, kills - killed)):
             watch = random_kill(random_, preprocessed / fold, 4, 6.0, kills)
-            result = run(f"{TRAIN} --c", preprocessed, check=False, meanwhile=watch, nnUNet_n_proc_DA="0")
-            assert result.returncode == -signal.SIGKILL or kills > 1
+            run(f"{TRAIN} --c", preprocessed, check=False, meanwhile=watch, nnUNet_n_proc_DA="0")
             killed += 1
             check_files(preprocessed / fold, OF_NNUNET)
             for file in (preprocessed / fold).glob("checkpoint_*.pth"):
