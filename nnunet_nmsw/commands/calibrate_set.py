@@ -54,6 +54,10 @@ def calibrate_set(args: argparse.Namespace, model_folder: Path, make: Callable[[
         shared = {number for model in predictor.fine_models for number in model.labels.coarse}
         if not any(np.isin(labelled.reference, list(shared)).any() for labelled in cases):
             raise UserError(f"--calibrate {args.calibrate}: no label is of a class that a model of --local_model has")
+        for number, labelled in enumerate(cases):
+            logits_Cdhw = predictor.coarse_logits(labelled.case).half()  # as nnU-Net gives them
+            kept = _mapped(folder / f"logits_{number}.npy", logits_Cdhw.numpy())
+            labelled.case[COARSE_LOGITS] = torch.from_numpy(kept)
         found = calibrate(predictor, cases, args.max_drop, lambda line: print(line, flush=True))
     gained = None
     if found.left_out:
@@ -85,7 +89,7 @@ def _labelled(
     references: Sequence[Path],
     folder: Path,
 ) -> list[Labelled]:
-    """Preprocessed cases with the coarse model's logits, whose arrays stay on the disk, in a folder."""
+    """Preprocessed cases whose images and labels stay on the disk, in a folder."""
     cases = []
     of_cases = zip(names, references, predictor.preprocess(images, None, None, 0), strict=True)
     for number, (name, reference, case) in enumerate(of_cases):
@@ -95,8 +99,6 @@ def _labelled(
         image, properties = case[AS_READ]
         case[AS_READ] = _mapped(folder / f"image_{number}.npy", image), properties
         case["data"] = torch.from_numpy(_mapped(folder / f"volume_{number}.npy", case["data"].numpy()))
-        logits_Cdhw = predictor.coarse_logits(case).half()  # as nnU-Net gives them
-        case[COARSE_LOGITS] = torch.from_numpy(_mapped(folder / f"logits_{number}.npy", logits_Cdhw.numpy()))
         cases.append(Labelled(name, case, _mapped(folder / f"labels_{number}.npy", labels)))
     return cases
 
