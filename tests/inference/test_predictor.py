@@ -137,6 +137,23 @@ def test_arrays_as_with_the_parent(tiny_network):
     np.testing.assert_array_equal(labels[sure], expected[sure])
 
 
+def test_an_array_is_written_as_it_is_returned(tiny_network, tmp_path):
+    image = np.random.default_rng(0).normal(size=(1, 14, 18, 22)).astype(np.float32)
+    geometry = {"spacing": (1.0,) * 3, "origin": (0.0,) * 3, "direction": (1.0, 0, 0, 0, 1, 0, 0, 0, 1)}
+    properties = {"spacing": [1, 1, 1], "sitk_stuff": geometry}
+    predictor = initialized(nmsw(num_patches=2), tiny_network)
+    labels = predictor.predict_single_npy_array(image, dict(properties))
+    assert predictor.predict_single_npy_array(image, dict(properties), None, str(tmp_path / "a.b")) is None
+    assert [file.name for file in tmp_path.iterdir()] == ["a.b.nii.gz"]
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.b.nii.gz"))), labels)
+
+
+def test_a_bound_of_memory_has_no_room_for_logits(tiny_network):
+    predictor = initialized(nmsw(num_patches=2, max_memory=2**40), tiny_network)
+    with pytest.raises(UserError, match="--max_memory cannot be kept with volumes of logits"):
+        predictor.predict_from_data_iterator([], save_probabilities=True)
+
+
 def test_a_stock_model_is_refused():
     predictor = initialized(nmsw(), build_network().local_branch)
     with pytest.raises(UserError, match="nnUNetv2_predict"):

@@ -10,9 +10,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from predictors import nmsw
 from tiny import build_network, initialized, make_plans, make_trainer
 
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.selection.calibration import THRESHOLDS
 from nnunet_nmsw.trainers.cases import PreprocessedCase
-from nnunet_nmsw.trainers.validation import _save_for_next_stages, calibrate
+from nnunet_nmsw.trainers.validation import _save_for_next_stages, calibrate, check_losses
 from nnunet_nmsw.volume.labels import LabelEncoding
 
 
@@ -76,3 +77,15 @@ def test_the_next_stage_gets_what_was_predicted_in_its_resolution(tmp_path):
     assert previous.shape == expected.shape
     assert (previous[:] == expected).mean() > 0.97  # but for the borders, which are interpolated
     assert (previous[:] > 0).sum() > 0.7 * (expected > 0).sum()
+
+
+def test_a_training_stops_where_it_cannot_go_on():
+    network = build_network()
+    check_losses([1.0, float("nan"), float("inf")], network, 3)  # half precision overflows now and then
+    with pytest.raises(UserError, match=r"epoch 3: no step had a finite loss"):
+        check_losses([float("nan")] * 2, network, 3)
+    with torch.no_grad():
+        network.local_branch.decoder.seg_layers[-1].bias[0] = float("inf")
+    check_losses([1.0, 2.0], network, 3)  # seen in the next step's loss, at the latest
+    with pytest.raises(UserError, match=r"weights of local_branch\.decoder\.seg_layers\.0\.bias are no numbers"):
+        check_losses([1.0, float("nan")], network, 3)
