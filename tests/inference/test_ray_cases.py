@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.inference.ray_cases import AT_A_TIME, next_case
-from nnunet_nmsw.inference.ray_engine import Job, Workers, run
+from nnunet_nmsw.inference.ray_engine import Job, RayPredictor, Worker, Workers, run
 
 exceptions = pytest.importorskip("ray.exceptions")
 
@@ -104,3 +106,25 @@ def test_a_case_whose_worker_has_died_has_the_next_one_alone():
     assert next_case([1], attempts, ["a"], [(0, "a")]) is None
     assert next_case([2], attempts, ["a"], [(1, "a")]) is None
     assert next_case([2, 3], attempts, ["a", "b"], [(0, "a")] * AT_A_TIME) == (2, "b")
+
+
+def test_a_job_has_the_files_of_its_case(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ob.nii.gz").touch()
+    predictor = RayPredictor(Workers(lambda: None), device=torch.device("cpu"))
+    predictor.dataset_json = {"file_ending": ".nii.gz"}
+    jobs = predictor.cases_from_files([["a0", "a1"], ["b0", "b1"]], ["pa", "pb"], ["oa", "ob"], 1)
+    written = (tmp_path / "ob.nii.gz").stat().st_mtime_ns
+    assert jobs == [
+        Job([f"{tmp_path}/a0", f"{tmp_path}/a1"], f"{tmp_path}/pa", f"{tmp_path}/oa", None),
+        Job([f"{tmp_path}/b0", f"{tmp_path}/b1"], f"{tmp_path}/pb", f"{tmp_path}/ob", written),
+    ]
+    assert [job.previous_stage for job in predictor.cases_from_files([["a"]], None, ["oa"], 1)] == [None]
+
+
+def test_a_worker_without_a_model_says_why_for_each_case():
+    def fails():
+        raise UserError("the model folder is not on this machine")
+
+    worker = Worker(fails, [["a"]], None, False)
+    assert worker.predict(Job(["a"], None, "o", None), 0) == "the model folder is not on this machine"
