@@ -41,9 +41,7 @@ HEADER = 540
 
 @contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
-    """Give an empty folder that is removed at the end, and when the command is interrupted.
-
-    After a kill `remove_leftovers` removes it.
+    """Give an empty folder. It is removed at the end, by an interruption, and after a kill by `remove_leftovers`.
 
     Args:
         parent: where it is made; the system's folder of temporary files where None.
@@ -116,6 +114,12 @@ def sha256_of(file: Path) -> str:
         while block := opened.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_new(folder: Path) -> bool:
+    """Whether a folder is not there, or has nothing but what others have not finished."""
+    there = folder.exists()
+    return not there or (folder.is_dir() and all(file.name.startswith(PREFIX) for file in folder.iterdir()))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     args = read_flags(arguments)
     require_extra("nmsw_demo", "compare", NEEDED)
-    if args.o.exists():
-        shutil.rmtree(args.o)  # see `read_flags`
+    if (args.o / MARK).is_file():
+        shutil.rmtree(args.o)  # as --overwrite asks for
     args.o.mkdir(parents=True, exist_ok=True)
     write_json(args.o / MARK, {"command": sys.argv})
     folders = {name: args.o.resolve() / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_nmsw.commands.shared_flags import check_max_drop, require_extra
 from nnunet_nmsw.errors import UserError, reason
-from nnunet_nmsw.files import PREFIX, remove_leftovers, written_whole
+from nnunet_nmsw.files import is_new, remove_leftovers, written_whole
 from nnunet_nmsw.flags import DEFAULT_MAX_DROP, TRUST_FLAG
 from nnunet_nmsw.imports import importing
 from nnunet_nmsw.selection.budget import parse_num_patches
@@ -29,8 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_max_drop(args.max_drop, DEFAULT_MAX_DROP)
     folder = Path(args.o)
     remove_leftovers(folder)
-    # What a killed export of another machine has left is no export.
-    if folder.exists() and (not folder.is_dir() or any(not file.name.startswith(PREFIX) for file in folder.iterdir())):
+    if not is_new(folder):
         raise UserError(f"-o {folder} is there and not empty: give a new folder")
     with importing():
         import torch

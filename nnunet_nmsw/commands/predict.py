@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,32 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.calibrate is not None:
         from nnunet_nmsw.commands.calibrate_set import calibrate_set  # of what predictions do not import
 
-        try:
+        with in_one_line(f"cannot write {args.o}, or temporary files"):
             calibrate_set(args, folder, lambda: make_predictor(args, folder, folds, args.device))
-        except BrokenPipeError:  # nobody reads what is printed
-            raise
-        except OSError as error:
-            raise UserError(f"cannot write {args.o}, or temporary files beside it: {reason(error)}") from error
         return
     images = find_images(args.i, args.o, folder)
     if images.is_file:
         _check_one_image(args)
-        cases = images.cases
     else:
         which = (args.part_id, args.num_parts, not args.continue_prediction, args.save_probabilities)
-        cases = still_to_do(images, *which, folder)
-    forget_others(cases)
-    if args.max_memory is not None and cases:
-        _check_memory(args, cases, folder, folds[0])
+        images = images._replace(cases=still_to_do(images, *which, folder))
+    forget_others(images.cases)
+    if args.max_memory is not None and images.cases:
+        _check_memory(args, images.cases, folder, folds[0])
     make = partial(make_predictor, args, folder, folds)
     predictor = make("cpu" if args.engine == "ray" else args.device)
-    _check_previous_stage(images.is_file, cases, predictor, args.prev_stage_predictions)
+    _check_previous_stage(images, predictor, args.prev_stage_predictions)
     engine: FilesPredictor = predictor
     if args.engine == "ray":
         engine = for_ray(predictor, args, make)
-    elif cases:
-        predictor.bound_memory(cases, args.npp)
-    try:
+    elif images.cases:
+        predictor.bound_memory(images.cases, args.npp)
+    with in_one_line(f"cannot write into {args.o}"):
         if images.is_file:
             remove_leftovers(Path(args.o).absolute().parent)
             if not (args.continue_prediction and _is_there(images, args.save_probabilities)):
@@ -92,10 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder_with_segs_from_prev_stage=args.prev_stage_predictions,
         )
         remove_leftovers(Path(args.o))  # of Ray's workers that were killed meanwhile
+
+
+@contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Say in one line what the system does not allow, but for errors of cases, which are reported with the case."""
+    try:
+        yield
     except BrokenPipeError:  # nobody reads what is printed
         raise
-    except OSError as error:  # not of a case: these are reported with the case
-        raise UserError(f"cannot write into {args.o}: {reason(error)}") from error
+    except OSError as error:
+        raise UserError(f"{what}: {reason(error)}") from error
 
 
 def for_ray(predictor: FilesPredictor, args: argparse.Namespace, make: Callable[[str], FilesPredictor]) -> RayPredictor:
@@ -186,9 +189,7 @@ def _check_memory(args: argparse.Namespace, cases: list[list[str]], folder: Path
     check_least(parse_memory(args.max_memory), cases, plans, configuration, channels, classes, factor)
 
 
-def _check_previous_stage(
-    is_file: bool, cases: Sequence[Sequence[str]], predictor: FilesPredictor, given: str | None
-) -> None:
+def _check_previous_stage(images: Images, predictor: FilesPredictor, given: str | None) -> None:
     previous_stage = predictor.configuration_manager.previous_stage_name
     if previous_stage is None:
         if given is not None:
@@ -199,12 +200,12 @@ def _check_previous_stage(
             f"the cascade needs the predictions of {previous_stage} for these images: make them with that "
             "configuration's model and give their folder with -prev_stage_predictions"
         )
-    if is_file:
+    if images.is_file:
         if not os.path.isfile(given):
             raise UserError(f"-prev_stage_predictions {given} is no file: give the {previous_stage} of this image")
         return
     ending = predictor.dataset_json["file_ending"]
-    for files in cases:
+    for files in images.cases:
         name = case_name(files, ending) + ending
         if not os.path.isfile(os.path.join(given, name)):
             raise UserError(f"-prev_stage_predictions {given} has no {name}, the {previous_stage} of an input image")

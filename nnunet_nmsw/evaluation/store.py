@@ -25,7 +25,7 @@ from nnunet_nmsw.evaluation.metrics import METRICS, Label, evaluated_labels
 from nnunet_nmsw.evaluation.models import Case, Model
 from nnunet_nmsw.evaluation.stock_models import StockModels
 from nnunet_nmsw.evaluation.timing import measurement_order
-from nnunet_nmsw.files import PREFIX, remove_leftovers, write_json
+from nnunet_nmsw.files import is_new, remove_leftovers, write_json
 from nnunet_nmsw.selection.budget import UNCALIBRATED
 from nnunet_nmsw.selection.by_score import GreedyBenefit
 
@@ -265,10 +265,5 @@ def check_report_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"-o {folder} is a file: give a folder")
-    if folder.exists() and not (folder / SETTINGS_FILE).is_file() and not all(map(_is_part, folder.iterdir())):
+    if not (folder / SETTINGS_FILE).is_file() and not is_new(folder):
         raise UserError(f"{folder} is there and holds no comparison: give an empty or new folder with -o")
-
-
-def _is_part(file: Path) -> bool:
-    """Whether another part of the comparison is writing this file just now."""
-    return file.name.startswith(PREFIX)

@@ -45,15 +45,17 @@ def test_the_previous_stage_is_needed_of_a_parts_own_cases(images, tmp_path):
         configuration_manager=types.SimpleNamespace(previous_stage_name="3d_lowres"), dataset_json=DATASET_JSON
     )
     given = str(tmp_path / "previous")
-    predict._check_previous_stage(False, still_to_do(found, 0, 2, True, False, model), cascade, given)
+    parts = [found._replace(cases=still_to_do(found, part, 2, True, False, model)) for part in (0, 1)]
+    predict._check_previous_stage(parts[0], cascade, given)
     with pytest.raises(UserError, match=r"has no b\.nii\.gz, the 3d_lowres of an input image"):
-        predict._check_previous_stage(False, still_to_do(found, 1, 2, True, False, model), cascade, given)
+        predict._check_previous_stage(parts[1], cascade, given)
     with pytest.raises(UserError, match="the cascade needs the predictions of 3d_lowres"):
-        predict._check_previous_stage(False, found.cases, cascade, None)
-    predict._check_previous_stage(True, found.cases[:1], cascade, f"{given}/a.nii.gz")
+        predict._check_previous_stage(found, cascade, None)
+    one = found._replace(cases=found.cases[:1], output="labels.nii.gz", ending=".nii.gz")
+    predict._check_previous_stage(one, cascade, f"{given}/a.nii.gz")
     for nothing in (given, f"{given}/b.nii.gz"):
         with pytest.raises(UserError, match="is no file: give the 3d_lowres of this image"):
-            predict._check_previous_stage(True, found.cases[:1], cascade, nothing)
+            predict._check_previous_stage(one, cascade, nothing)
 
 
 def test_a_part_without_cases_is_nothing_to_do(images, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The models of a comparison."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,12 +84,16 @@ def test_a_validation_that_comes_later_is_no_other_training(tmp_path):
     assert model.fingerprints([0]) != before
 
 
+def timed_comparison(folder: Path, rounds: int) -> Comparison:
+    model = Model("nmsw", write_model(folder / "a__b__3d_fullres"), "nnUNetTrainerNMSW", "checkpoint_final.pth")
+    write_image(image := folder / "case_0000.nii.gz")
+    case, methods = Case("case", 0, (str(image),), "case.nii.gz"), build_methods(False, ["10%"], [False])
+    return Comparison(folder, "Dataset", [model], methods, [case], 2.0, "cpu", timed_cases=1, rounds=rounds)
+
+
 def test_one_machine_measures_a_round(tmp_path, monkeypatch):
     """Times of a round are compared with each other."""
-    model = Model("nmsw", write_model(tmp_path / "a__b__3d_fullres"), "nnUNetTrainerNMSW", "checkpoint_final.pth")
-    write_image(image := tmp_path / "case_0000.nii.gz")
-    case, methods = Case("case", 0, (str(image),), "case.nii.gz"), build_methods(False, ["10%"], [False])
-    comparison = Comparison(tmp_path, "Dataset", [model], methods, [case], 2.0, "cpu", timed_cases=1, rounds=2)
+    comparison = timed_comparison(tmp_path, rounds=2)
     measured = []
 
     def measure(task):
@@ -99,7 +104,7 @@ def test_one_machine_measures_a_round(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "measure_in_new_process", measure)
     monkeypatch.setattr(run, "machine", lambda device: here)
-    number = len(run.timed_methods(methods, comparison.primary))
+    number = len(run.timed_methods(comparison.methods, comparison.primary))
     assert number > 1
     here, interrupted_after = "one", number + 1
     with pytest.raises(KeyboardInterrupt):
@@ -116,10 +121,7 @@ def test_one_machine_measures_a_round(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_measured_leaves_the_other_times(tmp_path, monkeypatch, capsys):
-    model = Model("nmsw", write_model(tmp_path / "a__b__3d_fullres"), "nnUNetTrainerNMSW", "checkpoint_final.pth")
-    write_image(image := tmp_path / "case_0000.nii.gz")
-    case, methods = Case("case", 0, (str(image),), "case.nii.gz"), build_methods(False, ["10%"], [False])
-    comparison = Comparison(tmp_path, "Dataset", [model], methods, [case], 2.0, "cpu", timed_cases=1, rounds=1)
+    comparison = timed_comparison(tmp_path, rounds=1)
     tried = []
 
     def measure(task):
