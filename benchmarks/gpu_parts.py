@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu import WORK, Results, Size
+from gpu_results import WORK, Results, Size
 from measuring import in_new_process, synchronize
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from synthetic import organs, write, write_model

@@ -6,20 +6,14 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from ablation_tables import head, own_selection, row
-from grid import Dataset
+from grid import STOCK, Dataset
+from study_runs import LOWRES, TWO_STOCK, Study
 
 from nnunet_nmsw.evaluation.statistics import paired_difference
-
-if TYPE_CHECKING:
-    from study import Study
-
-STOCK, LOWRES = "stock", "lowres"
-TWO_STOCK = ("5%", "10%", "20%")
-"""Numbers of patches of two stock models."""
 
 ROWS = (
     "nmsw_sliding_window_step_0.5",
