@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nnunet_nmsw.inference.openvino_branches import OpenVINOBranch
 from nnunet_nmsw.inference.openvino_models import Converted, import_openvino
 from nnunet_nmsw.inference.quantized import quantized
-from nnunet_nmsw.model.layout import lay_out_
+from nnunet_nmsw.model.weights import lay_out_
 from nnunet_nmsw.volume.precision import mixed_precision
 
 NETWORKS = (

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from nnunet_nmsw.documents import SOURCE, SUMMARY, read_json
 from nnunet_nmsw.errors import UserError
 from nnunet_nmsw.files import sha256_of
-from nnunet_nmsw.model.safe_loading import read_checkpoint
+from nnunet_nmsw.model.by_trainer import predicts_benefits
+from nnunet_nmsw.model.plans import settings_of
+from nnunet_nmsw.model.safe_loading import configuration_of, read_checkpoint
 from nnunet_nmsw.selection.calibration import CALIBRATION_KEY, FILE
-from nnunet_nmsw.selection.sampler import SAMPLERS
-from nnunet_nmsw.settings import PLANS_KEY
 from nnunet_nmsw.trainers.pretrained import SOURCE_FILE
 
 FINAL, UNFINISHED = "checkpoint_final.pth", ("checkpoint_latest.pth", "checkpoint_best.pth")
@@ -70,7 +72,7 @@ def _is_validated(folder: Path, trust: bool) -> bool:
     calibration, summary = folder / "validation" / FILE, folder / "validation" / "summary.json"
     trained = read_checkpoint(folder / FINAL, trust, mmap=True)
     # A validation writes its summary last. An older summary is of a training before.
-    before = calibration if _is_calibrated(trained) else folder / FINAL
+    before = calibration if _is_calibrated(trained, folder / FINAL) else folder / FINAL
     if not (before.is_file() and summary.is_file()) or summary.stat().st_mtime < before.stat().st_mtime:
         return False
     try:
@@ -81,9 +83,8 @@ def _is_validated(folder: Path, trust: bool) -> bool:
     return bool(measured == trained.get(CALIBRATION_KEY))
 
 
-def _is_calibrated(trained: dict[str, Any]) -> bool:
+def _is_calibrated(trained: dict[str, Any], checkpoint: Path) -> bool:
     """Whether a validation calibrates a model, by its checkpoint: not where scores predict no benefits."""
-    arguments = trained.get("init_args", {})
-    configurations = arguments.get("plans", {}).get("configurations", {})
-    settings = configurations.get(arguments.get("configuration"), {}).get(PLANS_KEY, {})
-    return bool(SAMPLERS[settings.get("score_training", "benefit")]().measures_benefit)
+    configuration = configuration_of(trained, checkpoint)
+    plans = PlansManager(trained["init_args"]["plans"])
+    return predicts_benefits(trained["trainer_name"], settings_of(plans.get_configuration(configuration).configuration))

@@ -17,10 +17,10 @@ from nnunet_nmsw.documents import SPLITS, SUMMARY, read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.flags import DEFAULT_MAX_DROP
 from nnunet_nmsw.inference.model_folder import checked_folder, read_configuration, read_document
-from nnunet_nmsw.inference.openvino_models import digest_of_weights
 from nnunet_nmsw.model.by_trainer import predicts_benefits
 from nnunet_nmsw.model.plans import settings_of
 from nnunet_nmsw.model.safe_loading import read_checkpoint
+from nnunet_nmsw.model.weights import digest_of_weights
 from nnunet_nmsw.selection.calibration import calibration_files, threshold_of_folds
 from nnunet_nmsw.settings import PLANS_KEY
 

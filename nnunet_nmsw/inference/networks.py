@@ -21,8 +21,8 @@ from nnunet_nmsw.inference.device import is_out_of_memory, unless_out_of_memory,
 from nnunet_nmsw.inference.planes import mean
 from nnunet_nmsw.inference.volume import Padded, Share
 from nnunet_nmsw.model.fusion import FusionWeights
-from nnunet_nmsw.model.layout import lay_out_
 from nnunet_nmsw.model.network import NMSWNetwork
+from nnunet_nmsw.model.weights import lay_out_
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.precision import mixed_precision

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import remove_leftovers, written_whole
 from nnunet_nmsw.inference.device import is_out_of_memory
 from nnunet_nmsw.model.strides import UNKNOWN_STRIDE, total_stride
+from nnunet_nmsw.model.weights import digest_of_weights
 
 MODEL, WEIGHTS, DIGEST = "model.xml", "model.bin", "sha256"
 """Files of a branch in the cache. The last is there when all are."""
@@ -129,15 +130,6 @@ class Converted:
             keep(model, folder)
             remove_oldest(self.cache.glob(f"{self.name}_*x*"))
         return model
-
-
-def digest_of_weights(weights: Mapping[str, Tensor], also: str = "") -> str:
-    """What tells the state of a branch from all others, and something else with it."""
-    digest = hashlib.sha256(also.encode())
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def converted_freely(branch: nn.Module, channels: int) -> Any:

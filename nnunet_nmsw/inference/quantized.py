@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from nnunet_nmsw.documents import read_json
 from nnunet_nmsw.errors import UserError, reason
 from nnunet_nmsw.files import remove_leftovers, written_whole
-from nnunet_nmsw.inference.openvino_models import Converted, cache_folder, digest_of, digest_of_weights, import_openvino
+from nnunet_nmsw.inference.openvino_models import Converted, cache_folder, digest_of, import_openvino
+from nnunet_nmsw.model.weights import digest_of_weights
 
 MODEL, WEIGHTS, FACTS = "local_branch_int8.xml", "local_branch_int8.bin", "local_branch_int8.json"
 """Files beside a checkpoint. The last is there when all are."""

@@ -24,11 +24,11 @@ from nnunet_nmsw.inference.export import can_stream
 from nnunet_nmsw.inference.fine_model import ModelDocuments, coarse_prediction_of, factor_between
 from nnunet_nmsw.inference.model_folder import check_model, read_document
 from nnunet_nmsw.inference.networks import Fold
-from nnunet_nmsw.inference.openvino_models import digest_of_weights
 from nnunet_nmsw.inference.preprocessing import is_stock
 from nnunet_nmsw.inference.volume import FoldOfCase, Padded, Spending
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.safe_loading import configuration_of
+from nnunet_nmsw.model.weights import digest_of_weights
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.matched_labels import MatchedLabels, is_class

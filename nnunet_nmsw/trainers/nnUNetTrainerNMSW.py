@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_nmsw.files import remove_leftovers
-from nnunet_nmsw.model.layout import lay_out_
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.plans import branch_architectures, settings_of
 from nnunet_nmsw.model.safe_loading import read_checkpoint
+from nnunet_nmsw.model.weights import lay_out_
 from nnunet_nmsw.nnunet.trainer import (
     AlreadyLoaded,
     TrainerHooks,

@@ -74,8 +74,18 @@ def begun(model: Path, fold: int, *checkpoints: str) -> Path:
     stock = model / f"fold_{fold}" / "checkpoint_final.pth"
     (folder / "local_branch.json").write_text(json.dumps({"checkpoint": str(stock), "sha256": sha256_of(stock)}))
     for name in checkpoints:
-        torch.save({"network_weights": {}, CALIBRATION_KEY: CALIBRATION}, folder / name)
+        save_trained(folder / name, {}, CALIBRATION)
     return folder
+
+
+def save_trained(checkpoint: Path, settings: dict[str, Any], calibration: dict[str, Any] | None) -> None:
+    """A checkpoint of the retrofit, which a validation may have calibrated."""
+    trained = {
+        "trainer_name": "nnUNetTrainerNMSW_retrofit",
+        "init_args": {"configuration": "3d_fullres", "plans": make_plans(**settings)},
+        "network_weights": {},
+    }
+    torch.save({**trained, **({CALIBRATION_KEY: calibration} if calibration else {})}, checkpoint)
 
 
 def validated(folder: Path) -> None:
@@ -131,9 +141,7 @@ def test_folds_are_done_go_on_or_are_validated(stock, commands, capsys):
 
 def test_without_predicted_benefits_a_summary_is_the_end(stock, commands, capsys):
     folder = begun(stock, 0)
-    plans = {"configurations": {"3d_fullres": {"nmsw": {"score_training": "contribution"}}}}
-    arguments = {"configuration": "3d_fullres", "plans": plans}
-    torch.save({"network_weights": {}, "init_args": arguments}, folder / "checkpoint_final.pth")
+    save_trained(folder / "checkpoint_final.pth", {"score_training": "contribution"}, None)
     main(stock, "-f 0 --no_compare")
     assert "--val" in commands[0]
     (folder / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": []}))
@@ -148,7 +156,7 @@ def test_a_validation_that_is_not_whole_is_done_again(stock, commands, what):
     validated(folder)
     summary = folder / "validation" / "summary.json"
     if what == "of other weights":
-        torch.save({"network_weights": {}, CALIBRATION_KEY: {"cases": 2}}, folder / "checkpoint_final.pth")
+        save_trained(folder / "checkpoint_final.pth", {}, {"cases": 2})
     elif what == "older":
         os.utime(summary, (time.time() - 60,) * 2)
     elif what == "half a file":

@@ -1,13 +1,16 @@
-"""The layout of weights in which a device convolves fastest. Values stay as they are."""
+"""Weights of a network: how they lie in memory, and what tells them from others."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def lay_out_(network: nn.Module, device: torch.device) -> None:
-    """Keep the weights of 3D convolutions as the device convolves fastest.
+    """Keep the weights of 3D convolutions as the device convolves fastest. Their values stay.
 
     On a CPU, oneDNN is faster in the layout "channels last", forward and above all backward. On a GPU that layout is
     slower (docs/performance.md).
@@ -21,3 +24,12 @@ def lay_out_(network: nn.Module, device: torch.device) -> None:
     for parameter in network.parameters():
         if parameter.ndim == 5:  # `Module.to` would fail at parameters of four axes
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def digest_of_weights(weights: Mapping[str, Tensor], also: str = "") -> str:
+    """What tells the state of a network from all others, and something else with it."""
+    digest = hashlib.sha256(also.encode())
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import make_plans, make_trainer
 
-from nnunet_nmsw.model.layout import lay_out_
+from nnunet_nmsw.model.weights import lay_out_
 
 CHANNELS_LAST = torch.channels_last_3d
 
