@@ -93,9 +93,8 @@ def table(folder: Path, dataset_ids: list[int]) -> str:
         "foreground: share of the windows drawn in the first and in the last epoch that hold foreground."
     ]
     for dataset_id in dataset_ids:
-        for length in sorted((folder / DATASETS[dataset_id].folder).glob("*_epochs")):
-            runs = load_runs(length)
-            lines += [f"\n### {DATASETS[dataset_id].folder}, {length.name.replace('_', ' ')}\n", *arms_table(runs)]
+        for epochs, runs in runs_by_length(folder, dataset_id).items():
+            lines += [f"\n### {DATASETS[dataset_id].folder}, {epochs} epochs\n", *arms_table(runs)]
             for arm in SELECTION_ARMS:
                 if arm in runs:
                     lines += [f"\nWays to pick windows with the networks of `{arm}`:\n", *selections_table(runs[arm])]
@@ -168,9 +167,7 @@ def plot(folder: Path, dataset_ids: list[int], file: Path) -> None:
     counts = [k for k in KS if not k.endswith("%")]
     lines: dict[str, Any] = {}
     for axis, dataset_id in zip(axes, dataset_ids, strict=True):
-        lengths = (folder / DATASETS[dataset_id].folder).glob("*_epochs")
-        for length in sorted(lengths, key=lambda length: int(length.name.split("_")[0]))[-1:]:
-            runs = load_runs(length)
+        for runs in list(runs_by_length(folder, dataset_id).values())[-1:]:
             if STOCK in runs:
                 level = dice(runs[STOCK], "sliding window", "all").mean()
                 lines["stock sliding window"] = axis.axhline(level, color="black", linestyle="--")

@@ -243,6 +243,7 @@ def main() -> None:
     for name, row in found.items():
         by_class = np.nanmean(np.array(row["dice"]), 0)
         row["mean_dice"] = float(np.nanmean(by_class))
+        row["dice"] = [[None if math.isnan(dice) else dice for dice in case] for case in row["dice"]]
         print(f"{name:60} {100 * row['mean_dice']:5.1f} {np.mean(row['windows']):6.1f} windows")
     args.o.write_text(json.dumps(found, indent=1))
 
