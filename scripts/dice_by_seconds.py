@@ -2,7 +2,7 @@
 
     python scripts/dice_by_seconds.py
 
-Dice is of docs/ablations (100 epochs, measured at the spacing of training); seconds are of docs/performance, from file
+Dice is of docs/ablations (200 epochs, measured at the spacing of training); seconds are of docs/performance, from file
 to file, of the same networks and ten scans.
 """
 
@@ -20,7 +20,7 @@ BLUE, RED = "#4477aa", "#ee6677"
 def main() -> None:
     """Draw."""
     rows = measured("ten_ct")["rows"]
-    runs = load_runs(DOCS / "ablations" / "0.2.0" / "Dataset731_BTCV" / "100_epochs")
+    runs = load_runs(DOCS / "ablations" / "0.2.0" / "Dataset731_BTCV" / "200_epochs")
     figure = Figure(figsize=(6.6, 3.0), layout="constrained")
     axes = figure.subplots()
     stock = (rows[STOCK]["seconds"] / SCANS, dice(runs["stock"], "sliding window", "all").mean())
@@ -35,7 +35,7 @@ def main() -> None:
     axes.set_xlim(0.5, 60)
     axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set_ylim(56, 66)
+    axes.set_ylim(60, 70)
     axes.set_xlabel("seconds a scan, from file to file, on two processor cores")
     axes.set_ylabel("mean Dice, %")
     axes.spines[["top", "right"]].set_visible(False)

@@ -40,7 +40,7 @@ MEASURED = {
 
 TRAININGS = {
     "Hippocampus, 2 classes": ("Dataset004_Hippocampus", 50),
-    "BTCV, abdominal CT, 13 organs": ("Dataset731_BTCV", 100),
+    "BTCV, abdominal CT, 13 organs": ("Dataset731_BTCV", 200),
 }
 """Datasets of the README's results, and epochs."""
 
