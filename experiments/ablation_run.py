@@ -24,13 +24,13 @@ from training_run import flags_of_training, in_bfloat16, precision_of, trained
 from nnunet_nmsw.evaluation.oracle import Oracle
 from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold, SharedSlidingWindow
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Nothing, Objects
-from nnunet_nmsw.inference.networks import Ensemble, unbounded
-from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels, spatial_shape
+from nnunet_nmsw.inference.networks import Ensemble
+from nnunet_nmsw.inference.volume import Padded, Spending, choose, spatial_shape
 from nnunet_nmsw.selection.by_score import TopK, placement_grid
 from nnunet_nmsw.selection.calibration import THRESHOLDS
 from nnunet_nmsw.trainers.cases import read_cases
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
-from nnunet_nmsw.volume.interpolation import linear_axis
+from nnunet_nmsw.trainers.validation import labels_of
 from nnunet_nmsw.volume.labels import LabelEncoding
 
 NUM_PATCHES = (2, 5, 10, 30, "5%", "10%", "20%")
@@ -128,22 +128,17 @@ def predicted(
     trainer: nnUNetTrainerNMSW, case: Any, reference_DHW: Tensor, own_selection: bool
 ) -> Iterator[tuple[str, str, Tensor, int]]:
     """Method, K, labels and number of windows of each method at each K, of all methods or of a few."""
-    network, device, encoding = trainer.nmsw_network, trainer.device, trainer.encoding
+    network, device = trainer.nmsw_network, trainer.device
     padded = Padded.of(case.volume_CDHW, network.patch_size)
-    grid = network.grid(spatial_shape(padded.volume_CDHW))
-    positions = torch.cat([grid.starts_N3, placement_grid(grid).starts_N3]).tolist()
-    ensemble = Ensemble(network, [network.state_dict()], encoding, device)
-    fold = SharedFold(ensemble.folds()[0], False, PatchStore(map(tuple, positions)), Costs())
+    fold = shared_fold(trainer, padded)
     reference = Padded.of(reference_DHW[None], network.patch_size).volume_CDHW[0]
     make = partial(Oracle, partial(fold.patch, padded), fold.weights, reference, (device,))
     facts = CaseFacts(sum(map(ord, case.key)), make)
     own = network.sampler.at_inference
-    axes, work = [linear_axis(n, n) for n in padded.inside], Work(unbounded(grid.patch_size, device), device)
 
     def labels(spending: Spending) -> tuple[Tensor, int]:
         chosen = choose(fold, padded, spending)
-        decided = predict_labels(padded, [chosen], axes, work)
-        return encoding.labels_of(decided), len(chosen.windows.starts_K3)
+        return labels_of(padded, chosen, device), len(chosen.windows.starts_K3)
 
     yield ALONE, "0", *labels(Spending(Nothing(), 1))
     yield ALL, "all", *labels(Spending(TopK(), "all"))
@@ -161,6 +156,15 @@ def predicted(
         for threshold in THRESHOLDS:
             yield AUTOMATIC, str(threshold), *labels(Spending(own, "auto", threshold))
     fold.store.close()
+
+
+def shared_fold(trainer: nnUNetTrainerNMSW, padded: Padded) -> SharedFold:
+    """The trained networks on one volume, whose patches are predicted once for all ways to pick windows."""
+    network = trainer.nmsw_network
+    grid = network.grid(spatial_shape(padded.volume_CDHW))
+    positions = torch.cat([grid.starts_N3, placement_grid(grid).starts_N3]).tolist()
+    (fold,) = Ensemble(network, [network.state_dict()], trainer.encoding, trainer.device).folds()
+    return SharedFold(fold, False, PatchStore(map(tuple, positions)), Costs())
 
 
 if __name__ == "__main__":

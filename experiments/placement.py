@@ -24,21 +24,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ablation_run import MOST_CASES
+from ablation_run import MOST_CASES, shared_fold
 from nnunetv2.run.run_training import get_trainer_from_args
 from torch import Tensor
 from training_run import precision_of
 
-from nnunet_nmsw.evaluation.shared import Costs, PatchStore, SharedFold
+from nnunet_nmsw.evaluation.shared import SharedFold
 from nnunet_nmsw.evaluation.yardsticks import WAYS, CaseFacts, Nothing
-from nnunet_nmsw.inference.networks import Ensemble, unbounded
-from nnunet_nmsw.inference.volume import Padded, Spending, Work, choose, predict_labels, spatial_shape
+from nnunet_nmsw.inference.volume import Padded, Spending, choose
 from nnunet_nmsw.selection.budget import Budget
 from nnunet_nmsw.selection.by_score import chosen, greedy_benefit, placement_grid
 from nnunet_nmsw.selection.interface import CoarsePrediction, Selector, WindowChoice, candidates, scores
 from nnunet_nmsw.trainers.cases import read_cases
 from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
-from nnunet_nmsw.volume.interpolation import linear_axis
+from nnunet_nmsw.trainers.validation import labels_of
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.precision import full_precision
 from nnunet_nmsw.volume.windows import WindowGrid, downsample
@@ -250,16 +249,13 @@ def main() -> None:
 
 def predicted(trainer: nnUNetTrainerNMSW, args: argparse.Namespace) -> Iterator[tuple[str, str, list[float], int]]:
     """Name of a way, K, Dice by class and number of windows, case by case."""
-    network, device, encoding = trainer.nmsw_network.eval(), trainer.device, trainer.encoding
+    network, encoding = trainer.nmsw_network.eval(), trainer.encoding
     trainer.set_deep_supervision_enabled(False)
     _, dataset = trainer.get_tr_and_val_datasets()
     for case in read_cases(dataset, dataset.identifiers[: args.cases], encoding):
         reference_DHW = torch.from_numpy(np.asarray(case.segmentation[0], dtype=np.int64)).clamp_min(0)
         padded = Padded.of(case.volume_CDHW, network.patch_size)
-        grid = network.grid(spatial_shape(padded.volume_CDHW))
-        positions = torch.cat([grid.starts_N3, placement_grid(grid).starts_N3]).tolist()
-        (of_model,) = Ensemble(network, [network.state_dict()], encoding, device).folds()
-        fold = SharedFold(of_model, False, PatchStore(map(tuple, positions)), Costs())
+        fold = shared_fold(trainer, padded)
         dice_of = partial(dice_and_windows, fold, padded, reference_DHW, encoding)
         yield Nothing.name, "0", *dice_of(Spending(Nothing(), 1))
         yield "all windows", "all", *dice_of(Spending(WAYS["top_k"].selector(CaseFacts()), "all"))
@@ -275,10 +271,9 @@ def dice_and_windows(
     fold: SharedFold, padded: Padded, reference_DHW: Tensor, encoding: LabelEncoding, spending: Spending
 ) -> tuple[list[float], int]:
     """Dice by class, and the number of windows."""
-    of_case, device = choose(fold, padded, spending), reference_DHW.device
-    axes, work = [linear_axis(n, n) for n in padded.inside], Work(unbounded(of_case.grid.patch_size, device), device)
-    decided = predict_labels(padded, [of_case], axes, work)
-    return encoding.dice(reference_DHW, encoding.labels_of(decided)).tolist(), len(of_case.windows.starts_K3)
+    of_case = choose(fold, padded, spending)
+    labels_DHW = labels_of(padded, of_case, reference_DHW.device)
+    return encoding.dice(reference_DHW, labels_DHW).tolist(), len(of_case.windows.starts_K3)
 
 
 if __name__ == "__main__":
