@@ -26,7 +26,7 @@ from nnunet_nmsw.model.fusion import gaussian_weights
 from nnunet_nmsw.model.network import NMSWNetwork
 from nnunet_nmsw.model.strides import UNKNOWN_STRIDE, total_stride
 from nnunet_nmsw.selection.budget import UNCALIBRATED
-from nnunet_nmsw.selection.by_score import COVERAGE_DISCOUNT, PLACEMENT_STEP
+from nnunet_nmsw.selection.by_score import COVERAGE_DISCOUNT, ENTROPY_WORTH, PLACEMENT_STEP
 from nnunet_nmsw.selection.interface import CANDIDATE_THRESHOLD
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import TILE_STEP_SIZE
@@ -148,6 +148,7 @@ def describe(predictor: NMSWPredictor, stride: Sequence[int]) -> dict[str, Any]:
             "step": TILE_STEP_SIZE,
             "selection": spending.selector.name,
             "step_of_selection": PLACEMENT_STEP,
+            "entropy_worth": ENTROPY_WORTH,
             "coverage_discount": COVERAGE_DISCOUNT,
             "candidate_threshold": CANDIDATE_THRESHOLD,
             "num_patches": num_patches,

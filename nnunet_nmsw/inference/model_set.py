@@ -233,7 +233,7 @@ class ModelSetPredictor(FilesPredictor):
         """
         body_1dhw = body_of(case["data"][0])[None].to(logits_Cdhw.device) if self.explore else None
         properties, chosen = case["data_properties"], []
-        spending = Spending(OfPresentClasses(GreedyBenefit()), self.num_patches, self.calibration.threshold)
+        spending = Spending(OfPresentClasses(GreedyBenefit(entropy_worth=0)), self.num_patches, self.calibration.threshold)
         for model in self.fine_models:
             fold = model.choose(logits_Cdhw, properties, spending, self.calibration.weights_of(model))
             if body_1dhw is not None:

@@ -39,7 +39,8 @@ class TwoModelPredictor(FineModelPredictor):
     """
 
     def __init__(self, global_model: nnUNetPredictor, **kwargs: Any) -> None:
-        super().__init__(lambda: global_model.configuration_manager.spacing, **{"selector": GreedyBenefit(), **kwargs})
+        selector = {"selector": GreedyBenefit(entropy_worth=0)}
+        super().__init__(lambda: global_model.configuration_manager.spacing, **{**selector, **kwargs})
         self.global_model = global_model
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:

@@ -15,8 +15,11 @@ from nnunet_nmsw.selection.budget import Budget
 from nnunet_nmsw.selection.interface import SCORE_SCALE, CoarsePrediction, WindowChoice, candidates, scores
 from nnunet_nmsw.volume.windows import WindowGrid, window_slices
 
-COVERAGE_DISCOUNT = 0.4
-"""Share of the score of a place that is gone with the first window over it: see docs/design-notes.md."""
+COVERAGE_DISCOUNT = 0.7
+"""Share of the worth of a place that is gone with the first window over it: see docs/design-notes.md."""
+
+ENTROPY_WORTH = 0.3
+"""What a nat of the coarse prediction's entropy adds to the predicted benefit: see docs/design-notes.md."""
 
 PLACEMENT_STEP = 0.25
 """Step between the positions that `GreedyBenefit` chooses from, as a fraction of the patch size."""
@@ -53,21 +56,33 @@ class GreedyCoverage:
         return chosen(indices_K, scores_N, grid)
 
 
+@dataclasses.dataclass(frozen=True)
 class GreedyBenefit:
-    """The window of the largest predicted benefit, then the best of what it leaves, between the grid's positions, too.
+    """The window of the largest worth, then the best of what it leaves, between the grid's positions, too.
 
-    All windows are those of the grid.
+    A place is worth its predicted benefit, and something more where the coarse prediction is uncertain. All windows are
+    those of the grid.
+
+    Attributes:
+        entropy_worth: what a nat of entropy adds; 0 where the score map is an entropy itself.
+        discount: share of the worth of a place that is gone with the first window over it.
     """
 
     name: ClassVar[str] = "greedy_benefit"
 
+    entropy_worth: float = ENTROPY_WORTH
+    discount: float = COVERAGE_DISCOUNT
+
     def choose(self, coarse: CoarsePrediction, grid: WindowGrid, budget: Budget) -> WindowChoice:
         """See `Selector`."""
+        worth_dhw = coarse.score_map_dhw.float()
+        if self.entropy_worth > 0:
+            worth_dhw = worth_dhw + self.entropy_worth * coarse.encoding.entropy(coarse.logits_Cdhw)
         if budget.num_windows >= len(grid) and budget.threshold is None:
-            return TopK().choose(coarse, grid, budget)
+            return TopK().choose(coarse._replace(score_map_dhw=worth_dhw), grid, budget)
         grid = placement_grid(grid)
-        scores_N = scores(coarse.score_map_dhw, grid)
-        indices_K = greedy_benefit(coarse.score_map_dhw, candidates(coarse, grid), budget, grid, COVERAGE_DISCOUNT)
+        scores_N = scores(worth_dhw, grid)
+        indices_K = greedy_benefit(worth_dhw, candidates(coarse, grid), budget, grid, self.discount)
         return chosen(indices_K, scores_N, grid)
 
 

@@ -22,9 +22,9 @@ FILE = "automatic_patches.json"
 CALIBRATION_KEY = "nmsw_calibration"
 """In a checkpoint, for the same."""
 
-THRESHOLDS = (0.025, 0.05, 0.1, 0.2, 0.4)
-"""What the mean of the score map over a window has to exceed. Its unit is the root mean square of the benefits that
-training measured. Files call it `stop_at`."""
+THRESHOLDS = (0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.2)
+"""What the mean worth of a window has to exceed; see `GreedyBenefit`. Its unit is the root mean square of the benefits
+that training measured. Files call it `stop_at`."""
 
 
 Measured = dict[float, list[tuple[int, np.ndarray]]]

@@ -36,8 +36,8 @@ def fold(folder, number, dice, cases=2):
 
 
 def test_the_largest_threshold_within_the_allowed_drop(tmp_path):
-    fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5])
-    for max_drop, expected in ((0.0, THRESHOLDS[2]), (0.0101, THRESHOLDS[3]), (1.0, THRESHOLDS[4])):
+    fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5, 0.4, 0.3])
+    for max_drop, expected in ((0.0, THRESHOLDS[2]), (0.0101, THRESHOLDS[3]), (1.0, THRESHOLDS[-1])):
         assert threshold_of_folds(tmp_path, [0], max_drop) == expected
     content = json.loads((tmp_path / "fold_0" / "validation" / FILE).read_text())
     assert content["cases"] == 2
@@ -45,14 +45,14 @@ def test_the_largest_threshold_within_the_allowed_drop(tmp_path):
 
 
 def test_folds_count_by_their_cases(tmp_path):
-    fold(tmp_path, 0, [0.9, 0.1, 0.1, 0.1, 0.1], cases=1)
-    fold(tmp_path, 1, [0.5, 0.5, 0.5, 0.9, 0.5], cases=9)
+    fold(tmp_path, 0, [0.9] + [0.1] * 6, cases=1)
+    fold(tmp_path, 1, [0.5, 0.5, 0.5, 0.9, 0.5, 0.5, 0.5], cases=9)
     assert threshold_of_folds(tmp_path, [0, 1], 0.0) == THRESHOLDS[3]
     assert threshold_of_folds(tmp_path, [0], 0.0) == THRESHOLDS[0]
 
 
 def test_without_a_calibration_the_message_says_how_to_get_it(tmp_path):
-    fold(tmp_path, 0, [0.5] * 5)
+    fold(tmp_path, 0, [0.5] * 7)
     with pytest.raises(UserError, match=r"fold_1.*--val"):
         threshold_of_folds(tmp_path, [0, 1], 0.005)
 
@@ -62,7 +62,7 @@ def checkpoint(folder, number):
 
 
 def test_auto_is_the_default_where_the_model_is_calibrated(tmp_path, capsys):
-    fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5])
+    fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5, 0.4, 0.3])
     calibrations = {checkpoint(tmp_path, 0): None}
     for given, own in ((None, "auto"), ("auto", None), ("auto", "10%")):
         assert threshold_for(given, own, calibrations, 0.0) == THRESHOLDS[2]
@@ -87,7 +87,7 @@ def test_auto_is_refused_where_scores_predict_no_benefits():
 
 
 def test_the_calibration_in_checkpoints_comes_first(tmp_path):
-    fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5])
+    fold(tmp_path, 0, [0.80, 0.81, 0.82, 0.81, 0.5, 0.4, 0.3])
     of_checkpoint = {"cases": 2, "thresholds": [{"stop_at": THRESHOLDS[4], "mean_dice": 0.9, "patches": [1, 2]}]}
     assert threshold_for(None, "auto", {checkpoint(tmp_path, 0): of_checkpoint}, 0.0) == THRESHOLDS[4]
 

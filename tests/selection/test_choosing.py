@@ -149,6 +149,22 @@ def test_greedy_benefit_takes_what_is_left():
     assert sorted(greedy_benefit(benefit, everything, Budget(9), grid).tolist()) == [0, 1, 2, 3, 4]
 
 
+@settings(max_examples=20)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([ENCODING, LabelEncoding(3, None, ((1, 2), (2,)), (1, 2))]),
+    st.sampled_from([Budget(6), Budget(30, threshold=0.1)]),
+)
+def test_a_place_is_worth_more_where_the_coarse_prediction_is_uncertain(seed, encoding, budget):
+    grid = WindowGrid((11, 12, 13), (5, 4, 6), (2, 1, 3))
+    coarse = coarse_prediction(grid.low_shape, seed)._replace(encoding=encoding)
+    in_the_map = coarse.score_map_dhw + 0.7 * encoding.entropy(coarse.logits_Cdhw)
+    found = GreedyBenefit(entropy_worth=0.7).choose(coarse, grid, budget)
+    expected = GreedyBenefit(entropy_worth=0).choose(coarse._replace(score_map_dhw=in_the_map), grid, budget)
+    assert torch.equal(found.starts_K3, expected.starts_K3)
+    assert torch.equal(found.scores_K, expected.scores_K)
+
+
 SELECTORS = (TopK(), GreedyCoverage(), GreedyBenefit())
 
 
