@@ -55,7 +55,7 @@ from nnunet_nmsw.inference.volume import (
 from nnunet_nmsw.inference.windows import write_windows
 from nnunet_nmsw.inference.writing import Done, Writing, done_one_after_the_other
 from nnunet_nmsw.selection.budget import parse_num_patches
-from nnunet_nmsw.selection.by_score import GreedyBenefit
+from nnunet_nmsw.selection.by_score import GREEDY_BY_ENTROPY
 from nnunet_nmsw.selection.explore import body_of, explored
 from nnunet_nmsw.selection.of_present import OfPresentClasses
 from nnunet_nmsw.volume.labels import LabelEncoding
@@ -233,7 +233,7 @@ class ModelSetPredictor(FilesPredictor):
         """
         body_1dhw = body_of(case["data"][0])[None].to(logits_Cdhw.device) if self.explore else None
         properties, chosen = case["data_properties"], []
-        spending = Spending(OfPresentClasses(GreedyBenefit(entropy_worth=0)), self.num_patches, self.calibration.threshold)
+        spending = Spending(OfPresentClasses(GREEDY_BY_ENTROPY), self.num_patches, self.calibration.threshold)
         for model in self.fine_models:
             fold = model.choose(logits_Cdhw, properties, spending, self.calibration.weights_of(model))
             if body_1dhw is not None:

@@ -20,7 +20,7 @@ from nnunet_nmsw.inference.openvino_branches import StockNetwork
 from nnunet_nmsw.inference.preprocessing import preprocessed_arrays, preprocessed_cases
 from nnunet_nmsw.inference.volume import Networks, Padded
 from nnunet_nmsw.model.fusion import FusionWeights
-from nnunet_nmsw.selection.by_score import GreedyBenefit
+from nnunet_nmsw.selection.by_score import GREEDY_BY_ENTROPY
 from nnunet_nmsw.selection.interface import CoarsePrediction
 from nnunet_nmsw.volume.labels import LabelEncoding
 from nnunet_nmsw.volume.windows import Shape, WindowGrid
@@ -39,7 +39,7 @@ class TwoModelPredictor(FineModelPredictor):
     """
 
     def __init__(self, global_model: nnUNetPredictor, **kwargs: Any) -> None:
-        selector = {"selector": GreedyBenefit(entropy_worth=0)}
+        selector = {"selector": GREEDY_BY_ENTROPY}
         super().__init__(lambda: global_model.configuration_manager.spacing, **{**selector, **kwargs})
         self.global_model = global_model
 

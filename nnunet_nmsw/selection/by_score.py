@@ -86,6 +86,10 @@ class GreedyBenefit:
         return chosen(indices_K, scores_N, grid)
 
 
+GREEDY_BY_ENTROPY = GreedyBenefit(entropy_worth=0)
+"""For stock models, whose score map is the entropy itself."""
+
+
 def chosen(indices_K: Tensor, scores_N: Tensor, grid: WindowGrid) -> WindowChoice:
     """Windows of a grid as a choice."""
     # One copy from the device: the bits of scores are whole numbers, too.

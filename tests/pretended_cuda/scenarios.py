@@ -43,7 +43,7 @@ from nnunet_nmsw.inference.volume import (
 )
 from nnunet_nmsw.model.fusion import FusionWeights
 from nnunet_nmsw.model.network import NMSWNetwork
-from nnunet_nmsw.selection.by_score import GreedyBenefit
+from nnunet_nmsw.selection.by_score import GREEDY_BY_ENTROPY
 from nnunet_nmsw.selection.explore import explored
 from nnunet_nmsw.selection.interface import SCORE_SCALE
 from nnunet_nmsw.selection.of_present import OfPresentClasses
@@ -220,7 +220,7 @@ def prediction_of_a_set() -> None:
             padded, shared = Padded.of(volume_CDHW, (8, 8, 8)).on(on), LabelEncoding(of_model.num_shared)
             grid = network.grid((24, 28, 32))
             coarse = coarse_prediction_of(of_model.of_coarse(coarse_Cdhw), padded, (2, 2, 2), shared)
-            windows = Spending(OfPresentClasses(GreedyBenefit(entropy_worth=0)), 6).choose(coarse, grid)
+            windows = Spending(OfPresentClasses(GREEDY_BY_ENTROPY), 6).choose(coarse, grid)
             windows = explored(windows, on_low_grid(body_1dhw.to(on), padded, (2, 2, 2))[0], grid, 2)
             weights = FusionWeights.convex(torch.full((of_model.num_channels,), 0.88)).to(on)
             coarse = coarse._replace(
