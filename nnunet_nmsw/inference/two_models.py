@@ -39,8 +39,8 @@ class TwoModelPredictor(FineModelPredictor):
     """
 
     def __init__(self, global_model: nnUNetPredictor, **kwargs: Any) -> None:
-        selector = {"selector": GREEDY_BY_ENTROPY}
-        super().__init__(lambda: global_model.configuration_manager.spacing, **{**selector, **kwargs})
+        of_parent = {"selector": GREEDY_BY_ENTROPY, **kwargs}
+        super().__init__(lambda: global_model.configuration_manager.spacing, **of_parent)
         self.global_model = global_model
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
