@@ -1,6 +1,6 @@
 """What the first version gave, this one gives: a model that it trained, and trainings with a seed.
 
-`model_of_version_0_1/README.md` tells how the files were made.
+`model_of_version_0_1/README.md` tells how the files were made. Windows are placed as then.
 """
 
 import json
@@ -9,23 +9,31 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from old_model import CASES, FLAGS, FOLDER, read
+from old_model import CASES, FOLDER, read
+from predictors import nmsw
 from tiny import make_plans
 from training import PATCH, loader, nnunet_augmentation, step_on
 
-from nnunet_nmsw.commands.predict import main
 from nnunet_nmsw.model.fusion import CLASS_WEIGHTS
 from nnunet_nmsw.model.network import Parts, build_network
+from nnunet_nmsw.selection.by_score import GreedyBenefit
 from nnunet_nmsw.selection.paper import PaperSampler
 from nnunet_nmsw.trainers.batches import training_volume
 from nnunet_nmsw.trainers.randomness import seed_everything
 
 
+def predict(folder, num_patches, mirrored, save_probabilities=False):
+    """Predict both images into a folder, with the first version's placement of windows."""
+    as_then = GreedyBenefit(entropy_worth=0, discount=0.4)
+    predictor = nmsw(mirrored, num_patches=num_patches, save_patches=True, selector=as_then)
+    predictor.initialize_from_trained_model_folder(str(FOLDER / "model"), None)
+    predictor.predict_from_files(str(FOLDER / "images"), str(folder), save_probabilities, True, 1, 1)
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("num_patches", ["10%", "all", "auto"])
 def test_labels_and_windows_are_those_of_the_first_version(num_patches, mirrored, tmp_path):
-    flags = ["-k", num_patches, "--save_patches", *([] if mirrored else ["--disable_tta"])]
-    main(["-i", str(FOLDER / "images"), "-o", str(tmp_path), *FLAGS, *flags])
+    predict(tmp_path, num_patches, mirrored)
     name = f"{num_patches.replace('%', '_percent')}_{'mirrored' if mirrored else 'plain'}"
     for case in CASES:
         expected, found = (folder / f"{case}.nii.gz" for folder in (FOLDER / "expected" / name, tmp_path))
@@ -44,8 +52,7 @@ def test_labels_and_windows_are_those_of_the_first_version(num_patches, mirrored
 
 
 def test_probabilities_are_those_of_the_first_version(tmp_path):
-    flags = ["-k", "10%", "--disable_tta", "--save_probabilities"]
-    main(["-i", str(FOLDER / "images"), "-o", str(tmp_path), *FLAGS, *flags])
+    predict(tmp_path, "10%", mirrored=False, save_probabilities=True)
     expected = np.load(FOLDER / "expected" / "probabilities_10_percent_plain.npz")["probabilities"] / 255
     # They were stored in 8 bits, and patches are no longer added in half precision.
     np.testing.assert_allclose(np.load(tmp_path / f"{CASES[0]}.npz")["probabilities"], expected, atol=0.005)
