@@ -35,7 +35,7 @@ from nnunet_nmsw.trainers.nnUNetTrainerNMSW import nnUNetTrainerNMSW
 from nnunet_nmsw.trainers.validation import labels_of
 from nnunet_nmsw.volume.labels import LabelEncoding
 
-DISCOUNTS, ENTROPIES = (0.4, 0.55, 0.7, 0.85, 1.0), (0.0, 0.1, 0.3, 1.0, 1000.0)
+DISCOUNTS, ENTROPIES = (0.4, 0.55, 0.7, 0.85, 1.0), (0.0, 0.1, 0.3, 1.0, 1000.0)  # 1000 is the entropy alone
 
 TRIED: dict[str, Selector] = {
     **{name: WAYS[name].selector(CaseFacts()) for name in ("top_k", "entropy")},
