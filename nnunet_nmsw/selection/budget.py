@@ -16,7 +16,7 @@ class Budget(NamedTuple):
 
     Attributes:
         num_windows: how many windows, at most.
-        threshold: take only windows whose mean of the score map is above this. None: take all.
+        threshold: take only windows whose mean worth, by the selector, is above this. None: take all.
     """
 
     num_windows: int

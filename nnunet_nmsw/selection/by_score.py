@@ -135,24 +135,24 @@ def greedy_coverage(scores_N: Tensor, candidates_N: Tensor, k: int, grid: Window
 
 
 def greedy_benefit(
-    score_map_dhw: Tensor, candidates_N: Tensor, budget: Budget, grid: WindowGrid, discount: float = 1.0
+    worth_dhw: Tensor, candidates_N: Tensor, budget: Budget, grid: WindowGrid, discount: float = 1.0
 ) -> Tensor:
-    """The window of the largest predicted benefit, then the best of what it leaves, and so on.
+    """The window of the largest worth, then the best of what it leaves, and so on.
 
     What a window covers is worth less to the windows after it. Not nothing: predictions of overlapping windows are
     blended, and two see a place better than one.
 
     Args:
-        score_map_dhw: predicted benefit by low-resolution voxel, such that its mean over a window is the window's.
+        worth_dhw: of a low-resolution voxel, such that its mean over a window is the window's.
         candidates_N: bool, the windows to take before others.
         budget: how many windows, and how good.
         grid: the windows.
-        discount: share of the benefit of a place that the first window over it wins (or loses).
+        discount: share of the worth of a place that the first window over it wins (or loses).
 
     Returns:
         Window indices in the order of choice, candidates before others.
     """
-    left_dhw = score_map_dhw.float().clone()
+    left_dhw = worth_dhw.float().clone()
     means_N = grid.mean(left_dhw)
     available_N = torch.ones_like(candidates_N)
     taken, gains = [], []

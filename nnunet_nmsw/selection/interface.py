@@ -30,7 +30,7 @@ class CoarsePrediction(NamedTuple):
 
     Attributes:
         logits_Cdhw: coarse logits.
-        score_map_dhw: predicted worth of a patch, by voxel; the mean over a window is the window's.
+        score_map_dhw: score of a patch, by voxel; the mean over a window is the window's.
         encoding: of the labels that the channels stand for.
         context_Gdhw: what the local branch is told of the volume; None where it is told nothing.
     """
